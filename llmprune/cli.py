@@ -1,0 +1,133 @@
+"""The command: `llmprune --model M --sparsity S` prunes, `llmprune verify DIR` re-checks. Imports torch only to work."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmprune import __version__, solvers
+from llmprune.config import PruneConfig, read_yaml
+from llmprune.errors import InputError, unknown
+
+_EPILOG = """\
+other commands:
+  llmprune verify DIR   re-check the sums and patterns of a folder that llmprune wrote
+
+example: llmprune --model llama --sparsity 2:4
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["verify"]:
+            return _verify(arguments[1:])
+        return _prune(arguments)
+    except InputError as error:
+        print(f"llmprune: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("llmprune: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad command line as every other bad input is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _prune(arguments: list[str]) -> int:
+    parser = _prune_parser()
+    if not arguments:
+        parser.print_help()
+        return 2
+    options = _parse(parser, arguments)
+    path = options.pop("config", None)
+    config = PruneConfig.create(_merge(read_yaml(Path(path)), path) | options if path else options)
+
+    _quiet_libraries()
+    from llmprune import pipeline
+    from llmprune.report.console import Console
+
+    if config.output is None:
+        config = config.replace(output=pipeline.default_output(config))
+    with Console() as console:
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        pipeline.prune(values.pop("model"), progress=console, **values)
+    return 0
+
+
+def _merge(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """A file's options, checked on their own so that an error names the file."""
+    PruneConfig.create({"model": "-", "sparsity": "0.5", **values}, where=path)
+    return values
+
+
+def _verify(arguments: list[str]) -> int:
+    parser = _Parser(prog="llmprune verify", description="Re-check a folder that llmprune wrote.", allow_abbrev=False)
+    parser.add_argument("folder", metavar="DIR")
+    options = _parse(parser, arguments)
+    _quiet_libraries()
+    from llmprune.integrity import verify
+
+    found = verify(options["folder"])
+    for problem in found.problems:
+        print(f"FAILED  {problem}")
+    print(f"{options['folder']}: {found.files} files and {found.matrices} matrices checked, {len(found.problems)} problems")
+    return 1 if found.problems else 0
+
+
+def _prune_parser() -> _Parser:
+    parser = _Parser(
+        prog="llmprune",
+        description="Prune a Hugging Face language model after training, block by block.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"llmprune {__version__}")
+    parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; flags win over it")
+    for field in dataclasses.fields(PruneConfig):
+        flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%(default)s", str(field.default))
+        if field.name == "method":
+            text += f": {', '.join(solvers.names())}"
+        common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": field.name}
+        if field.type == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif str(field.type).startswith("tuple"):
+            parser.add_argument(flag, nargs="+", metavar=field.metadata["metavar"], **common)
+        else:
+            kind = int if field.type == "int" else str
+            parser.add_argument(flag, type=kind, metavar=field.metadata["metavar"] or field.name[0].upper(), **common)
+    return parser
+
+
+def _parse(parser: _Parser, arguments: list[str]) -> dict[str, Any]:
+    known, rest = parser.parse_known_args(arguments)
+    if rest:
+        flags = [string for action in parser._actions for string in action.option_strings]
+        if rest[0].startswith("-"):
+            raise unknown("flag", rest[0].split("=")[0], flags)
+        raise unknown("command", rest[0], ["verify"])
+    return {name: value for name, value in vars(known).items() if value is not None}
+
+
+def _quiet_libraries() -> None:
+    """Keep transformers' and the Hub's own bars and advice out of what the user reads."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

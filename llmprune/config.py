@@ -1,0 +1,134 @@
+"""What a run is told, from flags, a YAML file or Python: one set of names, one set of checks. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmprune.errors import InputError, unknown
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _option(help: str, default: Any = dataclasses.MISSING, *, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneConfig:
+    """The options of `llmprune.prune` and of the command; each field's help text is in its metadata.
+
+    Raises:
+        InputError: a value is of the wrong type or out of range.
+    """
+
+    model: str = _option("bundled name (llama), local folder, or Hub id such as meta-llama/Llama-3.2-1B")
+    sparsity: str = _option("0.5 or 50%% (unstructured), or N:M such as 2:4, which keeps N of every M weights")
+    method: str = _option("pruning method (default: %(default)s)", "sparsegpt")
+    calibration: str = _option(
+        "calibration text: pydoc, wikitext2, c4, a Hub dataset id, or a .txt, .jsonl, .json, .parquet file, plain or "
+        ".gz (default: pydoc for the bundled model, else c4)",
+        "auto", metavar="TEXT",
+    )  # fmt: skip
+    samples: int = _option("calibration windows (default: %(default)s)", 128)
+    seqlen: int = _option("tokens a window, capped at the model's positions (default: %(default)s)", 2048)
+    batch_size: int = _option("windows run at once (default: %(default)s)", 8)
+    seed: int = _option("seed of the calibration draw (default: %(default)s)", 0)
+    true_sequential: bool = _option(
+        "within a block, solve each stage on inputs from the stages already pruned; --no-true-sequential solves a block "
+        "in one pass, which is faster (default: on)",
+        True,
+    )  # fmt: skip
+    only: tuple[str, ...] = _option("prune only sites that match these globs, e.g. '*.mlp.*'", (), metavar="GLOB")
+    skip: tuple[str, ...] = _option("leave out sites that match these globs, e.g. '*.down_proj'", (), metavar="GLOB")
+    eval_text: str = _option(
+        "text to measure perplexity on, before and after: as --calibration, or none (default: pydoc for the bundled "
+        "model, else none)",
+        "auto", metavar="TEXT",
+    )  # fmt: skip
+    output: str | None = _option("folder to write (default: MODEL-SPARSITY-METHOD here)", None, metavar="DIR")
+    overwrite: bool = _option("replace the output folder if it is not empty", False)
+    device: str = _option("auto, cpu, cuda, cuda:1, ... (default: %(default)s)", "auto")
+    dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is float32 on CPU, else the checkpoint's", "auto")
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "seqlen", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is impossible: give at least 1")
+        if self.seqlen < 2:
+            raise InputError("seqlen 1 is impossible: a window needs a token to predict")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+
+    @classmethod
+    def create(cls, options: Mapping[str, Any], *, where: str = "") -> PruneConfig:
+        """Check names and types of `options`; `where` (a file, say) goes into the message.
+
+        Raises:
+            InputError: a name is unknown (near matches are listed), a required one is missing, or a type is wrong.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        values = {}
+        for name, value in options.items():
+            if name not in known:
+                error = unknown("option", str(name), known)
+                raise InputError(f"{where}: {error}" if where else str(error))
+            values[name] = _typed(name, value, known[name].type, where)
+        for name, f in known.items():
+            if f.default is dataclasses.MISSING and name not in values:
+                raise InputError(f"{name} is required: pass --{name}, or {name}=... in Python or YAML")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> PruneConfig:
+        return dataclasses.replace(self, **changes)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        InputError: it cannot be read, is not YAML or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"config {path} must be a mapping of option names to values")
+    return {str(name).replace("-", "_"): item for name, item in value.items()}
+
+
+def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
+    """`value` as the field's type; annotations are strings here."""
+    at = f"{where}: " if where else ""
+    if name == "sparsity":
+        return _sparsity(value, at)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind.startswith("tuple"):
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+    if kind.startswith("str") and (isinstance(value, (str, Path)) or (value is None and "None" in kind)):
+        return None if value is None else str(value)
+    text = "text" if kind.startswith("str") else "a list of text"
+    wanted = {"bool": "true or false", "int": "a whole number"}.get(kind, text)
+    raise InputError(f"{at}{name} must be {wanted}, not {value!r}")
+
+
+def _sparsity(value: Any, at: str) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and at and value >= 60:
+        hours, rest = divmod(value, 60)
+        raise InputError(f'{at}YAML reads an unquoted N:M as the number {value}: quote it, sparsity: "{hours}:{rest}"')
+    if isinstance(value, bool) or value is None:
+        raise InputError(f"{at}sparsity must be 0.5, 50% or N:M, not {value!r}")
+    return str(value)

@@ -1,0 +1,65 @@
+"""Perplexity by the papers' protocol: the mean token loss over disjoint windows of the concatenated split.
+
+Each window stands alone, so its first token is context only. A perplexity means nothing without its text, its window
+length and its tokenizer: results carry them. Not the same as lm-eval's word_perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from llmprune.data import Windows
+from llmprune.stream.activations import Activations
+from llmprune.stream.capture import head
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean loss over `tokens` predicted tokens, in `windows` windows of `length` tokens of `text`."""
+
+    value: float
+    text: str
+    tokens: int
+    windows: int
+    length: int
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: Windows) -> Perplexity:
+    """Perplexity of a whole model in memory."""
+    return _measure(windows, lambda inputs: model(**inputs, use_cache=False).logits, model.device)
+
+
+@torch.no_grad()
+def streamed_perplexity(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], last: Activations, windows: Windows, device: torch.device
+) -> Perplexity:
+    """Perplexity of a model whose blocks have already run: `last` holds the last block's outputs for `windows`."""
+    outputs = iter(row for hidden in last.hidden for row in hidden.split(1))
+    return _measure(windows, lambda inputs: head(model, blocks, next(outputs).to(device), **inputs), device)
+
+
+def _measure(windows: Windows, logits: Callable[[dict[str, Tensor]], Tensor], device: torch.device) -> Perplexity:
+    loss = torch.zeros((), dtype=torch.float64)
+    for inputs in windows.batches(1, device):  # logits are large: one window at a time
+        loss += _loss(logits(inputs), inputs["input_ids"]).cpu()
+    count, length = windows.ids.shape
+    tokens = count * (length - 1)
+    mean = float(loss) / tokens
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.text, tokens, count, length)
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").double()
+
+
+def excess_loss(dense: Perplexity, pruned: Perplexity) -> float:
+    """ln(pruned / dense): nats a token that pruning cost; comparable across models and texts."""
+    return math.log(pruned.value / dense.value)

@@ -1,0 +1,1 @@
+"""Models: where a checkpoint is, what tensors it holds, and which of its matrices can be pruned."""

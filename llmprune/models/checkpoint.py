@@ -1,0 +1,146 @@
+"""Read a safetensors checkpoint folder, one tensor at a time, trusting nothing that it says.
+
+Checked before any work: the index is JSON with a `weight_map`, names no file outside its folder, every file is there
+and whole, every indexed tensor is in its file. Leaves out pickled checkpoints: reading them can run code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmprune.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_LFS_POINTER = b"version https://git-lfs"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor is and what it is, from its file's header. `dtype` is None for one that is not floating point."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    nbytes: int
+
+
+class Checkpoint:
+    """A folder of safetensors files.
+
+    Attributes:
+        tensors: what the folder holds, by name on disk.
+
+    Raises:
+        InputError: the folder is not a whole, safe checkpoint; the message names the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        wanted = _weight_map(folder)
+        for file in sorted(set(wanted.values())) or [SINGLE]:
+            self.tensors.update(_read_header(folder, file))
+        if wanted:
+            self._match_index(wanted)
+
+    def _match_index(self, wanted: dict[str, str]) -> None:
+        for name, file in wanted.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise InputError(f"{self.folder / INDEX} places tensor {name} in {file}, which does not hold it")
+        for name, info in self.tensors.items():
+            if name not in wanted:
+                raise InputError(f"{self.folder / INDEX} does not list tensor {name}, which {info.file} holds")
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors called `names`, file by file. Each is a view of a mapped file: copy it before the next."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for file, members in by_file.items():
+            with opened(self.folder / file) as handle:
+                for name in members:
+                    yield name, handle.get_tensor(name)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """`safe_open` whose errors name the file and the likely cause."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file ({_diagnosis(path, error)}); download it again") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _diagnosis(path: Path, error: SafetensorError) -> str:
+    with path.open("rb") as stream:
+        head = stream.read(len(_LFS_POINTER))
+    if head == _LFS_POINTER:
+        return "a Git LFS pointer: run `git lfs pull`"
+    return "empty" if not head else f"truncated or corrupt: {error}"
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, or nothing for a single-file checkpoint."""
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return {}
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"{pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else "is it a model?"
+        raise InputError(f"{folder} holds no {SINGLE} and no {INDEX}; {hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f"{index} has no weight_map of tensor names to files")
+    for file in set(weight_map.values()):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{index} points outside its folder or at no safetensors file: {file!r}")
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / file} is missing, though {INDEX} lists it; download it again")
+    return weight_map
+
+
+def _read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
+    with opened(folder / file) as handle:
+        return {name: _info(file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
+
+
+def _info(file: str, slice_: Any) -> TensorInfo:
+    shape = tuple(slice_.get_shape())
+    dtype = _DTYPES.get(slice_.get_dtype())
+    size = dtype.itemsize if dtype else 1
+    return TensorInfo(file, shape, dtype, int(torch.Size(shape).numel()) * size)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: it cannot be read or is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,169 @@
+"""A transformers model without weights, into which tensors of a checkpoint come and go.
+
+Parameters live on the meta device until they are loaded; buffers (rotary frequencies) are real from the start. Tensor
+names on disk are matched to the model's by transformers' own renaming rules. Leaves out checkpoints whose tensors
+transformers merges or splits on loading (fused experts), and any that would need code from their repository.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from llmprune.errors import InputError
+from llmprune.models.checkpoint import Checkpoint, read_json
+from llmprune.models.discover import find_blocks
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        InputError: there is none, it needs code from its repository, or it describes a quantised model.
+    """
+    raw = read_json(folder / "config.json")
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method", "unknown method")
+        raise InputError(f"{folder} is already quantised ({method}): prune the unquantised model first")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        if "auto_map" in raw:
+            raise InputError(f"{folder} needs code from its own repository, which llmprune never runs") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{folder / 'config.json'} describes no model that transformers knows: {reason}") from None
+
+
+class Skeleton:
+    """A model on the meta device and the checkpoint that fills it.
+
+    Attributes:
+        model: the transformers model, in eval mode.
+        blocks: its decoder blocks by full module name, in order.
+        names: name in the model -> name on disk, for all of the checkpoint's tensors.
+
+    Raises:
+        InputError: the model cannot be built, or its tensors are not the checkpoint's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.model = _empty_model(config, dtype)
+        self.blocks = find_blocks(self.model)
+        self.names = _match_names(self.model, checkpoint)
+        self._move_buffers()
+
+    def parameters(self) -> int:
+        """How many there are; a tied head counts once."""
+        tied = self.model.all_tied_weights_keys
+        return sum(p.numel() for name, p in self.model.named_parameters(remove_duplicate=False) if name not in tied)
+
+    def block_of(self, name: str) -> str | None:
+        """The block that the model's tensor `name` belongs to."""
+        return next((block for block in self.blocks if name.startswith(block + ".")), None)
+
+    def outside_blocks(self) -> list[str]:
+        """Tensors that belong to no block: embeddings, final norm, head."""
+        return [name for name in self.names if self.block_of(name) is None]
+
+    def inside(self, block: str) -> list[str]:
+        """Tensors of one block."""
+        return [name for name in self.names if name.startswith(block + ".")]
+
+    def storage(self) -> dict[str, torch.dtype]:
+        """Each tensor's dtype on disk, by its name in the model."""
+        tensors = self.checkpoint.tensors
+        return {name: tensors[disk_name].dtype or self.dtype for name, disk_name in self.names.items()}
+
+    def load(self, names: Iterable[str]) -> None:
+        """Read tensors into the model, in the compute dtype.
+
+        Raises:
+            InputError: a weight is not finite.
+        """
+        on_disk = {self.names[name]: name for name in names}
+        for disk_name, tensor in self.checkpoint.read(list(on_disk)):
+            value = tensor.to(self.device, self.dtype, copy=True)
+            if not bool(torch.isfinite(value).all()):
+                where = self.checkpoint.folder / self.checkpoint.tensors[disk_name].file
+                raise InputError(f"tensor {disk_name} in {where} is not finite (NaN or infinity, in {self.dtype})")
+            set_module_tensor_to_device(self.model, on_disk[disk_name], self.device, value)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Have all that is outside the blocks in memory for a while, the head tied where the model ties it."""
+        names = self.outside_blocks()
+        self.load(names)
+        self.model.tie_weights()
+        try:
+            yield
+        finally:
+            self.release(names)
+            self.model.tie_weights()
+
+    def release(self, names: Iterable[str]) -> None:
+        """Give back the memory of tensors that `load` read."""
+        for name in names:
+            set_module_tensor_to_device(self.model, name, "meta")
+
+    def _move_buffers(self) -> None:
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+
+
+def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"transformers cannot build a causal LM from {config.model_type!r}: {reason}") from None
+    return model.eval()
+
+
+def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    state = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    names: dict[str, str] = {}
+    for disk_name in checkpoint.tensors:
+        name, converted = rename_source_key(disk_name, renamings, converters, model.base_model_prefix, state)
+        if converted:
+            raise InputError(f"{checkpoint.folder}: {disk_name} is merged with others on loading, which is not supported yet")
+        names[name] = disk_name
+    _compare(model, state, names, checkpoint)
+    return {name: disk_name for name, disk_name in names.items() if name in state}
+
+
+def _compare(model: PreTrainedModel, state: dict[str, torch.Tensor], names: dict[str, str], checkpoint: Checkpoint) -> None:
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()] + [re.compile(r"rotary_emb\.inv_freq$")]
+    tied = model.all_tied_weights_keys
+    missing = [name for name in state if name not in names and name not in tied]
+    unexpected = [disk for name, disk in names.items() if name not in state and not any(p.search(name) for p in ignored)]
+    for what, found in (("lacks", missing), ("holds unexpected", unexpected)):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise InputError(
+                f"{checkpoint.folder} {what} tensors of {type(model).__name__}: {', '.join(found[:3])}{more}; "
+                "config.json and the weights do not belong together"
+            )
+    for name, disk_name in names.items():
+        info = checkpoint.tensors[disk_name]
+        if name in state and tuple(state[name].shape) != info.shape:
+            raise InputError(
+                f"tensor {disk_name} in {checkpoint.folder / info.file} has shape {list(info.shape)}, "
+                f"config.json asks for {list(state[name].shape)}"
+            )
+        if name in state and info.dtype is None:
+            raise InputError(f"tensor {disk_name} in {checkpoint.folder / info.file} is not floating point: quantised?")

@@ -1,0 +1,142 @@
+"""Sparsity patterns as value objects: which weights of a matrix may stay.
+
+`NM(n, m)` *keeps* n of every m consecutive inputs of a row (2:4 is what sparse tensor cores accelerate; Mishra et al.,
+"Accelerating Sparse Deep Neural Networks", 2021). `Unstructured(s)` drops the fraction s anywhere. Counts are exact,
+ties included: a threshold comparison would drop every weight that ties with the last one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import InputError
+
+
+class Pattern(Protocol):
+    """What a solver asks of a pattern. Scores and masks are (out, in); True in a mask means kept."""
+
+    @property
+    def period(self) -> int:
+        """Columns are decided in groups of this many."""
+        ...
+
+    def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
+        """Mask of the highest scores, chosen over the whole of `score`.
+
+        `start` is the number of weights already decided, so that slices of one matrix add up to its exact count.
+        """
+        ...
+
+    def keep_rows(self, score: Tensor) -> Tensor:
+        """Mask of the highest scores, each row compared on its own."""
+        ...
+
+    def violation(self, weight: Tensor) -> str | None:
+        """Where `weight` (out, in) breaks the pattern, or None. Zeros beyond the pattern are allowed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unstructured:
+    """Drop the fraction `sparsity` (0 < s < 1) of the weights, anywhere: exactly `round(s * count)` of them."""
+
+    sparsity: float
+    period: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:  # also rejects nan
+            raise InputError(f"sparsity {self.sparsity:g} is impossible: give a fraction between 0 and 1, or e.g. 50%")
+
+    def __str__(self) -> str:
+        return f"{100 * self.sparsity:g}%"
+
+    def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
+        drop = round(self.sparsity * (start + score.numel())) - round(self.sparsity * start)
+        dropped = score.flatten().topk(drop, largest=False, sorted=False).indices
+        mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
+        return mask.index_fill_(0, dropped, False).view(score.shape)
+
+    def keep_rows(self, score: Tensor) -> Tensor:
+        rows, columns = score.shape
+        ends = (torch.arange(rows + 1, dtype=torch.float64) * columns * self.sparsity).round()
+        drop = ends.diff().to(score.device)  # equal to within one weight, the exact count in all
+        kept = torch.arange(columns, device=score.device) >= drop[:, None]
+        return torch.empty_like(kept).scatter_(1, score.argsort(dim=1, stable=True), kept)
+
+    def violation(self, weight: Tensor) -> str | None:
+        zeros, needed = int((weight == 0).sum()), round(self.sparsity * weight.numel())
+        return None if zeros >= needed else f"{zeros} zeros of {weight.numel()} weights, {needed} needed"
+
+
+@dataclass(frozen=True, slots=True)
+class NM:
+    """Keep `n` of every `m` consecutive weights of a row (0 < n < m)."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise InputError(f"sparsity {self}: N:M keeps N of every M weights, so 0 < N < M, as in 2:4")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def period(self) -> int:
+        return self.m
+
+    def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
+        groups = score.unflatten(1, (-1, self.m))
+        top = groups.topk(self.n, dim=-1, sorted=False).indices
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, top, True).flatten(1)
+
+    def keep_rows(self, score: Tensor) -> Tensor:
+        return self.keep(score)
+
+    def violation(self, weight: Tensor) -> str | None:
+        if weight.shape[1] % self.m:
+            return f"{weight.shape[1]} columns are not a multiple of {self.m}"
+        counts = (weight.unflatten(1, (-1, self.m)) != 0).sum(-1)
+        if bool((counts <= self.n).all()):
+            return None
+        row, group = (int(i) for i in (counts > self.n).nonzero()[0])
+        first = group * self.m
+        return f"row {row}, columns {first} to {first + self.m - 1}: {int(counts[row, group])} nonzeros, {self.n} allowed"
+
+
+def parse(text: str | float | Pattern) -> Pattern:
+    """Read a pattern: `0.5`, `"50%"` or `"2:4"` (keep 2 of every 4).
+
+    Raises:
+        InputError: the text is no pattern, or an impossible one.
+    """
+    if isinstance(text, (Unstructured, NM)):
+        return text
+    source = str(text).strip()
+    if groups := re.fullmatch(r"(\d{1,6}):(\d{1,6})", source):
+        return NM(int(groups[1]), int(groups[2]))
+    percent = source.endswith("%")
+    try:
+        value = float(source.removesuffix("%"))
+    except ValueError:
+        raise InputError(f"sparsity {source!r} is not a pattern: give 0.5, 50% or N:M such as 2:4") from None
+    if not percent and 1 < value < 100 and math.isfinite(value):
+        raise InputError(f"sparsity {source} is impossible: a fraction lies between 0 and 1 (did you mean {source}%?)")
+    return Unstructured(value / 100 if percent else value)
+
+
+def verify(weight: Tensor, pattern: Pattern) -> None:
+    """Prove that `weight` (out, in) has `pattern`.
+
+    Raises:
+        ValueError: it has not; the message says where.
+    """
+    if problem := pattern.violation(weight):
+        raise ValueError(f"not {pattern}: {problem}")

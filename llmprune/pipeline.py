@@ -1,0 +1,336 @@
+"""The composition root: options in, pruned model and record out. The only place where the parts meet."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune import solvers
+from llmprune.config import PruneConfig
+from llmprune.errors import InputError
+from llmprune.evaluate.perplexity import streamed_perplexity
+from llmprune.hardware import peak_memory, pick_device, pick_dtype
+from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.discover import find_blocks, make_block
+from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
+from llmprune.models.sites import Block
+from llmprune.models.skeleton import Skeleton, load_config
+from llmprune.patterns import Pattern, parse
+from llmprune.plan import Plan, make_plan
+from llmprune.pruner import Pruner
+from llmprune.report.card import model_card
+from llmprune.report.console import Silent
+from llmprune.report.record import RECORD, Clock, RunRecord
+from llmprune.solvers.base import Solver
+from llmprune.stream.activations import Activations
+from llmprune.stream.engine import Sink, Source, stream
+from llmprune.stream.shards import NoSink, ShardWriter, check_output, copy_extras, published, sha256, write_json
+from llmprune.stream.source import CheckpointSource, ModelSource
+from llmprune.texts import Given, Texts, choose_texts
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `prune` returns.
+
+    Attributes:
+        record: what was asked, measured and written.
+        model: the pruned model; None where it was streamed from one folder to another.
+        output: the folder written, if any.
+    """
+
+    record: RunRecord
+    model: PreTrainedModel | None
+    output: Path | None
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    *,
+    calibration: str | Path | Given = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Silent | None = None,
+    **options: Any,
+) -> Result:
+    """Prune a causal language model after training.
+
+    Args:
+        model: a model in memory, which is pruned in place; or a bundled name, a folder or a Hub id. With `output`, those
+            are streamed from disk to disk with one block's weights in memory; without, they are loaded whole.
+        calibration: the name of a text, as on the command line; or token windows: ids (windows, length), or mappings of
+            `input_ids` and `attention_mask`, padding marked 0.
+        tokenizer: for a model in memory and calibration text.
+        progress: what to show; nothing by default.
+        options: the fields of `PruneConfig`; `sparsity` is required.
+
+    Raises:
+        InputError: bad input, in one line; nothing has been written.
+    """
+    given = None if isinstance(calibration, (str, Path)) else calibration
+    named = {
+        "model": type(model).__name__ if isinstance(model, PreTrainedModel) else str(model),
+        "calibration": str(calibration) if given is None else "given tokens",
+    }
+    job = _Job(PruneConfig.create({**options, **named}), given, progress or Silent())
+    with torch.no_grad(), _plain_errors():
+        if isinstance(model, PreTrainedModel):
+            return _prune_in_memory(job, model, None, tokenizer)
+        folder = resolve(job.config.model)
+        tokenizer = tokenizer or _load_tokenizer(folder.path)
+        if job.config.output is not None:
+            return _prune_folder(job, folder, tokenizer)
+        return _prune_in_memory(job, _load_whole(folder, job.config), folder, tokenizer)
+
+
+def default_output(config: PruneConfig) -> str:
+    """The folder that the command writes to when none is named."""
+    pattern = str(parse(config.sparsity)).replace(":", "of").replace("%", "pct")
+    return f"{Path(config.model).name}-{pattern}-{config.method}"
+
+
+@dataclass(slots=True)
+class _Job:
+    """What was asked. Method and pattern are looked up at once, so that a mistake costs no work."""
+
+    config: PruneConfig
+    given: Given | None
+    progress: Silent
+    clock: Clock = field(default_factory=Clock)
+    solver: Solver = field(init=False)
+    pattern: Pattern = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.solver, self.pattern = solvers.load(self.config.method), parse(self.config.sparsity)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The model that a job works on, on disk or in memory alike.
+
+    Attributes:
+        outside: makes what is outside the blocks (embeddings, head) available for a while.
+        names: a weight's name in the model -> its name on disk.
+    """
+
+    model: PreTrainedModel
+    blocks: Mapping[str, nn.Module]
+    device: torch.device
+    dtype: torch.dtype
+    parameters: int
+    nbytes: int
+    source: Source
+    plan: Plan
+    outside: Callable[[], AbstractContextManager[None]] = nullcontext
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+def _prune_folder(job: _Job, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> Result:
+    """Stream a checkpoint folder to the output folder."""
+    output = Path(job.config.output or default_output(job.config))
+    check_output(output, folder.path, job.config.overwrite)
+    with job.clock("prepare"):
+        checkpoint, config, device = Checkpoint(folder.path), load_config(folder.path), pick_device(job.config.device)
+        skeleton = Skeleton(checkpoint, config, device, pick_dtype(job.config.dtype, device, config))
+        storage = skeleton.storage()
+        blocks = [make_block(index, name, module, storage) for index, (name, module) in enumerate(skeleton.blocks.items())]
+        work = _Work(
+            skeleton.model,
+            skeleton.blocks,
+            device,
+            skeleton.dtype,
+            skeleton.parameters(),
+            checkpoint.nbytes(),
+            CheckpointSource(skeleton),
+            make_plan(blocks, job.pattern, only=job.config.only, skip=job.config.skip),
+            skeleton.outside,
+            skeleton.names,
+        )
+        texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
+    record = _announce(job, work, texts, folder)
+    with published(output) as partial:
+        writer = ShardWriter(skeleton, partial)
+        _run(job, work, texts, writer, record)
+        with job.clock("write"):
+            writer.finish()
+            copy_extras(folder.path, partial)
+            _write_record(partial, record, output.name)
+    job.progress.summary(record, output)
+    return Result(record, None, output)
+
+
+def _prune_in_memory(
+    job: _Job, model: PreTrainedModel, folder: ModelFolder | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Result:
+    """Prune a model in place, and save it where an output folder is named."""
+    output = Path(job.config.output) if job.config.output else None
+    if output is not None:
+        check_output(output, folder.path if folder else None, job.config.overwrite)
+    with job.clock("prepare"):
+        source = ModelSource(model)
+        plan = make_plan(list(source.blocks()), job.pattern, only=job.config.only, skip=job.config.skip)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        work = _Work(model, find_blocks(model), model.device, model.dtype, model.num_parameters(), size, source, plan)
+        texts = choose_texts(job.config, model.config, tokenizer, given=job.given, bundled=bool(folder and folder.bundled))
+    record = _announce(job, work, texts, folder)
+    was_training = model.training
+    model.eval()
+    _run(job, work, texts, NoSink(), record)
+    model.train(was_training)
+    if output is not None:
+        with published(output) as partial, job.clock("write"):
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            _write_record(partial, record, output.name)
+    job.progress.summary(record, output)
+    return Result(record, model, output)
+
+
+def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord) -> None:
+    """Stream the model block by block, and fill in what was found."""
+    clock, blocks = job.clock, list(work.blocks.values())
+
+    def record_activations(windows: Any) -> Activations:
+        return Activations.record(work.model, blocks, windows, batch=job.config.batch_size, device=work.device)
+
+    with work.outside(), clock("capture"):
+        feed = record_activations(texts.calibration)
+        dense = record_activations(texts.evaluation) if texts.evaluation else None
+    pruned = dense.fork() if dense else None
+    pruner = Pruner(
+        work.plan.patterns,
+        job.solver,
+        feed,
+        texts.calibration.tokens(),
+        job.config.true_sequential,
+        job.progress,
+        clock,
+        work.names,
+    )
+
+    def visit(block: Block) -> None:
+        if dense is not None:
+            with clock("evaluate"):
+                dense.advance(block)
+        pruner.prune(block)
+
+    job.progress.start(len(blocks), len(work.plan.patterns))
+    stream(work.source, _Feeds(feed, pruned, job.progress, clock), _TimedSink(sink, clock), visit)
+    if not pruner.records:
+        raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
+    if texts.evaluation and dense and pruned:
+        with work.outside(), clock("evaluate"):
+            record.dense = streamed_perplexity(work.model, blocks, dense, texts.evaluation, work.device)
+            record.pruned = streamed_perplexity(work.model, blocks, pruned, texts.evaluation, work.device)
+    record.sites = pruner.records
+    record.skipped |= dict.fromkeys(pruner.uncalled, "the model's forward never runs it")
+    record.size["nonzero_after"] = record.size["nonzero_before"] - pruner.removed
+    record.peak_memory = peak_memory(work.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Feeds:
+    """Advances the calibration stream and, where there is one, the pruned evaluation stream."""
+
+    calibration: Activations
+    evaluation: Activations | None
+    progress: Silent
+    clock: Clock
+
+    def advance(self, block: Block) -> None:
+        with self.clock("advance"):
+            self.calibration.advance(block)
+        if self.evaluation is not None:
+            with self.clock("evaluate"):
+                self.evaluation.advance(block)
+        self.progress.block(block.index)
+
+
+@dataclass(frozen=True, slots=True)
+class _TimedSink:
+    sink: Sink
+    clock: Clock
+
+    def put(self, block: Block) -> None:
+        with self.clock("write"):
+            self.sink.put(block)
+
+
+def _announce(job: _Job, work: _Work, texts: Texts, folder: ModelFolder | None) -> RunRecord:
+    """Start the record, and show what is about to be done."""
+    windows, config = texts.calibration, job.config
+    record = RunRecord(
+        arguments=asdict(config),
+        model={
+            "name": folder.name if folder else config.model,
+            "hub_id": folder.hub_id if folder else None,
+            "class": type(work.model).__name__,
+            "parameters": work.parameters,
+            "blocks": len(work.blocks),
+        },
+        calibration={
+            "text": windows.text,
+            "samples": windows.ids.shape[0],
+            "seqlen": windows.ids.shape[1],
+            "tokens": windows.tokens(),
+            "seed": config.seed,
+        },
+        compute={"device": str(work.device), "dtype": str(work.dtype).removeprefix("torch.")},
+        skipped=work.plan.skipped,
+        seconds=job.clock.seconds,
+        size={"nonzero_before": work.parameters, "bytes_before": work.nbytes},
+    )
+    job.progress.header(record, str(job.pattern), len(work.plan.patterns))
+    if folder and folder.bundled:
+        size = f"{work.parameters / 1e6:.0f}M-parameter demo"
+        job.progress.note(f"llama is the bundled {size}; for a real model pass a Hub id such as {EXAMPLE}")
+    for note in texts.notes:
+        job.progress.note(note)
+    return record
+
+
+def _write_record(folder: Path, record: RunRecord, name: str) -> None:
+    """Add the model card, and last the record with the sums of all other files."""
+    (folder / "README.md").write_text(model_card(record, name), encoding="utf-8")
+    record.size["bytes_after"] = Checkpoint(folder).nbytes()
+    record.files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    write_json(folder / RECORD, record.as_dict())
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer, or None where it has none (calibration may come as tokens)."""
+    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot read the tokenizer in {folder}: {reason}") from None
+
+
+def _load_whole(folder: ModelFolder, config: PruneConfig) -> PreTrainedModel:
+    checkpoint, model_config, device = Checkpoint(folder.path), load_config(folder.path), pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, model_config)
+    Skeleton(checkpoint, model_config, torch.device("cpu"), dtype)  # raises unless tensors and configuration fit together
+    return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, device_map={"": device}, trust_remote_code=False)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Say in one line what the machine ran out of."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"out of device memory; lower --batch-size or --seqlen ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise InputError(f"cannot write {error.filename or 'the output'}: {error.strerror}") from None

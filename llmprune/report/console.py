@@ -1,0 +1,137 @@
+"""What a run shows: a live bar on a terminal, one plain line a block elsewhere, tables at both ends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from llmprune.evaluate.perplexity import excess_loss
+from llmprune.report.record import RunRecord, SiteRecord
+
+
+class Silent:
+    """Shows nothing; the interface that the pipeline talks to."""
+
+    def header(self, record: RunRecord, pattern: str, matrices: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def start(self, blocks: int, sites: int) -> None: ...
+
+    def solving(self, site: str) -> None: ...
+
+    def site(self, site: SiteRecord) -> None: ...
+
+    def block(self, index: int) -> None: ...
+
+    def summary(self, record: RunRecord, output: Path | None) -> None: ...
+
+
+class Console(Silent):
+    """Shows on standard output. Use as a context manager, so that the live bar is taken down on any exit."""
+
+    def __init__(self, console: RichConsole | None = None) -> None:
+        self._console = console or RichConsole(highlight=False, soft_wrap=True)
+        self._live = Progress(
+            TextColumn("block {task.fields[block]}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} sites"),
+            TextColumn("{task.fields[now]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._in_block: list[SiteRecord] = []
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def header(self, record: RunRecord, pattern: str, matrices: int) -> None:
+        model, text, arguments = record.model, record.calibration, record.arguments
+        order = "stage by stage" if arguments["true_sequential"] else "one pass a block"
+        for what, value in {
+            "model": f"{model['name']} ({model['class']}, {model['parameters']:,} parameters, {model['blocks']} blocks)",
+            "pattern": f"{pattern} in {matrices} matrices, {len(record.skipped)} left out",
+            "method": f"{arguments['method']}, {order}",
+            "calibration": f"{text['text']}, {text['samples']} windows x {text['seqlen']} tokens, seed {text['seed']}",
+            "compute": f"{record.compute['dtype']} on {record.compute['device']}",
+        }.items():
+            self._console.print(f"{what:<11}  {value}", markup=False)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"note: {text}", markup=False)
+
+    def start(self, blocks: int, sites: int) -> None:
+        self._blocks, self._sites, self._done, self._began = blocks, sites, 0, time.monotonic()
+        if self._console.is_terminal:
+            self._live.start()
+            self._task = self._live.add_task("", total=sites, block=f"1/{blocks}", now="", eta="-")
+
+    def solving(self, site: str) -> None:
+        if self._console.is_terminal:
+            error = f"(last: error {self._in_block[-1].error:.2%})" if self._in_block else ""
+            self._live.update(self._task, now=f"{site} {error}")
+
+    def site(self, site: SiteRecord) -> None:
+        self._done += 1
+        self._in_block.append(site)
+        if self._console.is_terminal:
+            self._live.update(self._task, completed=self._done, eta=self._eta())
+
+    def block(self, index: int) -> None:
+        errors = "  ".join(f"{site.name.rsplit('.', 1)[-1]} {site.error:.2%}" for site in self._in_block)
+        self._in_block = []
+        line = f"block {index + 1}/{self._blocks}  output error: {errors or 'nothing pruned'}  ETA {self._eta()}"
+        self._console.print(line, markup=False)
+        if self._console.is_terminal:
+            self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
+
+    def summary(self, record: RunRecord, output: Path | None) -> None:
+        self._live.stop()
+        self._console.print(_table(record))
+        if output is not None:
+            self._console.print(f"wrote {output}; next:\n{_next_steps(output)}", markup=False)
+
+    def _eta(self) -> str:
+        if not self._done:
+            return "-"
+        left = (time.monotonic() - self._began) / self._done * (self._sites - self._done)
+        return f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+
+
+def _table(record: RunRecord) -> Table:
+    table = Table("measured in this run", "before", "after", title=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    if record.dense and record.pruned:
+        protocol = f"{record.pruned.text}, {record.pruned.windows} windows x {record.pruned.length} tokens"
+        table.add_row(f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{record.pruned.value:.3f}")
+        table.add_row("loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}")
+    weights, zeros = record.weights(), record.zeros()
+    asked = str(record.arguments["sparsity"])
+    table.add_row(f"zeros in {len(record.sites)} pruned matrices (asked: {asked})", "", f"{zeros / weights:.2%}")
+    table.add_row("nonzero parameters", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}")
+    if "bytes_after" in record.size:
+        before, after = record.size["bytes_before"], record.size["bytes_after"]
+        table.add_row("weight bytes (zeros are stored)", f"{before:,}", f"{after:,}")
+    mean = sum(site.error for site in record.sites) / len(record.sites)
+    table.add_row("output error of a matrix, mean", "", f"{mean:.2%}")
+    for phase, seconds in record.seconds.items():
+        table.add_row(f"seconds: {phase}", "", f"{seconds:.1f}")
+    for place, peak in record.peak_memory.items():
+        table.add_row(f"peak memory, {place}", "", f"{peak / 2**20:,.0f} MiB")
+    return table
+
+
+def _next_steps(output: Path) -> str:
+    load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{output}')"
+    return f'  llmprune verify {output}\n  python -c "{load}"'

@@ -1,0 +1,99 @@
+"""The record of a run: everything that was asked, measured and written, as plain data (`llmprune.json`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmprune.evaluate.perplexity import Perplexity
+
+RECORD = "llmprune.json"
+SCHEMA = 1
+_PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """One pruned matrix.
+
+    Attributes:
+        tensor: its name on disk.
+        shape: (out, in).
+        transposed: stored as (in, out).
+        sparsity: share of zeros achieved.
+        error: relative squared output error on a sample of calibration tokens, given the inputs it was solved for.
+        tokens: calibration tokens that reached it.
+        notes: what the solver recorded, such as the damping it needed.
+    """
+
+    name: str
+    tensor: str
+    block: int
+    pattern: str
+    shape: tuple[int, int]
+    transposed: bool
+    sparsity: float
+    error: float
+    tokens: int
+    seconds: float
+    notes: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """A whole run. Bytes, seconds and perplexities are measured in it; `None` stands for what was not."""
+
+    arguments: dict[str, Any]
+    model: dict[str, Any]
+    calibration: dict[str, Any]
+    compute: dict[str, str]
+    sites: list[SiteRecord] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    dense: Perplexity | None = None
+    pruned: Perplexity | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    size: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def weights(self) -> int:
+        """Weights in the pruned matrices."""
+        return sum(site.shape[0] * site.shape[1] for site in self.sites)
+
+    def zeros(self) -> int:
+        return sum(round(site.sparsity * site.shape[0] * site.shape[1]) for site in self.sites)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
+
+
+class Clock:
+    """Adds up wall seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree
+            continue
+    return found

@@ -1,0 +1,42 @@
+"""The protocol of a pruning method: a module with a statistic and one pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llmprune.patterns import Pattern
+from llmprune.stats import Statistic
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What a solver found.
+
+    Attributes:
+        weight: (out, in) float32, zero wherever `mask` is False.
+        mask: (out, in) bool, True where kept; has the pattern's exact count.
+        notes: numbers worth recording, such as the damping that was needed.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class Solver(Protocol):
+    """Every module in this package, `base` aside, is one. It knows matrices only: no model, no files, no devices."""
+
+    statistic: type[Statistic]
+
+    def solve(self, w: Tensor, stat: Any, pattern: Pattern) -> Solution:
+        """Prune `w` (out, in), float32 and left unchanged, given `stat`, an instance of `statistic`."""
+        ...
+
+
+def masked(w: Tensor, mask: Tensor) -> Solution:
+    """`w` with the dropped weights set to +0.0 (a product would leave -0.0 and keep NaN)."""
+    return Solution(w.masked_fill(~mask, 0), mask)

@@ -1,0 +1,15 @@
+"""Wanda: drop the smallest |weight| x input norm within each output row (Sun et al., 2023). No update."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmprune.patterns import Pattern
+from llmprune.solvers.base import Solution, masked
+from llmprune.stats import ColumnNorm
+
+statistic = ColumnNorm
+
+
+def solve(w: Tensor, stat: ColumnNorm, pattern: Pattern) -> Solution:
+    return masked(w, pattern.keep_rows(w.abs() * stat.rms()))

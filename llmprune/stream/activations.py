@@ -1,0 +1,141 @@
+"""The hidden states of a set of token windows as they move through the model, block by block.
+
+They rest on the host and visit the compute device one batch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmprune.data import Windows
+from llmprune.errors import InputError
+from llmprune.models.sites import Block, Site
+from llmprune.stream.capture import Call, Recorder
+
+
+class Accumulator(Protocol):
+    """Something that counts inputs, (tokens, in) at a time."""
+
+    def add(self, x: Tensor) -> None: ...
+
+
+A = TypeVar("A", bound=Accumulator)
+Stage = Sequence[Site]  # matrices that read one and the same input
+
+
+class Activations:
+    """A `Feed`: hidden states, the blocks' recorded calls, and which positions are real tokens.
+
+    Attributes:
+        hidden: one (batch, tokens, width) tensor a batch, the inputs of the next block.
+    """
+
+    def __init__(self, hidden: list[Tensor], calls: list[list[Call]], real: list[Tensor | None], device: torch.device) -> None:
+        self.hidden, self._calls, self._real, self._device = hidden, calls, real, device
+
+    @classmethod
+    def record(
+        cls, model: PreTrainedModel, blocks: Sequence[nn.Module], windows: Windows, *, batch: int, device: torch.device
+    ) -> Activations:
+        """Run the model's embeddings on `windows`, `batch` at a time, up to its first block."""
+        recorder = Recorder()
+        recorded = [recorder.record(model, blocks, **inputs) for inputs in windows.batches(batch, device)]
+        real = [inputs.get("attention_mask") for inputs in windows.batches(batch, device)]
+        return cls(
+            [hidden.cpu() for hidden, _ in recorded],
+            [calls for _, calls in recorded],
+            [None if mask is None else mask.bool().flatten() for mask in real],
+            device,
+        )
+
+    def fork(self) -> Activations:
+        """The same hidden states, to go another way from here."""
+        return Activations(list(self.hidden), self._calls, self._real, self._device)
+
+    def advance(self, block: Block) -> None:
+        """Replace the hidden states by the block's outputs for them.
+
+        Raises:
+            InputError: an output is not finite.
+        """
+        for index, hidden in enumerate(self.hidden):
+            out = self._run(block, index, hidden)
+            if not bool(torch.isfinite(out).all()):
+                raise InputError(f"{block.name} puts out NaN or infinity on calibration batch {index}; try --dtype float32")
+            self.hidden[index] = out.cpu()
+
+    def stages(self, block: Block) -> list[Stage]:
+        """The block's sites in the order they run, those that read the same input together (q, k and v; gate and up).
+
+        A site that the block's forward never calls is in no stage.
+        """
+        seen: list[tuple[Tensor, list[Site]]] = []
+
+        def see(site: Site, x: Tensor) -> None:
+            if seen and _same_memory(seen[-1][0], x):
+                seen[-1][1].append(site)
+            else:
+                seen.append((x, [site]))
+
+        with _hooked(block.sites, see):
+            self._run(block, 0, self.hidden[0][:1])
+        return [sites for _, sites in seen]
+
+    def collect(self, block: Block, stages: Sequence[Stage], make: Callable[[int, torch.device], A]) -> list[A]:
+        """One accumulator a stage, fed with all real tokens that reach the stage's input.
+
+        `make(columns, device)` builds one. A batch's forward ends as soon as the last stage has been reached.
+        """
+        found = [make(stage[0].columns, self._device) for stage in stages]
+        first = {stage[0].name: index for index, stage in enumerate(stages)}
+        for index, hidden in enumerate(self.hidden):
+
+            def count(site: Site, x: Tensor, index: int = index) -> None:
+                stage = first[site.name]
+                found[stage].add(self._tokens(x, index))
+                if stage == len(stages) - 1:
+                    raise _StageReached
+
+            with _hooked([stage[0] for stage in stages], count):
+                try:
+                    self._run(block, index, hidden)
+                except _StageReached:
+                    continue
+        return found
+
+    def _tokens(self, x: Tensor, index: int) -> Tensor:
+        x = x.reshape(-1, x.shape[-1])
+        real = self._real[index]
+        return x if real is None else x[real]
+
+    def _run(self, block: Block, index: int, hidden: Tensor) -> Tensor:
+        return self._calls[index][block.index].run(block.module, hidden.to(self._device))
+
+
+class _StageReached(Exception):
+    """Leaves a block's forward once all that was asked for has been counted."""
+
+
+@contextmanager
+def _hooked(sites: Sequence[Site], see: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Call `see(site, input)` before each of the sites' layers runs."""
+
+    def hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: see(site, args[0])
+
+    handles = [site.module.register_forward_pre_hook(hook(site)) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

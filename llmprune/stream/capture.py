@@ -1,0 +1,110 @@
+"""Record what a model's own forward hands to each decoder block, and run its head on given block outputs.
+
+Every block's `forward` is replaced by one that passes its hidden states through, so the model computes its embeddings,
+masks and position encodings itself, for each block separately (they differ under mixed attention), and the blocks'
+weights need not be loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_HIDDEN = "hidden_states"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How the model calls a block: all arguments but the hidden states, and whether those came by name."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states for `hidden` (batch, tokens, width); some blocks wrap them in a tuple."""
+        if self.by_name:
+            out = block(*self.args, **self.kwargs, **{_HIDDEN: hidden})
+        else:
+            out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class _Recorded(Exception):
+    """Leaves the model's forward once the last block has been reached."""
+
+
+class Recorder:
+    """Records calls with few tensors: equal ones, such as every batch's rotary tables, are kept once."""
+
+    def __init__(self) -> None:
+        self._pool: list[Tensor] = []
+
+    def record(self, model: PreTrainedModel, blocks: Sequence[nn.Module], **inputs: Tensor | None) -> tuple[Tensor, list[Call]]:
+        """The first block's hidden states (batch, tokens, width) and every block's `Call` for one batch of inputs."""
+        hidden: list[Tensor] = []
+        calls: list[Call] = []
+
+        def take(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            by_name = not args
+            first = kwargs.pop(_HIDDEN) if by_name else args[0]
+            hidden.append(first)
+            calls.append(Call(self._intern(args[1:]), self._intern(kwargs), by_name))
+            if index == len(blocks) - 1:
+                raise _Recorded
+            return first
+
+        with _forwards_replaced(blocks, take):
+            try:
+                model(**inputs, use_cache=False)
+            except _Recorded:
+                return hidden[0], calls
+        raise AssertionError("the model's forward did not reach its last block")
+
+    def _intern(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._same(value)
+        if isinstance(value, dict):
+            return {key: self._intern(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self._intern(item) for item in value)
+        return value
+
+    def _same(self, tensor: Tensor) -> Tensor:
+        for known in self._pool:
+            if known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor):
+                return known
+        self._pool.append(tensor)
+        return tensor
+
+
+def head(model: PreTrainedModel, blocks: Sequence[nn.Module], output: Tensor, **inputs: Tensor | None) -> Tensor:
+    """The model's logits (batch, tokens, vocabulary) where its last block returns `output`."""
+
+    def give(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return output if index == len(blocks) - 1 else args[0] if args else kwargs[_HIDDEN]
+
+    with _forwards_replaced(blocks, give):
+        return model(**inputs, use_cache=False).logits
+
+
+@contextmanager
+def _forwards_replaced(
+    blocks: Sequence[nn.Module], forward: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]
+) -> Iterator[None]:
+    def bind(index: int) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: forward(index, args, kwargs)
+
+    for index, block in enumerate(blocks):
+        block.forward = bind(index)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

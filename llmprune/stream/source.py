@@ -1,0 +1,37 @@
+"""Where blocks come from: a model in memory, or a checkpoint folder, one block alive at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedModel
+
+from llmprune.models.discover import find_blocks, make_block
+from llmprune.models.sites import Block
+from llmprune.models.skeleton import Skeleton
+
+
+class ModelSource:
+    """Blocks of a model in memory; they are edited in place."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._blocks = find_blocks(model)
+        self._storage = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def blocks(self) -> Iterator[Block]:
+        for index, (name, module) in enumerate(self._blocks.items()):
+            yield make_block(index, name, module, self._storage)
+
+
+class CheckpointSource:
+    """Blocks of a checkpoint: read when asked for, released when the next one is."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._skeleton = skeleton
+
+    def blocks(self) -> Iterator[Block]:
+        storage = self._skeleton.storage()
+        for index, (name, module) in enumerate(self._skeleton.blocks.items()):
+            self._skeleton.load(self._skeleton.inside(name))
+            yield make_block(index, name, module, storage)
+            self._skeleton.release(self._skeleton.inside(name))

@@ -1,0 +1,174 @@
+"""Train the bundled demo: a 4M-parameter Llama on Python's own documentation and the PEPs.
+
+    python scripts/train_demo.py --peps peps.txt.xz --output llmprune/demo/llama --minutes 50
+
+Training text: a file of public-domain PEPs (plain or .xz) and the *train* split of `llmprune.demo.text`, repeated
+`--docs-weight` times; any docstring that also stands in the calibration or evaluation split is left out. Writes bf16
+safetensors, config, tokenizer and `training.json`, which records how. AdamW, cosine decay to zero over the time given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llmprune.demo.text import documents
+
+BOS = "<|begin_of_text|>"
+EOS = "<|end_of_text|>"
+CONTEXT = 512
+
+
+def read_peps(path: Path) -> list[str]:
+    raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    return ["PEP: " + text for text in raw.decode().split("\nPEP: ") if text]
+
+
+def training_documents() -> list[str]:
+    """The train split without the paragraphs that the held-out splits also have."""
+    held_out = {p for split in ("calibration", "evaluation") for text in documents(split) for p in text.split("\n\n")}
+    kept = ("\n\n".join(p for p in text.split("\n\n") if len(p) < 40 or p not in held_out) for text in documents("train"))
+    return [text for text in kept if text]
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with Llama-3-style special tokens; a BOS is put before every text."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT)
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+    ids = tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return torch.tensor([token for text in ids for token in (*text, eos)], dtype=torch.long)
+
+
+def demo_config(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="bfloat16",
+    )
+
+
+def batches(stream: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    starts = torch.randint(len(stream) - CONTEXT - 1, (size,), generator=generator)
+    return torch.stack([stream[s : s + CONTEXT] for s in starts])
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, windows: Tensor) -> float:
+    model.eval()
+    losses = [model(input_ids=w, labels=w).loss.item() for w in windows.split(8)]
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def parameter_groups(model: LlamaForCausalLM, decay: float) -> list[dict]:
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def train(model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, args: argparse.Namespace) -> list[dict]:
+    """Cosine schedule driven by elapsed time, so that the run ends when the minutes do."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=args.lr, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(args.seed)
+    compiled = torch.compile(model)  # twice the tokens a second on two cores
+    log: list[dict] = []
+    start, step, fraction = time.monotonic(), 0, 0.0
+    while fraction < 1.0:
+        fraction = min(1.0, (time.monotonic() - start) / (60 * args.minutes))
+        rate = args.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * fraction))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids = batches(stream, args.batch, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % 250 == 0 or fraction >= 1.0:
+            row = {"step": step, "tokens": step * args.batch * CONTEXT, "minutes": (time.monotonic() - start) / 60,
+                   "lr": rate, "train_loss": loss.item(), "evaluation_loss": held_out_loss(model, held_out)}  # fmt: skip
+            log.append(row)
+            print(json.dumps(row), flush=True)
+    return log
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peps", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("llmprune/demo/llama"))
+    parser.add_argument("--minutes", type=float, default=50)
+    parser.add_argument("--batch", type=int, default=16, help="windows a step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--docs-weight", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    docs, peps = training_documents(), read_peps(args.peps)
+    texts = peps + docs * args.docs_weight
+    tokenizer = train_tokenizer(texts, args.vocabulary)
+    stream = tokens_of(tokenizer, texts)
+    evaluation = tokens_of(tokenizer, documents("evaluation"))
+    held_out = evaluation[: len(evaluation) // CONTEXT * CONTEXT].view(-1, CONTEXT)[:64]
+    model = LlamaForCausalLM(demo_config(args.vocabulary, tokenizer)).train()
+    print(f"{model.num_parameters():,} parameters, {len(stream):,} training tokens a pass", flush=True)
+    log = train(model, stream, held_out, args)
+    model.to(torch.bfloat16).save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    how = {
+        "parameters": model.num_parameters(),
+        "training_tokens_a_pass": len(stream),
+        "characters": {"peps": sum(map(len, peps)), "docs": sum(map(len, docs)), "docs_weight": args.docs_weight},
+        "arguments": {"minutes": args.minutes, "batch": args.batch, "lr": args.lr, "seed": args.seed},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "log": log,
+    }
+    (args.output / "training.json").write_text(json.dumps(how, indent=1) + "\n")
+    print(f"wrote {args.output} after {log[-1]['step']} steps", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
