@@ -84,7 +84,7 @@ class Activations:
                 seen.append((x, [site]))
 
         with _hooked(block.sites, see):
-            self._run(block, 0, self.hidden[0][:1])
+            self._run(block, 0, self.hidden[0])
         return [sites for _, sites in seen]
 
     def collect(self, block: Block, stages: Sequence[Stage], make: Callable[[int, torch.device], A]) -> list[A]:

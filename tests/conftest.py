@@ -1,0 +1,71 @@
+"""Tiny real models of several families, in memory and on disk."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached for the network would be wrong
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+torch.set_num_threads(2)
+
+VOCABULARY = 96
+_BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 4, "layer_types": _MIXED},
+    "gemma3_text": {"sliding_window": 4, "layer_types": _MIXED},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+}
+
+
+def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random model whose norms and biases are not at their trivial initial values."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_BASE | FAMILIES[family] | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tokens(windows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def saved(tmp_path: Path):
+    """Save a model, sharded so that most blocks share no file; returns its folder."""
+
+    def save(model: PreTrainedModel, name: str = "source") -> Path:
+        folder = tmp_path / name
+        model.save_pretrained(folder, max_shard_size="20KB")
+        return folder
+
+    return save

@@ -1,0 +1,111 @@
+"""Patterns: parsing, exact counts, proof."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprune.errors import InputError
+from llmprune.patterns import NM, Pattern, Unstructured, parse, verify
+
+fractions = st.floats(0.01, 0.99)
+pairs = st.integers(2, 12).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
+
+
+def scores(rows: int, columns: int, seed: int, levels: int) -> torch.Tensor:
+    """Few levels make many ties."""
+    return torch.randint(0, levels, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
+
+
+@given(fractions)
+def test_unstructured_round_trip(sparsity: float) -> None:
+    assert parse(str(sparsity)) == Unstructured(sparsity)
+
+
+@given(pairs)
+def test_nm_round_trip(pair: tuple[int, int]) -> None:
+    assert parse(str(NM(*pair))) == NM(*pair)
+
+
+@pytest.mark.parametrize(("text", "pattern"), [("50%", Unstructured(0.5)), (" 2:4 ", NM(2, 4)), (0.6, Unstructured(0.6))])
+def test_parse_reads(text: str | float, pattern: Pattern) -> None:
+    assert parse(text) == pattern
+
+
+BAD = ["4:2", "0:4", "4:4", "-1", "1.5", "0", "1", "nan", "inf", "abc", "", "2:", ":4", "2:4:8", "-2:4", "2.0:4", "100%", "%"]
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_parse_rejects(text: str) -> None:
+    with pytest.raises(InputError):
+        parse(text)
+
+
+def test_parse_suggests_percent() -> None:
+    with pytest.raises(InputError, match="did you mean 50%"):
+        parse("50")
+
+
+@given(st.text(max_size=8))
+def test_parse_never_crashes(text: str) -> None:
+    try:
+        pattern = parse(text)
+    except InputError:
+        return
+    assert isinstance(pattern, (Unstructured, NM))
+
+
+@given(fractions, st.integers(1, 9), st.integers(1, 17), st.integers(0, 5), st.integers(1, 4))
+def test_unstructured_counts_are_exact(s: float, rows: int, columns: int, seed: int, levels: int) -> None:
+    score, pattern = scores(rows, columns, seed, levels), Unstructured(s)
+    for mask in (pattern.keep(score), pattern.keep_rows(score)):
+        assert int((~mask).sum()) == round(s * rows * columns)
+    dropped = (~pattern.keep_rows(score)).sum(1)
+    assert int(dropped.max() - dropped.min()) <= 1
+
+
+@given(fractions, st.integers(1, 9), st.integers(2, 17), st.integers(1, 6))
+def test_slices_add_up(s: float, rows: int, columns: int, width: int) -> None:
+    score, pattern = scores(rows, columns, 0, 3), Unstructured(s)
+    dropped = sum(int((~pattern.keep(score[:, lo : lo + width], start=lo * rows)).sum()) for lo in range(0, columns, width))
+    assert dropped == round(s * rows * columns)
+
+
+@given(pairs, st.integers(1, 6), st.integers(1, 5), st.integers(1, 4))
+def test_nm_counts_are_exact(pair: tuple[int, int], rows: int, groups: int, levels: int) -> None:
+    n, m = pair
+    score = scores(rows, groups * m, 1, levels)
+    mask = NM(n, m).keep(score)
+    assert torch.equal(mask.unflatten(1, (-1, m)).sum(-1), torch.full((rows, groups), n))
+    kept, dropped = score.masked_fill(~mask, float("inf")), score.masked_fill(mask, float("-inf"))
+    assert bool((kept.unflatten(1, (-1, m)).amin(-1) >= dropped.unflatten(1, (-1, m)).amax(-1)).all())
+
+
+@given(fractions, st.integers(0, 5))
+def test_unstructured_keeps_the_highest(s: float, seed: int) -> None:
+    score = torch.rand(7, 11, generator=torch.Generator().manual_seed(seed))
+    mask = Unstructured(s).keep(score)
+    if mask.any() and not mask.all():
+        assert score[mask].min() > score[~mask].max()
+
+
+@given(pairs, st.integers(0, 3))
+def test_verify_finds_one_weight_too_many(pair: tuple[int, int], row: int) -> None:
+    n, m = pair
+    weight = torch.ones(4, 3 * m).masked_fill(~NM(n, m).keep(torch.rand(4, 3 * m)), 0)
+    verify(weight, NM(n, m))
+    group = weight[row, m : 2 * m]
+    group[(group == 0).nonzero()[0]] = -1.0
+    with pytest.raises(ValueError, match=f"row {row}, columns {m} to {2 * m - 1}: {n + 1} nonzeros"):
+        verify(weight, NM(n, m))
+
+
+def test_verify_unstructured_and_odd_columns() -> None:
+    weight = torch.tensor([[0.0, 1.0, -0.0, 3.0]])
+    verify(weight, Unstructured(0.5))
+    with pytest.raises(ValueError, match="2 zeros of 4"):
+        verify(weight, Unstructured(0.75))
+    with pytest.raises(ValueError, match="not a multiple of 3"):
+        verify(weight, NM(1, 3))

@@ -1,0 +1,61 @@
+"""Statistics count tokens, and merge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmprune.stats import ColumnNorm, Gram, InputSample
+
+CPU = torch.device("cpu")
+
+
+def inputs(tokens: int = 37, columns: int = 6) -> torch.Tensor:
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("cuts", [(37,), (1, 36), (10, 20, 7)])
+def test_batches_of_any_size_weigh_their_tokens(cuts: tuple[int, ...]) -> None:
+    x = inputs()
+    gram, norm = Gram(6, CPU), ColumnNorm(6, CPU)
+    for part in x.split(list(cuts)):
+        gram.add(part)
+        norm.add(part)
+    torch.testing.assert_close(gram.mean(), x.T @ x / 37)
+    torch.testing.assert_close(norm.rms(), x.square().mean(0).sqrt())
+    torch.testing.assert_close(norm.rms().square(), gram.mean().diagonal())
+
+
+@pytest.mark.parametrize("kind", [Gram, ColumnNorm])
+def test_merging_equals_counting_all(kind: type) -> None:
+    x = inputs()
+    whole, a, b = kind(6, CPU), kind(6, CPU), kind(6, CPU)
+    whole.add(x)
+    a.add(x[:11])
+    b.add(x[11:])
+    a.merge(b)
+    assert a.tokens == whole.tokens == 37
+    merged, counted = (s.mean() if kind is Gram else s.rms() for s in (a, whole))
+    torch.testing.assert_close(merged, counted)
+
+
+@pytest.mark.parametrize("kind", [Gram, ColumnNorm])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_inputs_are_seen(kind: type, bad: float) -> None:
+    statistic = kind(3, CPU)
+    statistic.add(torch.tensor([[1.0, bad, 2.0]]))
+    assert not statistic.finite()
+
+
+@pytest.mark.parametrize("stride", [1, 3, 5])
+def test_sample_takes_every_nth_token_across_batches(stride: int) -> None:
+    x = inputs()
+    sample = InputSample(stride)
+    for part in x.split([2, 20, 15]):
+        sample.add(part)
+    dense = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    pruned = dense.masked_fill(dense.abs() < 0.5, 0)
+    taken = x[::stride]
+    expected = (taken @ (dense - pruned).T).square().sum() / (taken @ dense.T).square().sum()
+    assert sample.relative_error(dense, pruned) == pytest.approx(float(expected), rel=1e-5)
+    assert sample.relative_error(torch.zeros_like(dense), torch.zeros_like(dense)) == 0.0

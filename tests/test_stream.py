@@ -1,0 +1,249 @@
+"""The engine: replay is exact, and streaming gives what pruning the whole model gives, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, tokens
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import llmprune
+from llmprune import solvers
+from llmprune.data import Windows, given_windows
+from llmprune.errors import InputError
+from llmprune.models.discover import find_blocks, make_block
+from llmprune.models.sites import Block
+from llmprune.patterns import NM, parse
+from llmprune.stats import Gram
+from llmprune.stream.activations import Activations
+from llmprune.stream.capture import Recorder, head
+from llmprune.stream.source import ModelSource
+
+CPU = torch.device("cpu")
+STAGES = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+}
+
+
+def blocks_of(model: PreTrainedModel) -> list[Block]:
+    return list(ModelSource(model).blocks())
+
+
+def activations(model: PreTrainedModel, windows: Windows, batch: int = 2) -> Activations:
+    return Activations.record(model, list(find_blocks(model).values()), windows, batch=batch, device=CPU)
+
+
+@torch.no_grad()
+def test_replay_is_bit_exact(family: str) -> None:
+    model, ids = tiny_model(family), tokens(4, 12)
+    feed = activations(model, Windows(ids, "t"))
+    blocks = blocks_of(model)
+    for block in blocks:
+        feed.advance(block)
+    modules = [block.module for block in blocks]
+    for index, part in enumerate(ids.split(2)):
+        assert torch.equal(head(model, modules, feed.hidden[index], input_ids=part), model(part, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_replay_with_padding_is_bit_exact(family: str) -> None:
+    model, ids = tiny_model(family), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    feed = activations(model, Windows(ids, "t", mask))
+    blocks = blocks_of(model)
+    for block in blocks:
+        feed.advance(block)
+    modules = [block.module for block in blocks]
+    replayed = head(model, modules, feed.hidden[0], input_ids=ids, attention_mask=mask)
+    assert torch.equal(replayed, model(ids, attention_mask=mask, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_each_block_has_its_own_arguments() -> None:
+    """Mixed attention: replaying every block with the first one's arguments would be wrong."""
+    model, ids = tiny_model("gemma3_text"), tokens(2, 12)
+    modules = list(find_blocks(model).values())
+    hidden, calls = Recorder().record(model, modules, input_ids=ids)
+    right = wrong = hidden
+    for module, call in zip(modules, calls, strict=True):
+        right, wrong = call.run(module, right), calls[0].run(module, wrong)
+    assert (right - wrong).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_equal_arguments_are_kept_once() -> None:
+    model, ids = tiny_model("llama"), tokens(6, 12)
+    recorder = Recorder()
+    for part in ids.split(2):
+        recorder.record(model, list(find_blocks(model).values()), input_ids=part)
+    assert len(recorder._pool) <= 4  # cosines, sines, positions; not one a batch and block
+
+
+@torch.no_grad()
+def test_stages_group_what_shares_an_input(family: str) -> None:
+    model = tiny_model(family)
+    feed = activations(model, Windows(tokens(2, 12), "t"))
+    for block in blocks_of(model):
+        stages = [sorted(site.name.rsplit(".", 1)[-1] for site in stage) for stage in feed.stages(block)]
+        assert stages == [sorted(stage) for stage in STAGES.get(family, STAGES["llama"])]
+        feed.advance(block)
+
+
+@torch.no_grad()
+def test_padding_never_counts() -> None:
+    """Windows of 5, 9 and 12 real tokens give the Gram of those tokens run alone."""
+    model = tiny_model("llama")
+    lengths, ids = (5, 9, 12), tokens(3, 12)
+    mask = torch.stack([(torch.arange(12) < n).long() for n in lengths])
+    block = blocks_of(model)[0]
+
+    def grams(feed: Activations) -> list[Gram]:
+        return feed.collect(block, feed.stages(block), Gram)
+
+    together = grams(activations(model, Windows(ids, "t", mask), batch=3))
+    alone = [grams(activations(model, Windows(ids[i : i + 1, :n], "t"))) for i, n in enumerate(lengths)]
+    for stage, padded in enumerate(together):
+        for other in alone[1:]:
+            alone[0][stage].merge(other[stage])
+        assert padded.tokens == sum(lengths)
+        torch.testing.assert_close(padded.sum, alone[0][stage].sum, rtol=1e-4, atol=1e-5)
+
+
+def hooked_gram(model: PreTrainedModel, ids: Tensor, layer: torch.nn.Module, batch: int) -> Gram:
+    """The Gram of a layer's inputs in forwards of the whole model."""
+    weight = layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
+    gram = Gram(weight.shape[1], CPU)
+    handle = layer.register_forward_pre_hook(lambda _, args: gram.add(args[0].reshape(-1, args[0].shape[-1])))
+    for part in ids.split(batch):
+        model(part, use_cache=False)
+    handle.remove()
+    return gram
+
+
+@torch.no_grad()
+def prune_whole(model: PreTrainedModel, ids: Tensor, sparsity: str, batch: int, *, true_sequential: bool) -> None:
+    """The reference: no streaming, no replay; a forward of the whole model for every matrix."""
+    for name, module in find_blocks(model).items():
+        sites = make_block(0, name, module, {n: p.dtype for n, p in model.named_parameters()}).sites
+        order = STAGES.get(model.config.model_type, STAGES["llama"])
+        found = {site.name: hooked_gram(model, ids, site.module, batch) for site in sites}
+        for position, stage in enumerate(order):
+            now = [s for s in sites if s.name.rsplit(".", 1)[-1] in stage]
+            if model.config.model_type == "gpt2":  # two layers are called c_proj
+                now = [s for s in now if (".attn." in s.name) == (position < 2)]
+            if true_sequential:
+                found |= {s.name: hooked_gram(model, ids, s.module, batch) for s in now}
+            for site in now:
+                site.write(
+                    solvers.load("sparsegpt").solve(site.weight.clone().float(), found[site.name], parse(sparsity)).weight
+                )
+
+
+@pytest.mark.parametrize("true_sequential", [True, False], ids=["stages", "one pass"])
+@pytest.mark.parametrize("sparsity", ["2:4", "0.5"])
+def test_streamed_equals_whole_model(family: str, sparsity: str, true_sequential: bool, saved, tmp_path: Path) -> None:
+    ids = tokens(6, 16)
+    folder = saved(tiny_model(family))
+    options = {"sparsity": sparsity, "calibration": ids, "batch_size": 2, "true_sequential": true_sequential}
+    llmprune.prune(folder, output=tmp_path / "out", **options)
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prune_whole(reference, ids, sparsity, 2, true_sequential=true_sequential)
+    in_memory = AutoModelForCausalLM.from_pretrained(folder).eval()
+    llmprune.prune(in_memory, **options)
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(streamed[name], tensor), f"streamed {name}"
+        assert torch.equal(in_memory.state_dict()[name], tensor), f"in memory {name}"
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_other_methods_stream_alike(method: str, saved, tmp_path: Path) -> None:
+    folder = saved(tiny_model("qwen3"))
+    options = {"sparsity": "2:4", "method": method, "calibration": tokens(4, 16)}
+    llmprune.prune(folder, output=tmp_path / "out", **options)
+    in_memory = llmprune.prune(folder, **options).model
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert in_memory is not None
+    for name, tensor in in_memory.state_dict().items():
+        assert torch.equal(streamed[name], tensor), name
+
+
+def test_bfloat16_checkpoint_computed_in_bfloat16(saved, tmp_path: Path) -> None:
+    folder = saved(tiny_model("llama").to(torch.bfloat16))
+    options = {"sparsity": "2:4", "calibration": tokens(4, 16)}
+    llmprune.prune(folder, output=tmp_path / "out", dtype="bfloat16", **options)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    llmprune.prune(whole, **options)
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+def test_what_is_computed_next_is_what_was_saved(saved, tmp_path: Path) -> None:
+    """float32 compute on a bfloat16 checkpoint: later blocks must see the rounded weights."""
+    folder = saved(tiny_model("llama").to(torch.bfloat16))
+    result = llmprune.prune(folder, output=tmp_path / "out", sparsity="2:4", calibration=tokens(4, 16))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        gram = hooked_gram(model, tokens(4, 16), model.model.layers[2].mlp.down_proj, 4)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weight = dense.model.layers[2].mlp.down_proj.weight.detach()
+    expected = solvers.load("sparsegpt").solve(weight, gram, NM(2, 4)).weight.to(torch.bfloat16).float()
+    torch.testing.assert_close(model.model.layers[2].mlp.down_proj.weight.detach(), expected, rtol=2e-2, atol=2e-3)
+    assert result.record.sites[-1].tokens == 4 * 16
+
+
+def test_only_one_block_is_in_memory(saved, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from llmprune import pruner
+
+    loaded: list[set[str]] = []
+    original = pruner.Pruner.prune
+
+    def spy(self: pruner.Pruner, block: Block) -> None:
+        real = {n for n, p in skeletons[0].model.named_parameters() if p.device.type != "meta"}
+        loaded.append(real)
+        original(self, block)
+
+    skeletons = []
+    from llmprune.models.skeleton import Skeleton
+
+    build = Skeleton.__init__
+
+    def remember(self: Skeleton, *args: object) -> None:
+        build(self, *args)  # type: ignore[arg-type]
+        skeletons.append(self)
+
+    monkeypatch.setattr(pruner.Pruner, "prune", spy)
+    monkeypatch.setattr(Skeleton, "__init__", remember)
+    llmprune.prune(saved(tiny_model("llama")), output=tmp_path / "out", sparsity="2:4", calibration=tokens(4, 16))
+    assert [{name.split(".")[2] for name in real} for real in loaded] == [{"0"}, {"1"}, {"2"}]
+
+
+def test_not_finite_activations_name_the_place(saved) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[:] = 1e38
+        model.model.layers[1].self_attn.q_proj.weight[:] = 1e10
+        model.model.layers[1].self_attn.v_proj.weight[:] = 1e10
+    with pytest.raises(InputError, match=r"layers\.1.*NaN or infinity"):
+        llmprune.prune(model, sparsity="2:4", calibration=tokens(2, 8))
+
+
+def test_given_windows() -> None:
+    ids = tokens(3, 8)
+    assert given_windows(ids).mask is None
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    rows = [{"input_ids": row.tolist(), "attention_mask": m.tolist()} for row, m in zip(ids, mask, strict=True)]
+    windows = given_windows(rows)
+    assert torch.equal(windows.ids, ids)
+    assert windows.tokens() == 20
+    with pytest.raises(InputError, match="all of one length"):
+        given_windows([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])
+    with pytest.raises(InputError, match="must be given"):
+        given_windows([])
