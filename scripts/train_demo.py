@@ -1,6 +1,6 @@
 """Train the bundled demo: a 4M-parameter Llama on Python's own documentation and the PEPs.
 
-    python scripts/train_demo.py --peps peps.txt.xz --output llmprune/demo/llama --minutes 50
+    python scripts/train_demo.py --peps peps.txt.xz --output llmprune/demo/llama --minutes 32
 
 Training text: a file of public-domain PEPs (plain or .xz) and the *train* split of `llmprune.demo.text`, repeated
 `--docs-weight` times; any docstring that also stands in the calibration or evaluation split is left out. Writes bf16
@@ -105,7 +105,7 @@ def parameter_groups(model: LlamaForCausalLM, decay: float) -> list[dict]:
 
 def train(model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, args: argparse.Namespace) -> list[dict]:
     """Cosine schedule driven by elapsed time, so that the run ends when the minutes do."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(args.seed)
     compiled = torch.compile(model)  # twice the tokens a second on two cores
     log: list[dict] = []
@@ -135,10 +135,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peps", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("llmprune/demo/llama"))
-    parser.add_argument("--minutes", type=float, default=50)
+    parser.add_argument("--minutes", type=float, default=32)
     parser.add_argument("--batch", type=int, default=16, help="windows a step")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--docs-weight", type=int, default=3)
+    parser.add_argument("--weight-decay", type=float, default=0.3, help="strong: the text is small and read several times")
+    parser.add_argument("--docs-weight", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -162,7 +163,13 @@ def main() -> None:
         "parameters": model.num_parameters(),
         "training_tokens_a_pass": len(stream),
         "characters": {"peps": sum(map(len, peps)), "docs": sum(map(len, docs)), "docs_weight": args.docs_weight},
-        "arguments": {"minutes": args.minutes, "batch": args.batch, "lr": args.lr, "seed": args.seed},
+        "arguments": {
+            "minutes": args.minutes,
+            "batch": args.batch,
+            "lr": args.lr,
+            "weight_decay": args.weight_decay,
+            "seed": args.seed,
+        },
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "log": log,
     }

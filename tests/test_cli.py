@@ -1,0 +1,253 @@
+"""The command as a user types it: what it prints, what it refuses, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+from hub import serve
+from transformers import AutoTokenizer
+
+from llmprune.cli import main
+from llmprune.models.resolve import BUNDLED
+
+QUICK = ["--samples", "4", "--seqlen", "64", "--eval-text", "none"]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "llmprune.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(saved) -> Path:
+    """A tiny Llama with the bundled tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    path = saved(tiny_model("llama", vocab_size=len(tokenizer)))
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(str(n) for n in range(3000)))
+    return path
+
+
+def test_help_answers_without_torch() -> None:
+    code = "import sys; from llmprune.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(sorted(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--sparsity" in printed
+    for words in ("magnitude", "sparsegpt", "wanda", "llmprune verify DIR"):
+        assert words in printed
+    for heavy in ("'torch'", "'transformers'", "'datasets'", "'rich'"):
+        assert heavy not in printed
+
+
+def test_a_run_shows_what_it_did(folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["--model", str(folder), "--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "LlamaForCausalLM",
+        "2:4 in 21 matrices",
+        "sparsegpt",
+        "4 windows x 64 tokens",
+        "block 3/3",
+        "50.00%",
+        str(out),
+    ):
+        assert words in printed, words
+    assert f"wrote {out}" in printed
+    assert "perplexity" not in printed
+    assert "bundled" not in printed
+    assert main(["verify", str(out)]) == 0
+    assert "21 matrices checked, 0 problems" in capsys.readouterr().out
+
+
+def test_config_file_and_flags_share_names(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f'model: {folder}\nsparsity: "1:4"\nmethod: wanda\ncalibration: {text}\nsamples: 4\nseqlen: 32\n'
+        f"eval-text: none\ntrue_sequential: false\nskip: ['*.o_proj']\noutput: {tmp_path / 'out'}\n"
+    )
+    assert main(["--config", str(config), "--method", "magnitude"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("1:4 in 18 matrices, 3 left out", "magnitude, one pass a block", "4 windows x 32 tokens"):
+        assert words in printed, words
+
+
+MODEL = ["--model", "llama"]
+BAD = {
+    **{f"sparsity {s}": ([*MODEL, "--sparsity", s], "sparsity") for s in ("4:2", "0:4", "-1", "1.5", "nan", "abc", "50", "2:")},
+    "columns": ([*MODEL, "--sparsity", "3:7", *QUICK], "model.layers.0.self_attn.q_proj has 256 columns, not a multiple of 7"),
+    "method": ([*MODEL, "--sparsity", "2:4", "--method", "wnada"], "did you mean wanda"),
+    "model": (["--model", "lama", "--sparsity", "2:4"], "did you mean llama"),
+    "no such folder": (["--model", "./no/such", "--sparsity", "2:4"], "does not exist"),
+    "hub id, no network": (["--model", "owner/name", "--sparsity", "2:4"], "go online or pass a local folder"),
+    "flag": ([*MODEL, "--sparsty", "2:4"], "did you mean --sparsity"),
+    "flag with value": ([*MODEL, "--sparsity", "2:4", "--seqlne=3"], "did you mean --seqlen"),
+    "command": (["verfy", "x"], "unknown command 'verfy'; did you mean verify"),
+    "no model": (["--sparsity", "2:4"], "model is required: pass --model"),
+    "no sparsity": (MODEL, "sparsity is required"),
+    "samples": ([*MODEL, "--sparsity", "2:4", "--samples", "0"], "samples 0 is impossible"),
+    "samples text": ([*MODEL, "--sparsity", "2:4", "--samples", "many"], "invalid int value: 'many'"),
+    "too many samples": ([*MODEL, "--sparsity", "2:4", "--samples", "99999"], "windows of 512 tokens, fewer than the 99999"),
+    "device": ([*MODEL, "--sparsity", "2:4", "--device", "tpu7"], "device 'tpu7' cannot be used here"),
+    "dtype": ([*MODEL, "--sparsity", "2:4", "--dtype", "floot16"], "did you mean float16"),
+    "skip": ([*MODEL, "--sparsity", "2:4", "--skip", "*.qproj", *QUICK[:4]], "'*.qproj' matches no site; sites are named like"),
+    "skip all": ([*MODEL, "--sparsity", "2:4", "--skip", "*", *QUICK[:4]], "leave nothing to prune"),
+    "calibration": ([*MODEL, "--sparsity", "2:4", "--calibration", "none.txt"], "none.txt does not exist"),
+    "evaluation": ([*MODEL, "--sparsity", "2:4", "--eval-text", "wikitext"], "did you mean wikitext2"),
+    "config": (["--config", "none.yaml"], "cannot read config none.yaml"),
+    "verify": (["verify", "."], "holds no llmprune.json"),
+    "verify nothing": (["verify"], "required: DIR"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_one_line_and_writes_nothing(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, words = BAD[case]
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("llmprune: error: ")
+    assert printed.err.count("\n") == 1
+    assert words in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("sparsity: 2:4", 'run.yaml: YAML reads an unquoted N:M as the number 124: quote it, sparsity: "2:4"'),
+        ("sparsity: '2:4'\nmetod: wanda", "run.yaml: unknown option 'metod'; did you mean method"),
+        ("samples: '8'", "run.yaml: samples must be a whole number, not '8'"),
+        ("true_sequential: 1", "run.yaml: true_sequential must be true or false, not 1"),
+        ("skip: [1]", "skip must be a list of text"),
+        ("- a", "must be a mapping"),
+        ("a: [", "is not YAML"),
+        ("sparsity: true", "sparsity must be 0.5, 50% or N:M"),
+    ],
+)
+def test_bad_yaml(content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    assert main(["--config", str(path), "--model", "llama"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_outputs_that_would_cost_something(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("x")
+    (tmp_path / "file").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    for output, words in {
+        folder: "the model's own folder",
+        folder.parent: "or holds it",
+        folder / "inside": "inside the model's folder",
+        tmp_path / "full": "is not empty",
+        tmp_path / "file": "is a file",
+    }.items():
+        overwrite = ["--overwrite"] if output != tmp_path / "full" else []
+        assert main(["--model", str(folder), "--sparsity", "2:4", "--output", str(output), *overwrite]) == 2
+        assert words in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite_replaces_the_folder_whole(folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stale.safetensors").write_text("old")
+    run = ["--model", str(folder), "--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(out)]
+    assert main(run) == 2
+    assert main([*run, "--overwrite"]) == 0
+    assert not (out / "stale.safetensors").exists()
+    assert main(["verify", str(out)]) == 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_failed_overwrite_keeps_the_old_folder(folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("old")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    run = ["--model", str(folder), "--sparsity", "2:4", *QUICK, "--output", str(out), "--overwrite"]
+    assert main([*run, "--calibration", str(empty)]) == 2
+    assert (out / "precious").read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "llmprune.cli", *MODEL, "--sparsity", "2:4", "--eval-text", "none", "--output", "out"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("block 1/"):
+            break
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(folder: Path, text: Path, tmp_path: Path) -> None:
+    """A limit on file size stands in for a full disk: the shard cannot be written."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from llmprune.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    run = ["--model", str(folder), "--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *run], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
+
+
+def test_a_hub_model_takes_the_same_road(folder: Path, text: Path, tmp_path: Path) -> None:
+    (folder / "README.md").write_text("theirs")
+    with serve({"acme/tiny": folder}) as endpoint:
+        environment = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        run = ["--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(tmp_path / "out")]
+        done = command("--model", "acme/tiny", *run, **environment)
+        assert done.returncode == 0, done.stderr
+        absent = command("--model", "acme/absent", *run[:-1], str(tmp_path / "other"), **environment)
+    assert absent.returncode == 2
+    assert "no model acme/absent on the Hub" in absent.stderr
+    assert "base_model: acme/tiny" in (tmp_path / "out" / "README.md").read_text()
+    local = command("--model", str(folder), *run[:-1], str(tmp_path / "local"))
+    assert local.returncode == 0, local.stderr
+    for shard in sorted((tmp_path / "local").glob("*.safetensors")):
+        assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()

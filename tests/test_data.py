@@ -1,0 +1,149 @@
+"""Text to windows: reproducible, disjoint, honest about what is there."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llmprune.data import calibration_windows, evaluation_windows, load_documents
+from llmprune.demo import text as pydoc
+from llmprune.errors import InputError
+from llmprune.models.resolve import BUNDLED
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(BUNDLED["llama"])
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    """A text in which no two windows are alike."""
+    path = tmp_path / "numbers.txt"
+    path.write_text(" ".join(str(n) for n in range(3000)))
+    return path
+
+
+def calibration(text: str | Path, tokenizer: PreTrainedTokenizerBase, **changes: int):
+    return calibration_windows(str(text), tokenizer, **({"samples": 8, "seqlen": 32, "seed": 0} | changes))
+
+
+def test_windows_are_reproducible_and_depend_on_the_seed(numbers: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    first, again, other = (calibration(numbers, tokenizer, seed=seed).ids for seed in (0, 0, 1))
+    assert first.shape == (8, 32)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_windows_are_disjoint_pieces_of_the_text(numbers: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    stream = tokenizer(numbers.read_text() + "\n\n")["input_ids"]
+    starts = []
+    for window in calibration(numbers, tokenizer, samples=40).ids.tolist():
+        starts += [i for i in range(len(stream) - 31) if stream[i : i + 32] == window]
+    assert len(starts) == 40
+    assert min(b - a for a, b in zip(sorted(starts), sorted(starts)[1:], strict=False)) >= 32
+    assert starts != sorted(starts)
+
+
+def test_fewer_windows_than_asked_says_how_many(numbers: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    available = len(tokenizer(numbers.read_text() + "\n\n")["input_ids"]) // 32
+    with pytest.raises(InputError, match=f"gives {available} windows of 32 tokens, fewer than the {available + 1} asked"):
+        calibration(numbers, tokenizer, samples=available + 1)
+    assert len(calibration(numbers, tokenizer, samples=available).ids) == available
+    with pytest.raises(InputError, match="fewer than one window of 90000"):
+        calibration(numbers, tokenizer, seqlen=90000)
+
+
+def test_evaluation_follows_the_papers(numbers: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    stream = tokenizer(numbers.read_text())["input_ids"]
+    windows = evaluation_windows(str(numbers), tokenizer, seqlen=100)
+    assert windows.ids.flatten().tolist() == stream[: len(stream) // 100 * 100]
+
+
+RECORDS = ["first document", "second one", "third"]
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_formats_hold_the_same_documents(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": record, "id": n} for n, record in enumerate(RECORDS)]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    assert load_documents(str(write(tmp_path / f"a.jsonl{suffix}", lines)), "calibration") == RECORDS
+    assert load_documents(str(write(tmp_path / f"a.json{suffix}", json.dumps(rows))), "calibration") == RECORDS
+    assert load_documents(str(write(tmp_path / f"b.json{suffix}", json.dumps(RECORDS))), "calibration") == RECORDS
+    assert load_documents(str(write(tmp_path / f"a.txt{suffix}", "\n".join(RECORDS))), "calibration") == ["\n".join(RECORDS)]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": RECORDS}), tmp_path / "a.parquet")
+    assert load_documents(str(tmp_path / "a.parquet"), "calibration") == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.txt", None, "does not exist"),
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \n\n ", "is empty"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), r"not UTF-8 \(byte 3\)"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": ', "line 2, is not JSON"),
+        ("null.jsonl", b'{"text": "a"}\n{"text": null}', "record 2, has no text"),
+        ("number.json", b"[1, 2]", "record 1, has no text"),
+        ("other.jsonl", b'{"body": "a"}', "record 1, has no text"),
+        ("nothing.json", b"[]", "is empty"),
+        ("blank.jsonl", b'{"text": " "}', "is empty"),
+        ("short.txt.gz", gzip.compress(b"x" * 500)[:-9], "not a whole gzip"),
+        ("fake.txt.gz", b"plain", "not a whole gzip"),
+        ("fake.parquet", b"plain", "not a whole Parquet"),
+        ("what.csv", b"a,b", "unknown ending"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as caught:
+        load_documents(str(path), "calibration")
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("wikitxt2", "did you mean wikitext2"),
+        ("owner/name", "go online or pass a local file"),
+        ("c4", "go online"),
+        (".", "is a folder"),
+    ],
+)
+def test_texts_that_are_no_file(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        load_documents(text, "evaluation")
+    assert "\n" not in str(caught.value)
+
+
+def test_pydoc_splits_share_no_document() -> None:
+    """Exact repeats across documents are few; the splits are drawn by name, so none is a document of two."""
+    calibration_documents, evaluation_documents = pydoc.documents("calibration"), pydoc.documents("evaluation")
+    assert not set(calibration_documents) & set(evaluation_documents)
+    assert sum(map(len, calibration_documents)) > 200_000
+    assert sum(map(len, evaluation_documents)) > 100_000
+    assert pydoc.documents("evaluation") == evaluation_documents
+
+
+def test_pydoc_split_is_fixed_by_the_name() -> None:
+    """These names' splits are what the bundled model was trained with: a change would leak held-out text."""
+    known = {"json.decoder": "train", "topic:with": "train", "asyncio.events": "calibration", "builtin:builtins": "evaluation"}
+    assert {name: pydoc.split_of(name) for name in known} == known

@@ -1,0 +1,176 @@
+"""The folder a run leaves: loads anywhere, says what it is, and notices when it was touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import llmprune
+from llmprune.errors import InputError
+from llmprune.models.checkpoint import Checkpoint
+from llmprune.patterns import NM, verify
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(info.values()), info
+assert "llmprune" not in sys.modules
+ids = torch.tensor([[5, 6, 7, 8]])
+print(model.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist())
+torch.save(model(ids).logits, sys.argv[2])
+"""
+
+
+def prune(folder: Path, output: Path, **changes: object) -> llmprune.Result:
+    return llmprune.prune(folder, output=output, **({"sparsity": "2:4", "calibration": tokens(4, 16)} | changes))
+
+
+def test_loads_in_a_fresh_process_with_plain_transformers(family: str, saved, tmp_path: Path) -> None:
+    source = tiny_model(family)
+    prune(saved(source), tmp_path / "out")
+    run = [sys.executable, "-c", FRESH, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.isfinite(logits).all()
+    with torch.no_grad():
+        assert not torch.allclose(logits, source(torch.tensor([[5, 6, 7, 8]])).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_names_dtypes_and_untouched_tensors_are_the_source_s(dtype: torch.dtype, family: str, saved, tmp_path: Path) -> None:
+    folder = saved(tiny_model(family).to(dtype))
+    record = prune(folder, tmp_path / "out").record
+    before, after = Checkpoint(folder), Checkpoint(tmp_path / "out")
+    assert {n: (i.shape, i.dtype) for n, i in before.tensors.items()} == {
+        n: (i.shape, i.dtype) for n, i in after.tensors.items()
+    }
+    pruned = {site.tensor: site for site in record.sites}
+    old = dict(before.read(list(before.tensors)))
+    for name, tensor in after.read(list(after.tensors)):
+        if name in pruned:
+            verify(tensor.T if pruned[name].transposed else tensor, NM(2, 4))
+        else:
+            assert torch.equal(tensor, old[name]), name
+
+
+def test_one_shard_a_block_readable_by_all(saved, tmp_path: Path) -> None:
+    previous = os.umask(0o022)
+    try:
+        prune(saved(tiny_model("llama")), tmp_path / "out")
+    finally:
+        os.umask(previous)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert [shard.name for shard in shards] == [f"model-{i:05d}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    for index, shard in enumerate(shards[:3]):
+        with safe_open(shard, framework="pt") as handle:
+            assert {name.split(".")[2] for name in handle.keys()} == {str(index)}  # noqa: SIM118
+            assert handle.metadata() == {"format": "pt"}
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {"0o644"}
+
+
+def test_record_says_what_was_done(saved, tmp_path: Path) -> None:
+    folder = saved(tiny_model("gpt2"))
+    result = prune(folder, tmp_path / "out", skip=("*.c_attn",), seed=3)
+    record = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert record["arguments"]["sparsity"] == "2:4"
+    assert record["arguments"]["seed"] == 3
+    assert record["calibration"] == {"text": "given tokens", "samples": 4, "seqlen": 16, "tokens": 64, "seed": 3}
+    assert set(record["versions"]) >= {"python", "torch", "transformers"}
+    assert {site["name"].rsplit(".", 1)[-1] for site in record["sites"]} == {"c_proj", "c_fc"}
+    assert record["skipped"] == {f"transformer.h.{i}.attn.c_attn": "in --skip" for i in range(3)}
+    for site in record["sites"]:
+        assert site["sparsity"] == 0.5
+        assert 0 < site["error"] < 1
+        assert site["transposed"] is True
+        assert site["notes"]["damping"] == 0.01
+        assert site["tokens"] == 64
+    model = result.model or type(tiny_model("gpt2")).from_pretrained(tmp_path / "out")
+    assert record["size"]["nonzero_before"] - record["size"]["nonzero_after"] == result.record.zeros()
+    assert sum(int((p == 0).sum()) for p in model.parameters()) >= result.record.zeros()
+    assert record["size"]["bytes_before"] == record["size"]["bytes_after"]
+
+
+def test_card_tells_how_to_load(saved, tmp_path: Path) -> None:
+    prune(saved(tiny_model("llama")), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for words in ("**2:4**", "`sparsegpt`", "4 windows of 16 tokens", "from_pretrained", "llmprune verify"):
+        assert words in card, words
+    assert "perplexity" not in card
+
+
+def edit(folder: Path, change) -> str:
+    """Apply `change` to the first shard's tensors; returns the shard's name."""
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    return shard.name
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_verify_notices_what_was_touched(saved, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune(saved(tiny_model("llama")), out)
+    assert llmprune.verify(out).problems == ()
+    shard = edit(out, lambda tensors: tensors[Q].fill_(1.0))
+    assert llmprune.verify(out).problems == (
+        f"{shard}: sha256 differs from the record",
+        f"{Q}: not 2:4: row 0, columns 0 to 3: 4 nonzeros, 2 allowed",
+    )
+
+
+def test_verify_notices_flipped_bits_missing_and_added_files(saved, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune(saved(tiny_model("llama")), out)
+    config = out / "config.json"
+    config.write_bytes(config.read_bytes().replace(b"32", b"33", 1))
+    (out / "generation_config.json").unlink()
+    save_file({"x": torch.zeros(1)}, out / "extra.safetensors")
+    assert llmprune.verify(out).problems == (
+        "config.json: sha256 differs from the record",
+        "generation_config.json: missing",
+        "extra.safetensors: not in the record",
+    )
+
+
+def test_verify_refuses_what_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "llmprune.json").write_text("{}")
+    with pytest.raises(InputError, match="no record of a run"):
+        llmprune.verify(tmp_path)
+
+
+def test_a_model_in_memory_can_be_saved_too(saved, tmp_path: Path) -> None:
+    model = tiny_model("qwen3").train()
+    result = llmprune.prune(model, sparsity="0.5", method="wanda", calibration=tokens(4, 16), output=tmp_path / "out")
+    assert result.model is model
+    assert model.training
+    assert llmprune.verify(tmp_path / "out").problems == ()
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_python_mistakes_are_one_line(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    for options, words in (
+        ({"sparcity": "2:4"}, "did you mean sparsity"),
+        ({"sparsity": "2:4", "samples": "8"}, "samples must be a whole number"),
+        ({"sparsity": "2:4", "calibration": "pydoc"}, "needs a tokenizer"),
+        ({"sparsity": "2:4", "calibration": tokens(2, 8) + 500}, "outside the model's vocabulary of 96"),
+        ({"calibration": tokens(2, 8)}, "sparsity is required"),
+    ):
+        with pytest.raises(InputError, match=words):
+            llmprune.prune(model, **options)
