@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 
@@ -28,6 +29,14 @@ def pick_dtype(name: str, device: torch.device, config: PretrainedConfig) -> tor
     """The compute dtype called `name`; `auto` is float32 on the CPU, else the checkpoint's."""
     chosen = getattr(torch, name) if name != "auto" else torch.float32 if device.type == "cpu" else config.dtype
     return chosen if isinstance(chosen, torch.dtype) else torch.float32
+
+
+def return_free_memory() -> None:
+    """Have the C library give freed memory back to the system, where it can (glibc keeps it, and block after block its
+    heap grew by as much as a block although no more tensors were alive)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

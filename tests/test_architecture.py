@@ -24,7 +24,7 @@ ALLOWED = {
     "models": {"models"},
     "data": {"demo"},
     "texts": {"config", "data"},
-    "stream": {"models", "data", "stream"},
+    "stream": {"models", "data", "hardware", "stream"},
     "evaluate": {"data", "stream"},
     "plan": {"models", "patterns"},
     "report": {"evaluate", "report"},

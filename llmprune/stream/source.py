@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
+from llmprune.hardware import return_free_memory
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
@@ -35,3 +36,4 @@ class CheckpointSource:
             self._skeleton.load(self._skeleton.inside(name))
             yield make_block(index, name, module, storage)
             self._skeleton.release(self._skeleton.inside(name))
+            return_free_memory()
