@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from llmprune import __version__, solvers
 from llmprune.config import PruneConfig, read_yaml
-from llmprune.errors import InputError, unknown
+from llmprune.errors import InputError, plain_errors, unknown, user_path
 
 _EPILOG = """\
 other commands:
@@ -25,14 +25,17 @@ example: llmprune --model llama --sparsity 2:4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written stays
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds, so that nothing half-written stays
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name may not fit the terminal's encoding
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["verify"]:
-            return _verify(arguments[1:])
-        return _prune(arguments)
+        with plain_errors():
+            return _verify(arguments[1:]) if arguments[:1] == ["verify"] else _prune(arguments)
     except InputError as error:
-        print(f"llmprune: error: {error}", file=sys.stderr)
+        print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("llmprune: interrupted; nothing was written", file=sys.stderr)
@@ -53,21 +56,21 @@ def _prune(arguments: list[str]) -> int:
         return 2
     options = _parse(parser, arguments)
     path = options.pop("config", None)
-    config = PruneConfig.create(_merge(read_yaml(Path(path)), path) | options if path else options)
+    if path is not None:
+        options = _checked(read_yaml(user_path(path, "config")), path) | options
+    config = PruneConfig.create({"output": "auto"} | options)
 
     _quiet_libraries()
     from llmprune import pipeline
     from llmprune.report.console import Console
 
-    if config.output is None:
-        config = config.replace(output=pipeline.default_output(config))
     with Console() as console:
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         pipeline.prune(values.pop("model"), progress=console, **values)
     return 0
 
 
-def _merge(values: dict[str, Any], path: str) -> dict[str, Any]:
+def _checked(values: dict[str, Any], path: str) -> dict[str, Any]:
     """A file's options, checked on their own so that an error names the file."""
     PruneConfig.create({"model": "-", "sparsity": "0.5", **values}, where=path)
     return values
@@ -105,7 +108,7 @@ def _prune_parser() -> _Parser:
         if field.type == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif str(field.type).startswith("tuple"):
-            parser.add_argument(flag, nargs="+", metavar=field.metadata["metavar"], **common)
+            parser.add_argument(flag, nargs="+", action="extend", metavar=field.metadata["metavar"], **common)
         else:
             kind = int if field.type == "int" else str
             parser.add_argument(flag, type=kind, metavar=field.metadata["metavar"] or field.name[0].upper(), **common)
@@ -118,7 +121,9 @@ def _parse(parser: _Parser, arguments: list[str]) -> dict[str, Any]:
         flags = [string for action in parser._actions for string in action.option_strings]
         if rest[0].startswith("-"):
             raise unknown("flag", rest[0].split("=")[0], flags)
-        raise unknown("command", rest[0], ["verify"])
+        raise InputError(
+            f"unexpected argument {rest[0]!r}; llmprune --model M --sparsity S prunes, llmprune verify DIR re-checks"
+        )
     return {name: value for name, value in vars(known).items() if value is not None}
 
 

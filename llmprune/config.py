@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from llmprune.errors import InputError, unknown
+from llmprune.errors import InputError, reason, unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -51,7 +51,7 @@ class PruneConfig:
         "model, else none)",
         "auto", metavar="TEXT",
     )  # fmt: skip
-    output: str | None = _option("folder to write (default: MODEL-SPARSITY-METHOD here)", None, metavar="DIR")
+    output: str | None = _option("folder to write (default: auto, MODEL-SPARSITY-METHOD here)", None, metavar="DIR")
     overwrite: bool = _option("replace the output folder if it is not empty", False)
     device: str = _option("auto, cpu, cuda, cuda:1, ... (default: %(default)s)", "auto")
     dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is float32 on CPU, else the checkpoint's", "auto")
@@ -82,7 +82,10 @@ class PruneConfig:
         for name, f in known.items():
             if f.default is dataclasses.MISSING and name not in values:
                 raise InputError(f"{name} is required: pass --{name}, or {name}=... in Python or YAML")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{where}: {error}" if where else str(error)) from None
 
     def replace(self, **changes: Any) -> PruneConfig:
         return dataclasses.replace(self, **changes)
@@ -95,14 +98,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, is not YAML or not a mapping.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _NoDuplicates)
     except OSError as error:
         raise InputError(f"cannot read config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"config {path} is not YAML: {reason(error)}") from None
     if not isinstance(value, dict):
         raise InputError(f"config {path} must be a mapping of option names to values")
-    return {str(name).replace("-", "_"): item for name, item in value.items()}
+    options = {str(name).replace("-", "_"): item for name, item in value.items()}
+    if len(options) < len(value):
+        raise InputError(f"config {path} gives an option twice, once with - and once with _")
+    return options
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{repeated[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def _typed(name: str, value: Any, kind: Any, where: str) -> Any:

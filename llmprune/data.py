@@ -11,18 +11,19 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmprune.demo import text as pydoc
-from llmprune.errors import InputError, unknown
+from llmprune.errors import InputError, reason, unknown, user_path
 
+Given: TypeAlias = Tensor | Mapping[str, Any] | Sequence[Any]  # calibration samples that the caller tokenised
 Use = Literal["calibration", "evaluation"]
 NAMED = ("pydoc", "wikitext2", "c4")
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -46,6 +47,7 @@ class Windows:
 
     def batches(self, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
         """Model inputs, `size` windows at a time, on `device`."""
+        size = min(size, len(self.ids))
         masks = [None] * len(self.ids) if self.mask is None else self.mask.split(size)
         for ids, mask in zip(self.ids.split(size), masks, strict=False):
             yield {"input_ids": ids.to(device)} | ({} if mask is None else {"attention_mask": mask.to(device)})
@@ -63,7 +65,7 @@ def load_documents(text: str, use: Use) -> Sequence[str]:
     """
     if text == "pydoc":
         return pydoc.documents(use)
-    documents = _read_file(Path(text)) if _is_file(text) else _read_hub(text, use)
+    documents = _read_file(user_path(text, "text file")) if _is_file(text) else _read_hub(text, use)
     if not any(document and document.strip() for document in documents):
         raise InputError(f"text {text} is empty")
     return documents
@@ -106,27 +108,38 @@ def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen:
     return Windows(ids[: count * seqlen].view(count, seqlen), text)
 
 
-def given_windows(samples: Tensor | Sequence[Any]) -> Windows:
-    """Windows that the caller tokenised: (windows, length) ids, or mappings of `input_ids` and `attention_mask`.
+def given_windows(samples: Given) -> Windows:
+    """Windows that the caller tokenised: ids (windows, length), or what a tokenizer returns, or a list of those.
 
     Raises:
-        InputError: they are empty, or of different lengths (pad them, with a mask).
+        InputError: they are not integers in a grid, of different lengths, or all padding.
     """
-    if isinstance(samples, Tensor):
-        samples = [{"input_ids": samples}]
-    rows = [_rows(sample["input_ids"]) for sample in samples]
-    if len({row.shape[1] for row in rows}) != 1:
-        raise InputError("calibration samples must be given, all of one length: pad them and pass attention_mask")
+    several = isinstance(samples, (list, tuple)) and samples and all(isinstance(part, Mapping) for part in samples)
+    parts = list(samples) if several else [samples if isinstance(samples, Mapping) else {"input_ids": samples}]
+    ids = [_grid(part.get("input_ids")) for part in parts]
     masks = [
-        _rows(s["attention_mask"]) if "attention_mask" in s else torch.ones_like(r) for s, r in zip(samples, rows, strict=True)
+        _grid(p["attention_mask"]) if "attention_mask" in p else torch.ones_like(i) for p, i in zip(parts, ids, strict=True)
     ]
+    if len({row.shape[1] for row in ids}) != 1 or any(i.shape != m.shape for i, m in zip(ids, masks, strict=True)):
+        raise InputError(_GRID)
     mask = torch.cat(masks)
-    return Windows(torch.cat(rows), "given tokens", None if bool(mask.all()) else mask)
+    if not bool(mask.any()):
+        raise InputError("the calibration samples hold no real token: every attention_mask is 0")
+    return Windows(torch.cat(ids), "given tokens", None if bool(mask.all()) else mask)
 
 
-def _rows(tokens: Any) -> Tensor:
+_GRID = "calibration samples must be integer token ids, (windows, length): pad to one length and pass attention_mask"
+
+
+def _grid(tokens: Any) -> Tensor:
     """Tokens of one window or several as (windows, length)."""
-    return torch.atleast_2d(torch.as_tensor(tokens, dtype=torch.long))
+    try:
+        tensor = torch.atleast_2d(torch.as_tensor(tokens))
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(_GRID) from None
+    if tensor.ndim != 2 or not tensor.numel() or tensor.is_floating_point() or tensor.is_complex():
+        raise InputError(_GRID)
+    return tensor.long()
 
 
 def _too_short(text: str, ids: Tensor, seqlen: int) -> InputError:
@@ -143,17 +156,18 @@ def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, e
 
 
 def _is_file(text: str) -> bool:
-    path = Path(text).expanduser()
-    looks = text.removesuffix(".gz").endswith(_SUFFIXES) or text.startswith(("/", ".", "~"))
-    if not path.exists() and looks:
-        raise InputError(f"text file {text} does not exist")
+    path = user_path(text, "text")
     if path.is_dir():
         raise InputError(f"text {text} is a folder: pass a file ({', '.join(_SUFFIXES)}, or .gz of one)")
+    if path.exists() and not path.is_file():
+        raise InputError(f"text {text} is no regular file")
+    looks = text.removesuffix(".gz").endswith((*_SUFFIXES, ".csv", ".md")) or text.startswith(("/", ".", "~"))
+    if not path.exists() and looks:
+        raise InputError(f"text file {text} does not exist")
     return path.is_file()
 
 
 def _read_file(path: Path) -> list[str]:
-    path = path.expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix not in _SUFFIXES:
         raise InputError(f"text file {path} has an unknown ending; use {', '.join(_SUFFIXES)}, or .gz of one")
@@ -161,7 +175,7 @@ def _read_file(path: Path) -> list[str]:
         return _texts(_parquet_rows(path), path)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-        content = raw.decode("utf-8")
+        content = raw.decode("utf-8-sig")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"text file {path} is not a whole gzip file: {error}") from None
     except UnicodeDecodeError as error:
@@ -177,12 +191,12 @@ def _read_file(path: Path) -> list[str]:
 
 def _json_rows(content: str, path: Path, *, lines: bool) -> list[Any]:
     rows: list[Any] = []
-    pieces = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()] if lines else [(1, content)]
+    pieces = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()] if lines else [(1, content)]
     for number, piece in pieces:
         try:
             rows.append(json.loads(piece))
-        except ValueError as error:
-            raise InputError(f"text file {path}, line {number}, is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"text file {path}, line {number}, is not JSON: {reason(error)}") from None
     return rows if lines or not isinstance(rows[0], list) else rows[0]
 
 
@@ -193,7 +207,7 @@ def _parquet_rows(path: Path) -> list[Any]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"text file {path} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
+        raise InputError(f"text file {path} is not a whole Parquet file: {reason(error)}") from None
 
 
 def _texts(rows: Sequence[Any], path: Path) -> list[str]:
@@ -202,6 +216,8 @@ def _texts(rows: Sequence[Any], path: Path) -> list[str]:
         text = row.get("text") if isinstance(row, dict) else row
         if not isinstance(text, str):
             raise InputError(f"text file {path}, record {number}, has no text: give strings, or objects with a `text` string")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"text file {path}, record {number}, holds half a surrogate pair, which is no character")
         texts.append(text)
     return texts
 
@@ -220,9 +236,8 @@ def _read_hub(text: str, use: Use) -> Sequence[str]:
         arguments |= {"path": "allenai/c4", "data_files": {split: part}}
     try:
         rows = datasets.load_dataset(**arguments)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"cannot load text {text} from the Hub ({reason}); go online or pass a local file") from None
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"cannot load text {text} from the Hub ({reason(error)}); go online or pass a local file") from None
     if "text" not in rows.column_names:
         raise InputError(f"Hub dataset {text} has no `text` column, only {', '.join(rows.column_names)}")
     if text == "wikitext2":  # rows are lines of articles: only joined do they make text

@@ -1,9 +1,11 @@
-"""The one error a user can cause, and near matches for a mistyped name."""
+"""The one error a user can cause, in one line; near matches for a mistyped name; paths as users write them."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -16,3 +18,43 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
     return InputError(f"unknown {kind} {name!r}; {hint}")
+
+
+def reason(error: BaseException, limit: int = 160) -> str:
+    """What an exception says, in one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def user_path(text: str | Path, what: str) -> Path:
+    """A path as the user wrote it, `~` expanded.
+
+    Raises:
+        InputError: no file could have that name.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+        path.resolve()
+        str(path).encode()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{what} {str(text)[:80]!r} is no usable path: {reason(error)}") from None
+    if not str(text):
+        raise InputError(f"{what} is empty: name a path")
+    return path
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Say in one line what the machine denied: a file, disk space or memory."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise InputError(f"cannot read or write {where}{error.strerror or reason(error)}") from None
+    except MemoryError:
+        raise InputError("out of memory; lower --batch-size, --samples or --seqlen") from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        raise InputError(f"out of memory; lower --batch-size, --samples or --seqlen ({reason(error)})") from None

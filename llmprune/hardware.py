@@ -9,7 +9,7 @@ import sys
 import torch
 from transformers import PretrainedConfig
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, reason
 
 
 def pick_device(name: str) -> torch.device:
@@ -20,9 +20,12 @@ def pick_device(name: str) -> torch.device:
     """
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        return torch.zeros(1, device=wanted).device
+        device = torch.zeros(1, device=wanted).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise InputError(f"device {name!r} cannot be used here: {reason(error)}") from None
+    if device.type == "meta":
+        raise InputError("device 'meta' holds no data: choose cpu or cuda")
+    return device
 
 
 def pick_dtype(name: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:

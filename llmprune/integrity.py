@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, plain_errors, reason, user_path
 from llmprune.models.checkpoint import Checkpoint, read_json
-from llmprune.patterns import parse
-from llmprune.report.record import RECORD
-from llmprune.stream.shards import sha256
+from llmprune.patterns import Pattern, parse
+from llmprune.report.record import SCHEMA
+from llmprune.stream.publish import RECORD, sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,35 +28,44 @@ def verify(folder: str | Path) -> Verification:
     Raises:
         InputError: the folder holds no record of a run, or no readable checkpoint.
     """
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder} holds no {RECORD}: give a folder that llmprune wrote")
     record = read_json(folder / RECORD)
-    files, sites = record.get("files"), record.get("sites")
-    if not isinstance(files, dict) or not isinstance(sites, list) or not files or not sites:
-        raise InputError(f"{folder / RECORD} lists no files or no sites: it is no record of a run")
-    problems = (*_file_problems(folder, files), *_site_problems(Checkpoint(folder), sites))
+    if record.get("schema") != SCHEMA:
+        raise InputError(f"{folder / RECORD} has schema {record.get('schema')!r}; this llmprune reads {SCHEMA}")
+    try:
+        files = {str(name): str(digest) for name, digest in record["files"].items()}
+        sites = [(str(site["tensor"]), parse(site["pattern"]), bool(site["transposed"])) for site in record["sites"]]
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(f"{folder / RECORD} is no record of a run: {reason(error)}") from None
+    with plain_errors():
+        problems = (*_file_problems(folder, files), *_site_problems(folder, sites))
     return Verification(len(files), len(sites), problems)
 
 
 def _file_problems(folder: Path, files: dict[str, str]) -> Iterator[str]:
     for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name or not (folder / name).is_file():
             yield f"{name}: missing"
-        elif sha256(path) != expected:
+        elif sha256(folder / name) != expected:
             yield f"{name}: sha256 differs from the record"
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in files:
+    for path in sorted(folder.iterdir()):
+        if path.name not in files and path.name != RECORD:
             yield f"{path.name}: not in the record"
 
 
-def _site_problems(checkpoint: Checkpoint, sites: list[dict[str, Any]]) -> Iterator[str]:
-    by_tensor = {str(site.get("tensor")): site for site in sites}
-    missing = [name for name in by_tensor if name not in checkpoint.tensors]
-    yield from (f"{name}: not in the checkpoint" for name in missing)
-    for name, tensor in checkpoint.read([name for name in by_tensor if name not in missing]):
-        site = by_tensor[name]
-        weight = tensor.T if site.get("transposed") else tensor
-        if problem := parse(str(site.get("pattern"))).violation(weight):
-            yield f"{name}: not {site['pattern']}: {problem}"
+def _site_problems(folder: Path, sites: list[tuple[str, Pattern, bool]]) -> Iterator[str]:
+    try:
+        checkpoint = Checkpoint(folder)
+    except InputError as error:
+        yield str(error)
+        return
+    expected = {tensor: (pattern, transposed) for tensor, pattern, transposed in sites}
+    yield from (f"{name}: not in the checkpoint" for name in expected if name not in checkpoint.tensors)
+    for name, tensor in checkpoint.read([name for name in expected if name in checkpoint.tensors]):
+        pattern, transposed = expected[name]
+        if tensor.ndim != 2:
+            yield f"{name}: not a matrix"
+        elif problem := pattern.violation(tensor.T if transposed else tensor):
+            yield f"{name}: not {pattern}: {problem}"

@@ -26,6 +26,10 @@ class Pattern(Protocol):
         """Columns are decided in groups of this many."""
         ...
 
+    def misfit(self, rows: int, columns: int) -> str | None:
+        """Why no (rows, columns) matrix can have the pattern, or None."""
+        ...
+
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
         """Mask of the highest scores, chosen over the whole of `score`.
 
@@ -54,7 +58,12 @@ class Unstructured:
             raise InputError(f"sparsity {self.sparsity:g} is impossible: give a fraction between 0 and 1, or e.g. 50%")
 
     def __str__(self) -> str:
-        return f"{100 * self.sparsity:g}%"
+        percent = f"{100 * self.sparsity:g}%"
+        return percent if float(percent[:-1]) / 100 == self.sparsity else repr(self.sparsity)  # parses back exactly
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        count = rows * columns
+        return None if 0 < round(self.sparsity * count) < count else f"it would drop none or all of its {count} weights"
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
         drop = round(self.sparsity * (start + score.numel())) - round(self.sparsity * start)
@@ -92,6 +101,9 @@ class NM:
     def period(self) -> int:
         return self.m
 
+    def misfit(self, rows: int, columns: int) -> str | None:
+        return f"its {columns} columns are not a multiple of {self.m}" if columns % self.m else None
+
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
         groups = score.unflatten(1, (-1, self.m))
         top = groups.topk(self.n, dim=-1, sorted=False).indices
@@ -101,8 +113,8 @@ class NM:
         return self.keep(score)
 
     def violation(self, weight: Tensor) -> str | None:
-        if weight.shape[1] % self.m:
-            return f"{weight.shape[1]} columns are not a multiple of {self.m}"
+        if misfit := self.misfit(*weight.shape):
+            return misfit
         counts = (weight.unflatten(1, (-1, self.m)) != 0).sum(-1)
         if bool((counts <= self.n).all()):
             return None

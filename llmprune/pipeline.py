@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune import solvers
 from llmprune.config import PruneConfig
-from llmprune.errors import InputError
+from llmprune.data import Given
+from llmprune.errors import InputError, plain_errors, reason, user_path
 from llmprune.evaluate.perplexity import streamed_perplexity
 from llmprune.hardware import peak_memory, pick_device, pick_dtype
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
 from llmprune.models.sites import Block
-from llmprune.models.skeleton import Skeleton, load_config
+from llmprune.models.skeleton import FOREIGN, Skeleton, load_config, match_names
 from llmprune.patterns import Pattern, parse
 from llmprune.plan import Plan, make_plan
 from llmprune.pruner import Pruner
 from llmprune.report.card import model_card
-from llmprune.report.console import Silent
-from llmprune.report.record import RECORD, Clock, RunRecord
+from llmprune.report.console import Progress
+from llmprune.report.record import Clock, RunRecord
 from llmprune.solvers.base import Solver
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import Sink, Source, stream
-from llmprune.stream.shards import NoSink, ShardWriter, check_output, copy_extras, published, sha256, write_json
+from llmprune.stream.publish import RECORD, check_output, copy_extras, published, sha256, write_json
+from llmprune.stream.shards import NoSink, ShardWriter
 from llmprune.stream.source import CheckpointSource, ModelSource
-from llmprune.texts import Given, Texts, choose_texts
+from llmprune.texts import Texts, choose_texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def prune(
     *,
     calibration: str | Path | Given = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
-    progress: Silent | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Result:
     """Prune a causal language model after training.
@@ -74,26 +75,25 @@ def prune(
     Raises:
         InputError: bad input, in one line; nothing has been written.
     """
+    if not isinstance(model, (str, Path, PreTrainedModel)):
+        raise InputError(f"model must be a transformers model, a folder or a name, not {type(model).__name__}")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"tokenizer must be a transformers tokenizer, not {type(tokenizer).__name__}")
     given = None if isinstance(calibration, (str, Path)) else calibration
     named = {
         "model": type(model).__name__ if isinstance(model, PreTrainedModel) else str(model),
         "calibration": str(calibration) if given is None else "given tokens",
     }
-    job = _Job(PruneConfig.create({**options, **named}), given, progress or Silent())
-    with torch.no_grad(), _plain_errors():
+    job = _Job(PruneConfig.create({**options, **named}), given, progress or Progress())
+    with torch.no_grad(), plain_errors():
         if isinstance(model, PreTrainedModel):
             return _prune_in_memory(job, model, None, tokenizer)
         folder = resolve(job.config.model)
+        config = load_config(folder.path)
         tokenizer = tokenizer or _load_tokenizer(folder.path)
         if job.config.output is not None:
-            return _prune_folder(job, folder, tokenizer)
-        return _prune_in_memory(job, _load_whole(folder, job.config), folder, tokenizer)
-
-
-def default_output(config: PruneConfig) -> str:
-    """The folder that the command writes to when none is named."""
-    pattern = str(parse(config.sparsity)).replace(":", "of").replace("%", "pct")
-    return f"{Path(config.model).name}-{pattern}-{config.method}"
+            return _prune_folder(job, folder, config, tokenizer)
+        return _prune_in_memory(job, _load_whole(folder, config, job.config), folder, tokenizer)
 
 
 @dataclass(slots=True)
@@ -102,13 +102,20 @@ class _Job:
 
     config: PruneConfig
     given: Given | None
-    progress: Silent
+    progress: Progress
     clock: Clock = field(default_factory=Clock)
     solver: Solver = field(init=False)
     pattern: Pattern = field(init=False)
 
     def __post_init__(self) -> None:
         self.solver, self.pattern = solvers.load(self.config.method), parse(self.config.sparsity)
+
+    def output(self, model: str) -> Path | None:
+        """The folder to write; `auto` names it after the model, the pattern and the method."""
+        if self.config.output != "auto":
+            return None if self.config.output is None else user_path(self.config.output, "output")
+        pattern = str(self.pattern).replace(":", "of").replace("%", "pct")
+        return Path(f"{model}-{pattern}-{self.config.method}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +139,15 @@ class _Work:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def _prune_folder(job: _Job, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> Result:
+def _prune_folder(
+    job: _Job, folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> Result:
     """Stream a checkpoint folder to the output folder."""
-    output = Path(job.config.output or default_output(job.config))
+    output = job.output(folder.name)
+    assert output is not None
     check_output(output, folder.path, job.config.overwrite)
     with job.clock("prepare"):
-        checkpoint, config, device = Checkpoint(folder.path), load_config(folder.path), pick_device(job.config.device)
+        checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device)
         skeleton = Skeleton(checkpoint, config, device, pick_dtype(job.config.dtype, device, config))
         storage = skeleton.storage()
         blocks = [make_block(index, name, module, storage) for index, (name, module) in enumerate(skeleton.blocks.items())]
@@ -155,12 +165,12 @@ def _prune_folder(job: _Job, folder: ModelFolder, tokenizer: PreTrainedTokenizer
         )
         texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
     record = _announce(job, work, texts, folder)
-    with published(output) as partial:
-        writer = ShardWriter(skeleton, partial)
+    with published(output, overwrite=job.config.overwrite) as partial:
+        copy_extras(folder.path, partial)
+        writer = ShardWriter(skeleton, partial, work.plan.patterns)
         _run(job, work, texts, writer, record)
         with job.clock("write"):
             writer.finish()
-            copy_extras(folder.path, partial)
             _write_record(partial, record, output.name)
     job.progress.summary(record, output)
     return Result(record, None, output)
@@ -170,7 +180,11 @@ def _prune_in_memory(
     job: _Job, model: PreTrainedModel, folder: ModelFolder | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Result:
     """Prune a model in place, and save it where an output folder is named."""
-    output = Path(job.config.output) if job.config.output else None
+    output = job.output(folder.name if folder else job.config.model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("part of the model is offloaded: pass its folder or Hub id instead, with an output folder")
+    if folder is None and (job.config.device, job.config.dtype) != ("auto", "auto"):
+        raise InputError("a model in memory is pruned on its own device, in its own dtype: leave device and dtype out")
     if output is not None:
         check_output(output, folder.path if folder else None, job.config.overwrite)
     with job.clock("prepare"):
@@ -180,15 +194,15 @@ def _prune_in_memory(
         work = _Work(model, find_blocks(model), model.device, model.dtype, model.num_parameters(), size, source, plan)
         texts = choose_texts(job.config, model.config, tokenizer, given=job.given, bundled=bool(folder and folder.bundled))
     record = _announce(job, work, texts, folder)
-    was_training = model.training
-    model.eval()
-    _run(job, work, texts, NoSink(), record)
-    model.train(was_training)
+    with _evaluating(model):
+        _run(job, work, texts, NoSink(), record)
     if output is not None:
-        with published(output) as partial, job.clock("write"):
+        with published(output, overwrite=job.config.overwrite) as partial, job.clock("write"):
             model.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+            names = match_names(model, Checkpoint(partial))
+            record.sites = [replace(site, tensor=names[f"{site.name}.weight"]) for site in record.sites]
             _write_record(partial, record, output.name)
     job.progress.summary(record, output)
     return Result(record, model, output)
@@ -232,7 +246,7 @@ def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord) ->
             record.pruned = streamed_perplexity(work.model, blocks, pruned, texts.evaluation, work.device)
     record.sites = pruner.records
     record.skipped |= dict.fromkeys(pruner.uncalled, "the model's forward never runs it")
-    record.size["nonzero_after"] = record.size["nonzero_before"] - pruner.removed
+    record.size["nonzero_before"], record.size["nonzero_after"] = pruner.nonzero
     record.peak_memory = peak_memory(work.device)
 
 
@@ -242,7 +256,7 @@ class _Feeds:
 
     calibration: Activations
     evaluation: Activations | None
-    progress: Silent
+    progress: Progress
     clock: Clock
 
     def advance(self, block: Block) -> None:
@@ -286,12 +300,15 @@ def _announce(job: _Job, work: _Work, texts: Texts, folder: ModelFolder | None) 
         compute={"device": str(work.device), "dtype": str(work.dtype).removeprefix("torch.")},
         skipped=work.plan.skipped,
         seconds=job.clock.seconds,
-        size={"nonzero_before": work.parameters, "bytes_before": work.nbytes},
+        size={"bytes_before": work.nbytes},
     )
     job.progress.header(record, str(job.pattern), len(work.plan.patterns))
     if folder and folder.bundled:
         size = f"{work.parameters / 1e6:.0f}M-parameter demo"
-        job.progress.note(f"llama is the bundled {size}; for a real model pass a Hub id such as {EXAMPLE}")
+        shadowed = " (a folder here of that name is ./llama)" if Path(config.model).is_dir() else ""
+        job.progress.note(f"llama is the bundled {size}; for a real model pass a Hub id such as {EXAMPLE}{shadowed}")
+    if apart := [name for name, why in record.skipped.items() if why.endswith("of no linear layer")]:
+        job.progress.note(f"{len(apart)} weights of no linear layer (fused experts?) are left alone, such as {apart[0]}")
     for note in texts.notes:
         job.progress.note(note)
     return record
@@ -311,26 +328,24 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot read the tokenizer in {folder}: {reason}") from None
-
-
-def _load_whole(folder: ModelFolder, config: PruneConfig) -> PreTrainedModel:
-    checkpoint, model_config, device = Checkpoint(folder.path), load_config(folder.path), pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, model_config)
-    Skeleton(checkpoint, model_config, torch.device("cpu"), dtype)  # raises unless tensors and configuration fit together
-    return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, device_map={"": device}, trust_remote_code=False)
+    except FOREIGN as error:
+        raise InputError(f"cannot read the tokenizer in {folder}: {reason(error)}") from None
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Say in one line what the machine ran out of."""
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in eval mode; each module's own mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"out of device memory; lower --batch-size or --seqlen ({str(error).splitlines()[0]})") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        raise InputError(f"cannot write {error.filename or 'the output'}: {error.strerror}") from None
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _load_whole(folder: ModelFolder, model_config: PretrainedConfig, config: PruneConfig) -> PreTrainedModel:
+    checkpoint, device = Checkpoint(folder.path), pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, model_config)
+    Skeleton(checkpoint, model_config, torch.device("cpu"), dtype)  # raises unless tensors and configuration fit together
+    return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, device_map={"": device}, trust_remote_code=False)

@@ -39,10 +39,9 @@ def make_plan(blocks: Sequence[Block], pattern: Pattern, *, only: Sequence[str],
             plan.skipped[site.name] = "not in --only"
         elif _matches(site.name, skip):
             plan.skipped[site.name] = "in --skip"
-        elif site.columns % pattern.period:
+        elif misfit := pattern.misfit(*site.weight.shape):
             raise InputError(
-                f"{site.name} has {site.columns} columns, not a multiple of {pattern.period}, so it cannot be {pattern}; "
-                f"leave it out with --skip '*.{site.name.rsplit('.', 1)[-1]}'"
+                f"{site.name} cannot be {pattern}: {misfit}; leave it out with --skip '*.{site.name.rsplit('.', 1)[-1]}'"
             )
         else:
             plan.patterns[site.name] = pattern

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site
 from llmprune.patterns import Pattern, verify
-from llmprune.report.console import Silent
+from llmprune.report.console import Progress
 from llmprune.report.record import Clock, SiteRecord
 from llmprune.solvers.base import Solver
 from llmprune.stats import InputSample, Statistic
@@ -44,7 +44,7 @@ class Pruner:
         names: a weight's name in the model -> its name on disk, where the two differ.
         records: one a pruned matrix, in the order solved.
         uncalled: sites that the model's forward never runs.
-        removed: weights that became zero.
+        nonzero: weights that are not zero in the matrices pruned so far, before and after.
     """
 
     patterns: Mapping[str, Pattern]
@@ -52,12 +52,12 @@ class Pruner:
     feed: Activations
     tokens: int
     true_sequential: bool
-    progress: Silent
+    progress: Progress
     clock: Clock
     names: Mapping[str, str]
     records: list[SiteRecord] = field(default_factory=list)
     uncalled: list[str] = field(default_factory=list)
-    removed: int = 0
+    nonzero: tuple[int, int] = (0, 0)
 
     def prune(self, block: Block) -> None:
         """Solve the block's planned sites, stage by stage or all from one pass.
@@ -94,6 +94,8 @@ class Pruner:
     def _solve(self, block: Block, site: Site, seen: Observed) -> SiteRecord:
         start = time.perf_counter()
         pattern, dense = self.patterns[site.name], site.weight.to(torch.float32, copy=True)
+        if not bool(torch.isfinite(dense).all()):
+            raise InputError(f"the weights of {site.name} hold NaN or infinity")
         try:
             solution = self.solver.solve(dense, seen.statistic, pattern)
         except InputError as error:
@@ -103,7 +105,8 @@ class Pruner:
         if not bool(torch.isfinite(after).all()):
             raise InputError(f"{site.name}: the pruned weights overflow {site.storage}; try --method wanda")
         verify(after, pattern)
-        self.removed += int((dense != 0).sum()) - int((after != 0).sum())
+        left = int((after != 0).sum())
+        self.nonzero = (self.nonzero[0] + int((dense != 0).sum()), self.nonzero[1] + left)
         weight = f"{site.name}.weight"
         return SiteRecord(
             name=site.name,
@@ -112,7 +115,7 @@ class Pruner:
             pattern=str(pattern),
             shape=(after.shape[0], after.shape[1]),
             transposed=site.transposed,
-            sparsity=int((after == 0).sum()) / after.numel(),
+            sparsity=1 - left / after.numel(),
             error=seen.sample.relative_error(dense, after),
             tokens=seen.statistic.tokens,
             seconds=time.perf_counter() - start,

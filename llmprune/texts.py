@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llmprune.config import PruneConfig
-from llmprune.data import Windows, calibration_windows, evaluation_windows, given_windows
+from llmprune.data import Given, Windows, calibration_windows, evaluation_windows, given_windows
 from llmprune.errors import InputError
-
-Given: TypeAlias = Tensor | Sequence[Mapping[str, Any]]  # calibration samples that the caller tokenised
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +36,15 @@ def choose_texts(
     model = model.get_text_config()
     positions = getattr(model, "max_position_embeddings", None) or config.seqlen
     seqlen = min(config.seqlen, positions)
+    if seqlen < 2:
+        raise InputError(f"the model's configuration allows {positions} positions, too few for a window")
     notes = (f"seqlen {config.seqlen} is capped at the model's {positions} positions",) if seqlen < config.seqlen else ()
     if given is not None:
-        calibration = given_windows(given)
+        calibration, notes = given_windows(given), ()
+        if calibration.ids.shape[1] > positions:
+            raise InputError(
+                f"calibration windows of {calibration.ids.shape[1]} tokens exceed the model's {positions} positions"
+            )
     else:
         text = ("pydoc" if bundled else "c4") if config.calibration == "auto" else config.calibration
         tokenizer = _needed(tokenizer, text)
@@ -51,15 +52,19 @@ def choose_texts(
     chosen = ("pydoc" if bundled else "none") if config.eval_text == "auto" else config.eval_text
     evaluation = None if chosen == "none" else evaluation_windows(chosen, _needed(tokenizer, chosen), seqlen=seqlen)
     for windows in filter(None, (calibration, evaluation)):
-        if int(windows.ids.max()) >= model.vocab_size:
-            raise InputError(
-                f"token {int(windows.ids.max())} of {windows.text} is outside the model's vocabulary of {model.vocab_size}: "
-                "is it another model's tokenizer?"
-            )
+        for token in (int(windows.ids.min()), int(windows.ids.max())):
+            if not 0 <= token < model.vocab_size:
+                raise InputError(
+                    f"token {token} of {windows.text} is outside the model's vocabulary of {model.vocab_size}: "
+                    "is it another model's tokenizer?"
+                )
     return Texts(calibration, evaluation, notes)
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None, text: str) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise InputError(f"text {text} needs a tokenizer: pass tokenizer=..., or calibration as token ids")
+        raise InputError(
+            f"text {text} needs a tokenizer: put the model's tokenizer files into its folder, or in Python pass tokenizer=... "
+            "or calibration as token ids"
+        )
     return tokenizer

@@ -23,7 +23,8 @@ PATTERNS = ("50%", "2:4")
 
 def measure(method: str, sparsity: str) -> dict[str, Any]:
     record = llmprune.prune("llama", sparsity=sparsity, method=method).record
-    assert record.dense is not None and record.pruned is not None
+    assert record.dense
+    assert record.pruned
     return {
         "method": method,
         "sparsity": sparsity,
@@ -36,10 +37,11 @@ def measure(method: str, sparsity: str) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Perplexity by method x pattern, excess loss in brackets, dense on top."""
-    lines = [f"| method | {' | '.join(PATTERNS)} |", "|---|---|---|", f"| dense | {rows[0]['dense']:.2f} | {rows[0]['dense']:.2f} |"]
+    dense = f"{rows[0]['dense']:.2f}"
+    lines = [f"| method | {' | '.join(PATTERNS)} |", "|---|---|---|", f"| dense | {dense} | {dense} |"]
     for method in dict.fromkeys(row["method"] for row in rows):
-        cells = {row["sparsity"]: f"{row['perplexity']:.2f} (+{row['excess_loss']:.3f})" for row in rows if row["method"] == method}
-        lines.append(f"| {method} | {' | '.join(cells[pattern] for pattern in PATTERNS)} |")
+        cells = [f"{r['perplexity']:.2f} (+{r['excess_loss']:.3f})" for r in rows if r["method"] == method]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -51,7 +53,8 @@ def main() -> None:
     rows = [measure(method, sparsity) for method in methods for sparsity in PATTERNS]
     print(markdown(rows))
     if args.output:
-        args.output.write_text(json.dumps({"date": date.today().isoformat(), "versions": versions(), "rows": rows}, indent=1) + "\n")
+        result = {"date": date.today().isoformat(), "versions": versions(), "rows": rows}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

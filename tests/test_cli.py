@@ -91,17 +91,26 @@ def test_config_file_and_flags_share_names(
         assert words in printed, words
 
 
+def test_repeated_globs_add_up(folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--model", str(folder), "--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(tmp_path / "out")]
+    assert main([*run, "--skip", "*.o_proj", "--skip", "*.down_proj"]) == 0
+    assert "2:4 in 15 matrices, 6 left out" in capsys.readouterr().out
+
+
 MODEL = ["--model", "llama"]
 BAD = {
     **{f"sparsity {s}": ([*MODEL, "--sparsity", s], "sparsity") for s in ("4:2", "0:4", "-1", "1.5", "nan", "abc", "50", "2:")},
-    "columns": ([*MODEL, "--sparsity", "3:7", *QUICK], "model.layers.0.self_attn.q_proj has 256 columns, not a multiple of 7"),
+    "columns": (
+        [*MODEL, "--sparsity", "3:7", *QUICK],
+        "self_attn.q_proj cannot be 3:7: its 256 columns are not a multiple of 7",
+    ),
     "method": ([*MODEL, "--sparsity", "2:4", "--method", "wnada"], "did you mean wanda"),
     "model": (["--model", "lama", "--sparsity", "2:4"], "did you mean llama"),
     "no such folder": (["--model", "./no/such", "--sparsity", "2:4"], "does not exist"),
     "hub id, no network": (["--model", "owner/name", "--sparsity", "2:4"], "go online or pass a local folder"),
     "flag": ([*MODEL, "--sparsty", "2:4"], "did you mean --sparsity"),
     "flag with value": ([*MODEL, "--sparsity", "2:4", "--seqlne=3"], "did you mean --seqlen"),
-    "command": (["verfy", "x"], "unknown command 'verfy'; did you mean verify"),
+    "command": (["verfy", "x"], "unexpected argument 'verfy'; write"),
     "no model": (["--sparsity", "2:4"], "model is required: pass --model"),
     "no sparsity": (MODEL, "sparsity is required"),
     "samples": ([*MODEL, "--sparsity", "2:4", "--samples", "0"], "samples 0 is impossible"),
@@ -114,6 +123,14 @@ BAD = {
     "calibration": ([*MODEL, "--sparsity", "2:4", "--calibration", "none.txt"], "none.txt does not exist"),
     "evaluation": ([*MODEL, "--sparsity", "2:4", "--eval-text", "wikitext"], "did you mean wikitext2"),
     "config": (["--config", "none.yaml"], "cannot read config none.yaml"),
+    "nothing to drop": ([*MODEL, "--sparsity", "1e-9", *QUICK], "would drop none or all of its"),
+    "empty output": ([*MODEL, "--sparsity", "2:4", "--output", ""], "output is empty"),
+    "output in the current folder": ([*MODEL, "--sparsity", "2:4", "--output", "."], "name a new folder inside it"),
+    "long output": ([*MODEL, "--sparsity", "2:4", "--output", "x" * 300], "is no usable path"),
+    "no such home": ([*MODEL, "--sparsity", "2:4", "--output", "~nobody-of-this-name/x"], "is no usable path"),
+    "empty model": (["--model", "", "--sparsity", "2:4"], "model is empty"),
+    "long model": (["--model", "x" * 300, "--sparsity", "2:4"], "is no usable path"),
+    "meta device": ([*MODEL, "--sparsity", "2:4", "--device", "meta"], "holds no data"),
     "verify": (["verify", "."], "holds no llmprune.json"),
     "verify nothing": (["verify"], "required: DIR"),
 }
@@ -144,6 +161,10 @@ def test_bad_input_is_one_line_and_writes_nothing(
         ("- a", "must be a mapping"),
         ("a: [", "is not YAML"),
         ("sparsity: true", "sparsity must be 0.5, 50% or N:M"),
+        ("method: wanda\nmethod: magnitude", "'method' is given twice"),
+        ("batch-size: 1\nbatch_size: 2", "gives an option twice"),
+        ("method: 2024-13-45", "is not YAML"),
+        ("samples: 0", "run.yaml: samples 0 is impossible"),
     ],
 )
 def test_bad_yaml(content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,8 +178,12 @@ def test_outputs_that_would_cost_something(folder: Path, tmp_path: Path, capsys:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("x")
     (tmp_path / "file").write_text("x")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "precious").write_text("x")
     before = sorted(tmp_path.rglob("*"))
     for output, words in {
+        tmp_path / "theirs": "llmprune did not write it",
+        tmp_path / "file" / "out": "is a file",
         folder: "the model's own folder",
         folder.parent: "or holds it",
         folder / "inside": "inside the model's folder",
@@ -173,9 +198,9 @@ def test_outputs_that_would_cost_something(folder: Path, tmp_path: Path, capsys:
 
 def test_overwrite_replaces_the_folder_whole(folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "stale.safetensors").write_text("old")
     run = ["--model", str(folder), "--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(out)]
+    assert main(run) == 0
+    (out / "stale.safetensors").write_text("old")
     assert main(run) == 2
     assert main([*run, "--overwrite"]) == 0
     assert not (out / "stale.safetensors").exists()
@@ -187,6 +212,7 @@ def test_a_failed_overwrite_keeps_the_old_folder(folder: Path, text: Path, tmp_p
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("old")
+    (out / "llmprune.json").write_text("{}")
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     run = ["--model", str(folder), "--sparsity", "2:4", *QUICK, "--output", str(out), "--overwrite"]

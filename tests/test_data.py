@@ -85,6 +85,14 @@ def test_formats_hold_the_same_documents(tmp_path: Path, suffix: str) -> None:
     assert load_documents(str(write(tmp_path / f"a.txt{suffix}", "\n".join(RECORDS))), "calibration") == ["\n".join(RECORDS)]
 
 
+def test_marks_that_are_no_line_ends(tmp_path: Path) -> None:
+    """A byte-order mark is no text, and JSON strings may hold U+2028 and U+0085 as they are."""
+    record = "one\u2028two\u0085three"
+    path = write(tmp_path / "a.jsonl", "\ufeff" + json.dumps({"text": record}, ensure_ascii=False) + "\r\n")
+    assert load_documents(str(path), "calibration") == [record]
+    assert load_documents(str(write(tmp_path / "a.txt", "\ufeffabc")), "calibration") == ["abc"]
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": RECORDS}), tmp_path / "a.parquet")
     assert load_documents(str(tmp_path / "a.parquet"), "calibration") == RECORDS
@@ -107,6 +115,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("fake.txt.gz", b"plain", "not a whole gzip"),
         ("fake.parquet", b"plain", "not a whole Parquet"),
         ("what.csv", b"a,b", "unknown ending"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "record 1, holds half a surrogate pair"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
@@ -126,6 +135,10 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, words: str)
         ("owner/name", "go online or pass a local file"),
         ("c4", "go online"),
         (".", "is a folder"),
+        ("/dev/null", "is no regular file"),
+        ("no/such.csv", "does not exist"),
+        ("x" * 5000, "is no usable path"),
+        ("~nobody-of-this-name/x", "is no usable path"),
     ],
 )
 def test_texts_that_are_no_file(text: str, words: str) -> None:

@@ -51,7 +51,7 @@ def test_matrices_of_no_linear_layer_are_named() -> None:
     block = find_blocks(model)["model.layers.0"]
     block.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
     found = unreached(make_block(0, "model.layers.0", block, {n: p.dtype for n, p in model.named_parameters()}))
-    assert found == {"model.layers.0.experts": "3-D weight of no linear layer"}
+    assert found == {"model.layers.0.experts": "3-D, of no linear layer"}
 
 
 def test_model_without_blocks() -> None:
@@ -139,7 +139,14 @@ FAULTS = {
     "integers": (lambda d: swap_tensor(d, Q, lambda t: t.to(torch.int8)), "not floating point"),
     "quantised": (to_config(quantization_config={"quant_method": "gptq"}), "gptq"),
     "remote code": (to_config(model_type="mine", auto_map={"AutoConfig": "m.C"}), "code from its own repository"),
-    "unknown type": (to_config(model_type="mine"), "no model that transformers knows"),
+    "unknown type": (to_config(model_type="mine"), "no model that transformers can build"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "is not a JSON object"),
+    "config is not utf-8": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe{}"), "is not JSON"),
+    "text for a number": (to_config(num_hidden_layers="3"), "transformers can"),
+    "no heads": (to_config(num_attention_heads=0), "transformers can"),
+    "no key-value heads": (to_config(num_key_value_heads=0), "transformers can"),
+    "unknown dtype": (to_config(dtype="foo"), "transformers can"),
+    "quantised, in a word": (to_config(quantization_config="gptq"), "gptq"),
     "no config": (lambda d: (d / "config.json").unlink(), "cannot read"),
     "not a causal lm": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "cannot build a causal LM"),
 }
@@ -182,3 +189,17 @@ def test_unresolvable_models(name: str, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         resolve(name)
     assert "\n" not in str(caught.value)
+
+
+def test_null_quantisation_is_none(llama: Path) -> None:
+    to_config(quantization_config=None)(llama)
+    assert load_config(llama).model_type == "llama"
+
+
+def test_routers_are_no_sites() -> None:
+    model = tiny_model("mistral")
+    block = find_blocks(model)["model.layers.0"]
+    block.mlp.gate = torch.nn.Linear(32, 4, bias=False)
+    made = make_block(0, "model.layers.0", block, {n: p.dtype for n, p in model.named_parameters()})
+    assert "model.layers.0.mlp.gate" not in {site.name for site in made.sites}
+    assert unreached(made) == {"model.layers.0.mlp.gate.weight": "router"}

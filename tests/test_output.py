@@ -18,6 +18,7 @@ import llmprune
 from llmprune.errors import InputError
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.patterns import NM, verify
+from llmprune.stream.publish import published
 
 FRESH = """
 import sys, torch
@@ -97,6 +98,7 @@ def test_record_says_what_was_done(saved, tmp_path: Path) -> None:
         assert site["tokens"] == 64
     model = result.model or type(tiny_model("gpt2")).from_pretrained(tmp_path / "out")
     assert record["size"]["nonzero_before"] - record["size"]["nonzero_after"] == result.record.zeros()
+    assert record["size"]["nonzero_before"] == result.record.weights()
     assert sum(int((p == 0).sum()) for p in model.parameters()) >= result.record.zeros()
     assert record["size"]["bytes_before"] == record["size"]["bytes_after"]
 
@@ -147,10 +149,71 @@ def test_verify_notices_flipped_bits_missing_and_added_files(saved, tmp_path: Pa
     )
 
 
-def test_verify_refuses_what_is_no_record(tmp_path: Path) -> None:
-    (tmp_path / "llmprune.json").write_text("{}")
-    with pytest.raises(InputError, match="no record of a run"):
+def test_verify_reports_a_broken_shard_with_the_rest(saved, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune(saved(tiny_model("llama")), out)
+    shard = sorted(out.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    problems = llmprune.verify(out).problems
+    assert problems[0] == f"{shard.name}: sha256 differs from the record"
+    assert "truncated or corrupt" in problems[1]
+
+
+SITE = {"tensor": Q, "pattern": "2:4", "transposed": False}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "schema None"),
+        ('{"schema": 99}', "schema 99; this llmprune reads 1"),
+        ('{"schema": 1}', "no record of a run"),
+        ('{"schema": 1, "files": [], "sites": []}', "no record of a run"),
+        ('{"schema": 1, "files": {}, "sites": [1]}', "no record of a run"),
+        (json.dumps({"schema": 1, "files": {}, "sites": [SITE | {"pattern": "4:2"}]}), "4:2"),
+        (json.dumps({"schema": 1, "files": {}, "sites": [SITE | {"pattern": None}]}), "no record of a run"),
+        ("[" * 100000, "is not JSON"),
+    ],
+    ids=range(8),
+)
+def test_verify_refuses_what_is_no_record(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "llmprune.json").write_text(content)
+    with pytest.raises(InputError, match=words):
         llmprune.verify(tmp_path)
+
+
+def test_a_folder_filled_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def run() -> None:
+        with published(out, overwrite=False) as partial:
+            (partial / "new").write_text("new")
+            out.mkdir()
+            (out / "theirs").write_text("theirs")
+
+    with pytest.raises(InputError, match="was filled meanwhile"):
+        run()
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_signal_between_the_renames_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    rename, calls = Path.rename, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        calls.append(self.name)
+        if len(calls) == 2:
+            raise SystemExit(143)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(SystemExit), published(out, overwrite=True) as partial:
+        (partial / "new").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_model_in_memory_can_be_saved_too(saved, tmp_path: Path) -> None:
@@ -170,7 +233,20 @@ def test_python_mistakes_are_one_line(tmp_path: Path) -> None:
         ({"sparsity": "2:4", "samples": "8"}, "samples must be a whole number"),
         ({"sparsity": "2:4", "calibration": "pydoc"}, "needs a tokenizer"),
         ({"sparsity": "2:4", "calibration": tokens(2, 8) + 500}, "outside the model's vocabulary of 96"),
+        ({"sparsity": "2:4", "calibration": tokens(2, 8) - 100}, "outside the model's vocabulary"),
+        ({"sparsity": "2:4", "calibration": tokens(2, 65)}, "exceed the model's 64 positions"),
         ({"calibration": tokens(2, 8)}, "sparsity is required"),
+        ({"sparsity": "2:4", "calibration": tokens(2, 8), "device": "cuda:9"}, "leave device and dtype out"),
+        ({"sparsity": "2:4", "calibration": tokens(2, 8), "tokenizer": "gpt2"}, "tokenizer must be"),
     ):
         with pytest.raises(InputError, match=words):
             llmprune.prune(model, **options)
+    for wrong in (None, torch.nn.Linear(2, 2), b"llama"):
+        with pytest.raises(InputError, match="model must be a transformers model, a folder or a name"):
+            llmprune.prune(wrong, sparsity="2:4")  # type: ignore[arg-type]
+
+
+def test_an_already_sparse_model_is_counted_as_it_is(saved, tmp_path: Path) -> None:
+    prune(saved(tiny_model("llama")), tmp_path / "half")
+    size = prune(tmp_path / "half", tmp_path / "quarter", sparsity="1:4").record.size
+    assert size["nonzero_after"] * 2 == size["nonzero_before"]

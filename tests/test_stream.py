@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel
 
 import llmprune
 from llmprune import solvers
@@ -236,14 +236,84 @@ def test_not_finite_activations_name_the_place(saved) -> None:
 
 def test_given_windows() -> None:
     ids = tokens(3, 8)
-    assert given_windows(ids).mask is None
     mask = torch.ones_like(ids)
     mask[0, 4:] = 0
+    same = (
+        ids,
+        ids.numpy(),
+        ids.tolist(),
+        {"input_ids": ids},
+        BatchEncoding({"input_ids": ids.tolist()}),
+        [{"input_ids": ids}],
+    )
+    for given in same:
+        windows = given_windows(given)
+        assert torch.equal(windows.ids, ids)
+        assert windows.mask is None
     rows = [{"input_ids": row.tolist(), "attention_mask": m.tolist()} for row, m in zip(ids, mask, strict=True)]
-    windows = given_windows(rows)
-    assert torch.equal(windows.ids, ids)
-    assert windows.tokens() == 20
-    with pytest.raises(InputError, match="all of one length"):
-        given_windows([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])
-    with pytest.raises(InputError, match="must be given"):
-        given_windows([])
+    for given in (rows, {"input_ids": ids, "attention_mask": mask}):
+        windows = given_windows(given)
+        assert torch.equal(windows.ids, ids)
+        assert windows.tokens() == 20
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["some text"],
+        [[1, 2], [1, 2, 3]],
+        [{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}],
+        [{"text": "a"}],
+        {"input_ids": [[1, 2]], "attention_mask": [[1, 1, 1]]},
+        {"input_ids": [[1, 2]], "attention_mask": [[0, 0]]},
+        torch.rand(2, 3),
+        torch.zeros(2, 3, 4, dtype=torch.long),
+        torch.zeros(0, 3, dtype=torch.long),
+        None,
+        (i for i in range(3)),
+    ],
+    ids=str,
+)
+def test_given_windows_that_are_none(given: object) -> None:
+    with pytest.raises(InputError, match="calibration samples"):
+        given_windows(given)  # type: ignore[arg-type]
+
+
+def test_hooks_on_the_instance_survive() -> None:
+    """accelerate puts a `forward` on the module itself; recording must put it back."""
+    model = tiny_model("llama")
+    blocks = list(find_blocks(model).values())
+    own = blocks[1].forward
+    blocks[1].forward = lambda *args, **kwargs: own(*args, **kwargs)
+    hooked = blocks[1].forward
+    activations(model, Windows(tokens(2, 8), "t"))
+    assert blocks[1].__dict__["forward"] is hooked
+    assert "forward" not in blocks[0].__dict__
+
+
+def test_modules_get_their_own_mode_back() -> None:
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    llmprune.prune(model, sparsity="2:4", calibration=tokens(2, 8))
+    assert model.training
+    assert model.model.layers[0].mlp.training
+    assert not model.model.layers[1].mlp.training
+
+
+def test_weights_that_are_not_finite_name_their_site() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[1, 2] = float("nan")
+    with pytest.raises(InputError, match=r"the weights of model\.layers\.0\.mlp\.up_proj hold NaN"):
+        llmprune.prune(model, sparsity="2:4", calibration=tokens(2, 8))
+
+
+def test_skipped_sites_are_copied_bit_for_bit(saved, tmp_path: Path) -> None:
+    """Even where the compute dtype is narrower than the stored one."""
+    folder = saved(tiny_model("llama"))
+    llmprune.prune(folder, output=tmp_path / "out", sparsity="2:4", dtype="bfloat16", skip="*.o_proj", calibration=tokens(2, 8))
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, tmp_path / "out"))
+    for index in range(3):
+        name = f"model.layers.{index}.self_attn.o_proj.weight"
+        assert torch.equal(before[name], after[name])

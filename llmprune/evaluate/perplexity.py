@@ -34,7 +34,7 @@ class Perplexity:
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Windows) -> Perplexity:
     """Perplexity of a whole model in memory."""
-    return _measure(windows, lambda inputs: model(**inputs, use_cache=False).logits, model.device)
+    return _measure(windows, lambda inputs: model(**inputs, use_cache=False, return_dict=True).logits, model.device)
 
 
 @torch.no_grad()

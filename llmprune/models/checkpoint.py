@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,7 +63,7 @@ class Checkpoint:
                 raise InputError(f"{self.folder / INDEX} does not list tensor {name}, which {info.file} holds")
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors called `names`, file by file. Each is a view of a mapped file: copy it before the next."""
+        """The tensors called `names`, file by file. Each is a view of a mapped file, which stays mapped while it lives."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
@@ -139,8 +139,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {reason(error)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object")
     return value

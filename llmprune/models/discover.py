@@ -6,22 +6,29 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site
 
+_ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})  # they choose experts; small, and never pruned
+
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder stack, in order, by full module name: the longest list of gradient-checkpointing layers.
 
+    In a model that says which part of it is the text decoder, only that part is searched.
+
     Raises:
         InputError: the model has none.
     """
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    names = {module: name for name, module in model.named_modules()}
     stacks = [
-        (name, module)
-        for name, module in model.named_modules()
+        module
+        for module in (decoder if decoder in names else model).modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
         and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
@@ -30,8 +37,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         raise InputError(
             f"found no decoder blocks in {type(model).__name__}: looked for an nn.ModuleList of GradientCheckpointingLayer"
         )
-    name, stack = max(stacks, key=lambda item: len(item[1]))
-    return {f"{name}.{index}": layer for index, layer in enumerate(stack)}
+    stack = max(stacks, key=len)
+    return {f"{names[stack]}.{index}": layer for index, layer in enumerate(stack)}
 
 
 def make_block(index: int, name: str, module: nn.Module, storage: Mapping[str, torch.dtype]) -> Block:
@@ -39,7 +46,7 @@ def make_block(index: int, name: str, module: nn.Module, storage: Mapping[str, t
     sites = [
         Site(f"{name}.{path}", layer, isinstance(layer, Conv1D), storage[f"{name}.{path}.weight"])
         for path, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D))
+        if isinstance(layer, (nn.Linear, Conv1D)) and path.rsplit(".", 1)[-1] not in _ROUTERS
     ]
     return Block(index, name, module, sites)
 
@@ -48,7 +55,7 @@ def unreached(block: Block) -> dict[str, str]:
     """Matrices of a block that are no site, and why: name -> reason."""
     owned = {f"{site.name}.weight" for site in block.sites}
     return {
-        f"{block.name}.{name}": f"{parameter.ndim}-D weight of no linear layer"
+        f"{block.name}.{name}": "router" if name.split(".")[-2:][0] in _ROUTERS else f"{parameter.ndim}-D, of no linear layer"
         for name, parameter in block.module.named_parameters()
         if parameter.ndim > 1 and f"{block.name}.{name}" not in owned
     }

@@ -15,11 +15,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from llmprune.errors import InputError, unknown
+from llmprune.errors import InputError, reason, unknown, user_path
 
 BUNDLED = {"llama": Path(__file__).parent.parent / "demo" / "llama"}
 EXAMPLE = "meta-llama/Llama-3.2-1B"
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+
+_UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ def resolve(model: str) -> ModelFolder:
     """
     if model in BUNDLED:
         return ModelFolder(BUNDLED[model], model, bundled=True)
-    path = Path(model).expanduser()
+    path = user_path(model, "model")
     if path.is_dir():
         return ModelFolder(path, path.resolve().name)
     if path.exists():
@@ -48,20 +50,18 @@ def resolve(model: str) -> ModelFolder:
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise InputError(f"model folder {model!r} does not exist")
     if "/" not in model:
-        error = unknown("model", model, BUNDLED)
-        raise InputError(f"{error}; otherwise pass a folder or a Hub id such as {EXAMPLE}")
+        raise InputError(f"{unknown('model', model, BUNDLED)}; otherwise pass a folder or a Hub id such as {EXAMPLE}")
     return ModelFolder(_download(model), model.split("/")[1], hub_id=model)
 
 
 def _download(hub_id: str) -> Path:
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_WANTED))
+        return Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except HFValidationError as error:
-        raise InputError(f"{hub_id!r} is neither a folder nor a Hub id: {error}") from None
+        raise InputError(f"{hub_id!r} is neither a folder nor a Hub id: {reason(error)}") from None
     except GatedRepoError:
         raise InputError(f"{hub_id} is gated: accept its licence on the Hub and run `hf auth login`") from None
     except RepositoryNotFoundError:
         raise InputError(f"no model {hub_id} on the Hub (a private one needs `hf auth login`), and no such folder") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"cannot fetch {hub_id} from the Hub ({reason[:160]}); go online or pass a local folder") from None
+        raise InputError(f"cannot fetch {hub_id} from the Hub ({reason(error)}); go online or pass a local folder") from None

@@ -15,13 +15,28 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, reason
 from llmprune.models.checkpoint import Checkpoint, read_json
 from llmprune.models.discover import find_blocks
+
+# what transformers raises on a configuration or tokenizer file that makes no sense
+FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -31,16 +46,15 @@ def load_config(folder: Path) -> PretrainedConfig:
         InputError: there is none, it needs code from its repository, or it describes a quantised model.
     """
     raw = read_json(folder / "config.json")
-    if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown method")
+    if quantisation := raw.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise InputError(f"{folder} is already quantised ({method}): prune the unquantised model first")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except FOREIGN as error:
         if "auto_map" in raw:
             raise InputError(f"{folder} needs code from its own repository, which llmprune never runs") from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{folder / 'config.json'} describes no model that transformers knows: {reason}") from None
+        raise InputError(f"{folder / 'config.json'} describes no model that transformers can build: {reason(error)}") from None
 
 
 class Skeleton:
@@ -57,9 +71,9 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.model = _empty_model(config, dtype)
+        self.model = _empty_model(checkpoint.folder, config, dtype)
         self.blocks = find_blocks(self.model)
-        self.names = _match_names(self.model, checkpoint)
+        self.names = match_names(self.model, checkpoint)
         self._move_buffers()
 
     def parameters(self) -> int:
@@ -121,17 +135,21 @@ class Skeleton:
                 module._buffers[name] = buffer.to(self.device)
 
 
-def _empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _empty_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"transformers cannot build a causal LM from {config.model_type!r}: {reason}") from None
+    except FOREIGN as error:
+        raise InputError(f"transformers cannot build a causal LM from {folder / 'config.json'}: {reason(error)}") from None
     return model.eval()
 
 
-def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Name in the model -> name on disk.
+
+    Raises:
+        InputError: tensors are missing, unexpected, of another shape, not floating point, or merged on loading.
+    """
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]

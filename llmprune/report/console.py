@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llmprune.evaluate.perplexity import excess_loss
 from llmprune.report.record import RunRecord, SiteRecord
 
 
-class Silent:
-    """Shows nothing; the interface that the pipeline talks to."""
+class Progress:
+    """What the pipeline tells as it works. This one shows nothing; subclasses show what they like."""
 
     def header(self, record: RunRecord, pattern: str, matrices: int) -> None: ...
 
@@ -32,12 +35,12 @@ class Silent:
     def summary(self, record: RunRecord, output: Path | None) -> None: ...
 
 
-class Console(Silent):
+class Console(Progress):
     """Shows on standard output. Use as a context manager, so that the live bar is taken down on any exit."""
 
     def __init__(self, console: RichConsole | None = None) -> None:
         self._console = console or RichConsole(highlight=False, soft_wrap=True)
-        self._live = Progress(
+        self._live = Bar(
             TextColumn("block {task.fields[block]}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total} sites"),
@@ -53,7 +56,7 @@ class Console(Silent):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._live.stop()
+        self._stop()
 
     def header(self, record: RunRecord, pattern: str, matrices: int) -> None:
         model, text, arguments = record.model, record.calibration, record.arguments
@@ -96,10 +99,14 @@ class Console(Silent):
             self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
 
     def summary(self, record: RunRecord, output: Path | None) -> None:
-        self._live.stop()
+        self._stop()
         self._console.print(_table(record))
         if output is not None:
             self._console.print(f"wrote {output}; next:\n{_next_steps(output)}", markup=False)
+
+    def _stop(self) -> None:
+        if self._live.live.is_started:
+            self._live.stop()
 
     def _eta(self) -> str:
         if not self._done:
@@ -113,13 +120,13 @@ def _table(record: RunRecord) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     if record.dense and record.pruned:
-        protocol = f"{record.pruned.text}, {record.pruned.windows} windows x {record.pruned.length} tokens"
+        protocol = f"{escape(record.pruned.text)}, {record.pruned.windows} windows x {record.pruned.length} tokens"
         table.add_row(f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{record.pruned.value:.3f}")
         table.add_row("loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}")
     weights, zeros = record.weights(), record.zeros()
     asked = str(record.arguments["sparsity"])
     table.add_row(f"zeros in {len(record.sites)} pruned matrices (asked: {asked})", "", f"{zeros / weights:.2%}")
-    table.add_row("nonzero parameters", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}")
+    table.add_row("nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}")
     if "bytes_after" in record.size:
         before, after = record.size["bytes_before"], record.size["bytes_after"]
         table.add_row("weight bytes (zeros are stored)", f"{before:,}", f"{after:,}")
@@ -133,5 +140,5 @@ def _table(record: RunRecord) -> Table:
 
 
 def _next_steps(output: Path) -> str:
-    load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{output}')"
-    return f'  llmprune verify {output}\n  python -c "{load}"'
+    load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(output)!r})"
+    return f"  llmprune verify {shlex.quote(str(output))}\n  python -c {shlex.quote(load)}"

@@ -13,7 +13,6 @@ from typing import Any
 
 from llmprune.evaluate.perplexity import Perplexity
 
-RECORD = "llmprune.json"
 SCHEMA = 1
 _PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
 
@@ -47,7 +46,10 @@ class SiteRecord:
 
 @dataclass(slots=True)
 class RunRecord:
-    """A whole run. Bytes, seconds and perplexities are measured in it; `None` stands for what was not."""
+    """A whole run. Sizes, seconds and perplexities are measured in it; `None` stands for what was not.
+
+    `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after.
+    """
 
     arguments: dict[str, Any]
     model: dict[str, Any]

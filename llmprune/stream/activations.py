@@ -45,14 +45,14 @@ class Activations:
     ) -> Activations:
         """Run the model's embeddings on `windows`, `batch` at a time, up to its first block."""
         recorder = Recorder()
-        recorded = [recorder.record(model, blocks, **inputs) for inputs in windows.batches(batch, device)]
-        real = [inputs.get("attention_mask") for inputs in windows.batches(batch, device)]
-        return cls(
-            [hidden.cpu() for hidden, _ in recorded],
-            [calls for _, calls in recorded],
-            [None if mask is None else mask.bool().flatten() for mask in real],
-            device,
-        )
+        hidden, calls, real = [], [], []
+        for inputs in windows.batches(batch, device):
+            first, called = recorder.record(model, blocks, **inputs)
+            mask = inputs.get("attention_mask")
+            hidden.append(first.cpu())
+            calls.append(called)
+            real.append(None if mask is None else mask.bool().flatten())
+        return cls(hidden, calls, real, device)
 
     def fork(self) -> Activations:
         """The same hidden states, to go another way from here."""
@@ -78,6 +78,8 @@ class Activations:
         seen: list[tuple[Tensor, list[Site]]] = []
 
         def see(site: Site, x: Tensor) -> None:
+            if any(site is known for _, sites in seen for known in sites):
+                return  # it runs twice; its first input decides the order
             if seen and _same_memory(seen[-1][0], x):
                 seen[-1][1].append(site)
             else:

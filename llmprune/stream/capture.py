@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmprune.errors import InputError
+
 _HIDDEN = "hidden_states"
 
 
@@ -65,7 +67,7 @@ class Recorder:
                 model(**inputs, use_cache=False)
             except _Recorded:
                 return hidden[0], calls
-        raise AssertionError("the model's forward did not reach its last block")
+        raise InputError(f"the forward of {type(model).__name__} does not reach the last block that was found in it")
 
     def _intern(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -91,7 +93,7 @@ def head(model: PreTrainedModel, blocks: Sequence[nn.Module], output: Tensor, **
         return output if index == len(blocks) - 1 else args[0] if args else kwargs[_HIDDEN]
 
     with _forwards_replaced(blocks, give):
-        return model(**inputs, use_cache=False).logits
+        return model(**inputs, use_cache=False, return_dict=True).logits
 
 
 @contextmanager
@@ -101,10 +103,14 @@ def _forwards_replaced(
     def bind(index: int) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: forward(index, args, kwargs)
 
+    own = [block.__dict__.get("forward") for block in blocks]  # a hook may have put one on the instance
     for index, block in enumerate(blocks):
         block.forward = bind(index)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, hooked in zip(blocks, own, strict=True):
+            if hooked is None:
+                del block.forward
+            else:
+                block.forward = hooked

@@ -17,7 +17,7 @@ class ModelSource:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._blocks = find_blocks(model)
-        self._storage = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._storage = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
 
     def blocks(self) -> Iterator[Block]:
         for index, (name, module) in enumerate(self._blocks.items()):

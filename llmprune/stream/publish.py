@@ -1,0 +1,140 @@
+"""Publish a folder whole or not at all.
+
+Everything goes into a hidden `.partial` folder beside the output, which takes the output's name in one rename when all
+of it is on disk. Only a folder that llmprune wrote is ever replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from llmprune.errors import InputError, reason
+
+RECORD = "llmprune.json"
+_EXTRAS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def copy_extras(source: Path, folder: Path) -> None:
+    """Copy configuration, tokenizer and licence files."""
+    for pattern in _EXTRAS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
+    """Refuse an output folder that would cost the user something.
+
+    Raises:
+        InputError: it is a file or a mount point, overlaps the model's folder, cannot be written, or is not empty;
+            with `overwrite`, a folder that llmprune wrote may be replaced, and no other.
+    """
+    target = output.resolve()
+    if model is not None and (target == model.resolve() or model.resolve().is_relative_to(target)):
+        raise InputError(f"output {output} is the model's own folder, or holds it: choose another with --output")
+    if model is not None and target.is_relative_to(model.resolve()):
+        raise InputError(f"output {output} lies inside the model's folder: choose another with --output")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"output {output} is a file: choose a folder")
+    if target.is_mount() or Path.cwd().is_relative_to(target):
+        raise InputError(f"output {output} cannot be replaced as a whole: name a new folder inside it")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise InputError(f"output {output} is not empty: choose another, or pass --overwrite to replace it")
+        if not (target / RECORD).is_file():
+            raise InputError(f"output {output} holds no {RECORD}, so llmprune did not write it and will not replace it")
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write output {output}: {parent} is {'read-only' if parent.is_dir() else 'a file'}")
+
+
+@contextmanager
+def published(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` at the end. On any error before that, or ^C, it vanishes and what was at
+    `output` stays; so it does if `output` was filled meanwhile and `overwrite` is off.
+    """
+    target = output.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield partial
+        _settle(partial)
+        _rename(partial, target, overwrite)
+    except SafetensorError as error:
+        raise InputError(f"cannot write the weights beside {output}: {reason(error)}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    with suppress(OSError):  # it is published; not every parent can be opened
+        _fsync(target.parent)
+
+
+def _settle(folder: Path) -> None:
+    """Give the files the modes that the umask asks for (safetensors writes 0600) and bring them to the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (*folder.iterdir(), folder):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        _fsync(path)
+
+
+def _rename(partial: Path, target: Path, overwrite: bool) -> None:
+    """Rename `partial` to `target`. A folder that is replaced keeps its place, or gets it back, until the new one has it."""
+    if not overwrite or not target.exists():
+        try:
+            partial.rename(target)  # takes the place of an empty folder, never of a full one
+        except OSError as error:
+            raise InputError(f"output {target} was filled meanwhile ({reason(error)}); nothing was written") from None
+        return
+    old = partial.with_suffix(".old")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:  # a signal too
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
