@@ -121,9 +121,7 @@ def _parse(parser: _Parser, arguments: list[str]) -> dict[str, Any]:
         flags = [string for action in parser._actions for string in action.option_strings]
         if rest[0].startswith("-"):
             raise unknown("flag", rest[0].split("=")[0], flags)
-        raise InputError(
-            f"unexpected argument {rest[0]!r}; llmprune --model M --sparsity S prunes, llmprune verify DIR re-checks"
-        )
+        raise InputError(f"unexpected argument {rest[0]!r}; write llmprune --model M --sparsity S, or llmprune verify DIR")
     return {name: value for name, value in vars(known).items() if value is not None}
 
 

@@ -242,17 +242,19 @@ def test_interrupting_leaves_nothing(number: signal.Signals, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_line(folder: Path, text: Path, tmp_path: Path) -> None:
-    """A limit on file size stands in for a full disk: the shard cannot be written."""
+@pytest.mark.parametrize(("limit", "words"), [(20_000, "cannot copy"), (300_000, "cannot write the weights")])
+def test_a_full_disk_is_one_line(limit: int, words: str, folder: Path, text: Path, tmp_path: Path) -> None:
+    """A limit on file size stands in for a full disk: the tokenizer, or the embeddings, cannot be written."""
     code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from llmprune.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     run = ["--model", str(folder), "--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *run], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "cannot write" in done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from pathlib import Path
@@ -140,5 +141,5 @@ def _table(record: RunRecord) -> Table:
 
 
 def _next_steps(output: Path) -> str:
-    load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(output)!r})"
+    load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({json.dumps(str(output))})"
     return f"  llmprune verify {shlex.quote(str(output))}\n  python -c {shlex.quote(load)}"

@@ -40,11 +40,16 @@ _EXTRAS = (
 
 
 def copy_extras(source: Path, folder: Path) -> None:
-    """Copy configuration, tokenizer and licence files."""
-    for pattern in _EXTRAS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    """Copy configuration, tokenizer and licence files.
+
+    Raises:
+        InputError: one cannot be read, or the output cannot be written.
+    """
+    for path in (path for pattern in _EXTRAS for path in sorted(source.glob(pattern)) if path.is_file()):
+        try:
+            shutil.copyfile(path, folder / path.name)
+        except OSError as error:
+            raise InputError(f"cannot copy {path} beside the output folder: {error.strerror}") from None
 
 
 def write_json(path: Path, value: object) -> None:
