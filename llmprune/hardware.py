@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
 from llmprune.errors import InputError, reason
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,16 +37,36 @@ def pick_dtype(name: str, device: torch.device, config: PretrainedConfig) -> tor
     return chosen if isinstance(chosen, torch.dtype) else torch.float32
 
 
+def map_large_allocations() -> None:
+    """Have glibc take large allocations from the system one by one and give each back when it is freed.
+
+    Its heap keeps what is freed, so that peak memory depends on chance. Costs time where tensors are small.
+    """
+    _glibc("mallopt", _M_MMAP_THRESHOLD, 4_000_000)
+    _glibc("mallopt", _M_TRIM_THRESHOLD, 128 * 1024)  # its initial value; it rises with what has been freed before
+
+
 def return_free_memory() -> None:
-    """Have the C library give freed memory back to the system, where it can (glibc keeps it, and block after block its
-    heap grew by as much as a block although no more tensors were alive)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    """Have glibc give the rest of what was freed back to the system: without it, its heap grew from block to block."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    """Call a function of the C library, where it has it."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Highest memory so far, in bytes: resident in this process, and allocated by torch on the device."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"process": _peak_resident()}
     return peak | ({"device": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})
+
+
+def _peak_resident() -> int:
+    """Linux's own count of this program: getrusage would start from what the parent process held at the fork."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -35,8 +35,8 @@ class InverseFactor:
 def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     """Factor the inverse of the damped Gram `gram` (in, in).
 
-    With H reversed in both axes, H_r = LLᵀ; reversing L gives the upper R with H = RRᵀ, so U = R^-1: one Cholesky and
-    one triangular solve instead of factor, invert, factor again.
+    With H reversed in both axes, H_r = LLᵀ; reversing L gives the upper R with H = RRᵀ, so U = R^-1, which is L^-1
+    reversed: one Cholesky and one triangular solve instead of factor, invert, factor again.
 
     Raises:
         InputError: the Gram is zero or not finite, or no damping up to 10^4 times the first one makes it definite.
@@ -50,9 +50,11 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     mean = diagonal[~dead].mean()
     for step in range(_TRIES):
         fraction = damping * 10**step
-        damped = gram + torch.diag(torch.where(dead, mean, torch.zeros_like(mean)) + fraction * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        reversed_ = gram.flip(0, 1)  # a copy; at most four such matrices are alive at once
+        reversed_.diagonal().add_((dead * mean + fraction * mean).flip(0))
+        lower, info = torch.linalg.cholesky_ex(reversed_)
+        del reversed_
         if not int(info):
             identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            return InverseFactor(torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True), fraction, dead)
+            return InverseFactor(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), fraction, dead)
     raise InputError(f"the Gram matrix is not positive definite even with {fraction:g} of its mean diagonal added")

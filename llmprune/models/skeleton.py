@@ -93,6 +93,10 @@ class Skeleton:
         """Tensors of one block."""
         return [name for name in self.names if name.startswith(block + ".")]
 
+    def nbytes(self, block: str) -> int:
+        """Bytes of one block on disk."""
+        return sum(self.checkpoint.tensors[self.names[name]].nbytes for name in self.inside(block))
+
     def storage(self) -> dict[str, torch.dtype]:
         """Each tensor's dtype on disk, by its name in the model."""
         tensors = self.checkpoint.tensors

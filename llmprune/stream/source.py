@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from llmprune.hardware import return_free_memory
+from llmprune.hardware import map_large_allocations, return_free_memory
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
+
+_LARGE_BLOCK = 16 * 2**20  # bytes
 
 
 class ModelSource:
@@ -29,6 +31,8 @@ class CheckpointSource:
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton = skeleton
+        if max(map(skeleton.nbytes, skeleton.blocks)) > _LARGE_BLOCK:
+            map_large_allocations()
 
     def blocks(self) -> Iterator[Block]:
         storage = self._skeleton.storage()
