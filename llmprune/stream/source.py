@@ -37,7 +37,7 @@ class CheckpointSource:
     def blocks(self) -> Iterator[Block]:
         storage = self._skeleton.storage()
         for index, (name, module) in enumerate(self._skeleton.blocks.items()):
+            return_free_memory()
             self._skeleton.load(self._skeleton.inside(name))
             yield make_block(index, name, module, storage)
             self._skeleton.release(self._skeleton.inside(name))
-            return_free_memory()
