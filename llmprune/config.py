@@ -87,9 +87,6 @@ class PruneConfig:
         except InputError as error:
             raise InputError(f"{where}: {error}" if where else str(error)) from None
 
-    def replace(self, **changes: Any) -> PruneConfig:
-        return dataclasses.replace(self, **changes)
-
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Options from a YAML file.
