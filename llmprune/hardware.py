@@ -40,7 +40,8 @@ def pick_dtype(name: str, device: torch.device, config: PretrainedConfig) -> tor
 def map_large_allocations() -> None:
     """Have glibc take large allocations from the system one by one and give each back when it is freed.
 
-    Its heap keeps what is freed, so that peak memory depends on chance. Costs time where tensors are small.
+    Its heap keeps what is freed, so that peak memory depends on chance: call this before any large tensor is made. Costs
+    time where tensors are small.
     """
     _glibc("mallopt", _M_MMAP_THRESHOLD, 4_000_000)
     _glibc("mallopt", _M_TRIM_THRESHOLD, 128 * 1024)  # its initial value; it rises with what has been freed before

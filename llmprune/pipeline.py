@@ -17,9 +17,9 @@ from llmprune.config import PruneConfig
 from llmprune.data import Given
 from llmprune.errors import InputError, plain_errors, reason, user_path
 from llmprune.evaluate.perplexity import streamed_perplexity
-from llmprune.hardware import peak_memory, pick_device, pick_dtype
+from llmprune.hardware import map_large_allocations, peak_memory, pick_device, pick_dtype
 from llmprune.models.checkpoint import Checkpoint
-from llmprune.models.discover import find_blocks, make_block
+from llmprune.models.discover import find_blocks
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import FOREIGN, Skeleton, load_config, match_names
@@ -36,6 +36,8 @@ from llmprune.stream.publish import RECORD, check_output, copy_extras, published
 from llmprune.stream.shards import NoSink, ShardWriter
 from llmprune.stream.source import CheckpointSource, ModelSource
 from llmprune.texts import Texts, choose_texts
+
+_LARGE_TENSOR = 4 * 2**20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +150,10 @@ def _prune_folder(
     check_output(output, folder.path, job.config.overwrite)
     with job.clock("prepare"):
         checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device)
+        if checkpoint.largest() > _LARGE_TENSOR:
+            map_large_allocations()
         skeleton = Skeleton(checkpoint, config, device, pick_dtype(job.config.dtype, device, config))
-        storage = skeleton.storage()
-        blocks = [make_block(index, name, module, storage) for index, (name, module) in enumerate(skeleton.blocks.items())]
+
         work = _Work(
             skeleton.model,
             skeleton.blocks,
@@ -159,7 +162,7 @@ def _prune_folder(
             skeleton.parameters(),
             checkpoint.nbytes(),
             CheckpointSource(skeleton),
-            make_plan(blocks, job.pattern, only=job.config.only, skip=job.config.skip),
+            make_plan(skeleton.describe(), job.pattern, only=job.config.only, skip=job.config.skip),
             skeleton.outside,
             skeleton.names,
         )

@@ -68,14 +68,14 @@ def tokens_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     return torch.tensor([token for text in ids for token in (*text, eos)], dtype=torch.long)
 
 
-def demo_config(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def demo_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
         max_position_embeddings=CONTEXT,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
@@ -140,6 +140,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.3, help="strong: the text is small and read several times")
     parser.add_argument("--docs-weight", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--intermediate", type=int, default=704)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -153,7 +158,7 @@ def main() -> None:
     stream = tokens_of(tokenizer, texts)
     evaluation = tokens_of(tokenizer, documents("evaluation"))
     held_out = evaluation[: len(evaluation) // CONTEXT * CONTEXT].view(-1, CONTEXT)[:64]
-    model = LlamaForCausalLM(demo_config(args.vocabulary, tokenizer)).train()
+    model = LlamaForCausalLM(demo_config(args, tokenizer)).train()
     print(f"{model.num_parameters():,} parameters, {len(stream):,} training tokens a pass", flush=True)
     log = train(model, stream, held_out, args)
     model.to(torch.bfloat16).save_pretrained(args.output)

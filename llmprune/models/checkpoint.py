@@ -72,6 +72,10 @@ class Checkpoint:
                 for name in members:
                     yield name, handle.get_tensor(name)
 
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        return max(info.nbytes for info in self.tensors.values())
+
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())

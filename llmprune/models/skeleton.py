@@ -22,7 +22,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from llmprune.errors import InputError, reason
 from llmprune.models.checkpoint import Checkpoint, read_json
-from llmprune.models.discover import find_blocks
+from llmprune.models.discover import find_blocks, make_block
+from llmprune.models.sites import Block
 
 # what transformers raises on a configuration or tokenizer file that makes no sense
 FOREIGN = (
@@ -93,14 +94,11 @@ class Skeleton:
         """Tensors of one block."""
         return [name for name in self.names if name.startswith(block + ".")]
 
-    def nbytes(self, block: str) -> int:
-        """Bytes of one block on disk."""
-        return sum(self.checkpoint.tensors[self.names[name]].nbytes for name in self.inside(block))
-
-    def storage(self) -> dict[str, torch.dtype]:
-        """Each tensor's dtype on disk, by its name in the model."""
+    def describe(self) -> list[Block]:
+        """The decoder blocks and their sites, whether their weights are loaded or not."""
         tensors = self.checkpoint.tensors
-        return {name: tensors[disk_name].dtype or self.dtype for name, disk_name in self.names.items()}
+        storage = {name: tensors[disk_name].dtype or self.dtype for name, disk_name in self.names.items()}
+        return [make_block(index, name, module, storage) for index, (name, module) in enumerate(self.blocks.items())]
 
     def load(self, names: Iterable[str]) -> None:
         """Read tensors into the model, in the compute dtype.

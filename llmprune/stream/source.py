@@ -6,12 +6,10 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from llmprune.hardware import map_large_allocations, return_free_memory
+from llmprune.hardware import return_free_memory
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
-
-_LARGE_BLOCK = 16 * 2**20  # bytes
 
 
 class ModelSource:
@@ -31,13 +29,10 @@ class CheckpointSource:
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton = skeleton
-        if max(map(skeleton.nbytes, skeleton.blocks)) > _LARGE_BLOCK:
-            map_large_allocations()
 
     def blocks(self) -> Iterator[Block]:
-        storage = self._skeleton.storage()
-        for index, (name, module) in enumerate(self._skeleton.blocks.items()):
+        for block in self._skeleton.describe():
             return_free_memory()
-            self._skeleton.load(self._skeleton.inside(name))
-            yield make_block(index, name, module, storage)
-            self._skeleton.release(self._skeleton.inside(name))
+            self._skeleton.load(self._skeleton.inside(block.name))
+            yield block
+            self._skeleton.release(self._skeleton.inside(block.name))
