@@ -7,6 +7,7 @@ ties included: a threshold comparison would drop every weight that ties with the
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ class Pattern(Protocol):
         ...
 
 
+_SMALL_GROUP = 16  # up to this, comparing all pairs of a group is faster than topk
+
+
 @dataclass(frozen=True, slots=True)
 class Unstructured:
     """Drop the fraction `sparsity` (0 < s < 1) of the weights, anywhere: exactly `round(s * count)` of them."""
@@ -67,9 +71,14 @@ class Unstructured:
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
         drop = round(self.sparsity * (start + score.numel())) - round(self.sparsity * start)
-        dropped = score.flatten().topk(drop, largest=False, sorted=False).indices
-        mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
-        return mask.index_fill_(0, dropped, False).view(score.shape)
+        if drop in (0, score.numel()):
+            return torch.full_like(score, drop == 0, dtype=torch.bool)
+        flat = score.flatten()
+        last = flat.kthvalue(drop).values  # faster than topk; of the scores that tie with it, the first stay
+        mask = flat > last
+        ties = (flat == last).nonzero().squeeze(1)
+        mask[ties[: score.numel() - drop - int(mask.sum())]] = True
+        return mask.view(score.shape)
 
     def keep_rows(self, score: Tensor) -> Tensor:
         rows, columns = score.shape
@@ -106,6 +115,8 @@ class NM:
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
         groups = score.unflatten(1, (-1, self.m))
+        if self.m <= _SMALL_GROUP:
+            return _ranked_below(groups, self.n).flatten(1)
         top = groups.topk(self.n, dim=-1, sorted=False).indices
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, top, True).flatten(1)
 
@@ -121,6 +132,17 @@ class NM:
         row, group = (int(i) for i in (counts > self.n).nonzero()[0])
         first = group * self.m
         return f"row {row}, columns {first} to {first + self.m - 1}: {int(counts[row, group])} nonzeros, {self.n} allowed"
+
+
+def _ranked_below(groups: Tensor, n: int) -> Tensor:
+    """Mask of the n highest of each group (..., m), by counting the pairs each one loses: no sort, no gather."""
+    columns = [column.contiguous() for column in groups.unbind(-1)]
+    lost = [torch.zeros_like(column, dtype=torch.int8) for column in columns]
+    for i, j in itertools.combinations(range(len(columns)), 2):
+        first = columns[i] >= columns[j]  # of two that tie, the first wins
+        lost[j] += first
+        lost[i] += ~first
+    return torch.stack([count < n for count in lost], dim=-1)
 
 
 def parse(text: str | float | Pattern) -> Pattern:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmprune.linalg import InverseFactor, inverse_factor
+from llmprune.linalg import Damped, InverseFactor, damped, inverse_factor
 
 
 class Statistic(Protocol):
@@ -49,43 +49,66 @@ class TokenCount:
         return True
 
 
-class ColumnNorm:
-    """Sum of squares of each input, (in,) in float64."""
+class Moments:
+    """Sums of each input and of its square, (in,) in float64."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.tokens = 0
+        self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         self.tokens += len(x)
-        self.squares += x.float().square().sum(0, dtype=torch.float64)
+        x = x.float()
+        self.total += x.sum(0, dtype=torch.float64)
+        self.squares += x.square().sum(0, dtype=torch.float64)
 
-    def merge(self, other: ColumnNorm) -> None:
+    def merge(self, other: Moments) -> None:
         self.tokens += other.tokens
+        self.total += other.total
         self.squares += other.squares
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.squares).all())
 
+    def means(self) -> Tensor:
+        """Mean of each input over the tokens, (in,) float32."""
+        return (self.total / max(self.tokens, 1)).float()
+
     def rms(self) -> Tensor:
         """Root mean square of each input over the tokens, (in,) float32."""
-        return (self.squares / max(self.tokens, 1)).sqrt().float()
+        return (self._squares() / max(self.tokens, 1)).sqrt().float()
+
+    def variance(self) -> Tensor:
+        """Variance of each input over the tokens, (in,) float32."""
+        count = max(self.tokens, 1)
+        return (self._squares() / count - (self.total / count).square()).clamp_min(0).float()
+
+    def _squares(self) -> Tensor:
+        return self.squares
 
 
-class Gram:
-    """H = XᵀX, (in, in) in float32: the Hessian of the layer's squared output error, up to a factor."""
+class Gram(Moments):
+    """H = XᵀX, (in, in) in float32: the Hessian of the layer's squared output error, up to a factor.
+
+    Its diagonal holds the squares, so that it serves every method that asks for `Moments`.
+    """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.tokens = 0
+        self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         self.sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor) -> None:
         self.tokens += len(x)
         x = x.float()
+        self.total += x.sum(0)
         self.sum.addmm_(x.T, x)
 
-    def merge(self, other: Gram) -> None:
+    def merge(self, other: Moments) -> None:
+        assert isinstance(other, Gram)
         self.tokens += other.tokens
+        self.total += other.total
         self.sum += other.sum
 
     def finite(self) -> bool:
@@ -99,6 +122,14 @@ class Gram:
     def factor(self) -> InverseFactor:
         """The damped inverse factor, computed once for all matrices that share this input. Only after the last `add`."""
         return inverse_factor(self.mean())
+
+    @cached_property
+    def damped(self) -> Damped:
+        """The damped Gram in units of unit diagonal, computed once as `factor` is."""
+        return damped(self.mean())
+
+    def _squares(self) -> Tensor:
+        return self.sum.diagonal().double()
 
 
 class InputSample:

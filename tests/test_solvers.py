@@ -81,6 +81,8 @@ class TestContract:
         assert (dropped == 0).all()
         assert not torch.signbit(dropped).any(), "-0.0 where a weight was dropped"
         assert torch.equal(prune(name, w, x, pattern).weight, solution.weight)
+        masked = output_error(w, w.masked_fill(~solution.mask, 0), x)
+        assert output_error(w, solution.weight, x) <= masked * (1 + 1e-4), "worse than its mask without an update"
 
     @pytest.mark.parametrize("rows", [1, 5])
     def test_one_row_and_one_group(self, name: str, pattern: Pattern, rows: int) -> None:

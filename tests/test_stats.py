@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmprune.stats import ColumnNorm, Gram, InputSample
+from llmprune.stats import Moments, Gram, InputSample
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ def inputs(tokens: int = 37, columns: int = 6) -> torch.Tensor:
 @pytest.mark.parametrize("cuts", [(37,), (1, 36), (10, 20, 7)])
 def test_batches_of_any_size_weigh_their_tokens(cuts: tuple[int, ...]) -> None:
     x = inputs()
-    gram, norm = Gram(6, CPU), ColumnNorm(6, CPU)
+    gram, norm = Gram(6, CPU), Moments(6, CPU)
     for part in x.split(list(cuts)):
         gram.add(part)
         norm.add(part)
@@ -26,7 +26,7 @@ def test_batches_of_any_size_weigh_their_tokens(cuts: tuple[int, ...]) -> None:
     torch.testing.assert_close(norm.rms().square(), gram.mean().diagonal())
 
 
-@pytest.mark.parametrize("kind", [Gram, ColumnNorm])
+@pytest.mark.parametrize("kind", [Gram, Moments])
 def test_merging_equals_counting_all(kind: type) -> None:
     x = inputs()
     whole, a, b = kind(6, CPU), kind(6, CPU), kind(6, CPU)
@@ -39,7 +39,7 @@ def test_merging_equals_counting_all(kind: type) -> None:
     torch.testing.assert_close(merged, counted)
 
 
-@pytest.mark.parametrize("kind", [Gram, ColumnNorm])
+@pytest.mark.parametrize("kind", [Gram, Moments])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_inputs_are_seen(kind: type, bad: float) -> None:
     statistic = kind(3, CPU)

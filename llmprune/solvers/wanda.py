@@ -6,10 +6,10 @@ from torch import Tensor
 
 from llmprune.patterns import Pattern
 from llmprune.solvers.base import Solution, masked
-from llmprune.stats import ColumnNorm
+from llmprune.stats import Moments
 
-statistic = ColumnNorm
+statistic = Moments
 
 
-def solve(w: Tensor, stat: ColumnNorm, pattern: Pattern) -> Solution:
+def solve(w: Tensor, stat: Moments, pattern: Pattern) -> Solution:
     return masked(w, pattern.keep_rows(w.abs() * stat.rms()))
