@@ -105,7 +105,7 @@ def _prune_parser() -> _Parser:
         if field.name == "method":
             text += f": {', '.join(solvers.names())}"
         common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": field.name}
-        if field.type == "bool":
+        if str(field.type).startswith("bool"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif str(field.type).startswith("tuple"):
             parser.add_argument(flag, nargs="+", action="extend", metavar=field.metadata["metavar"], **common)

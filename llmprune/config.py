@@ -29,7 +29,17 @@ class PruneConfig:
 
     model: str = _option("bundled name (llama), local folder, or Hub id such as meta-llama/Llama-3.2-1B")
     sparsity: str = _option("0.5 or 50%% (unstructured), or N:M such as 2:4, which keeps N of every M weights")
-    method: str = _option("pruning method (default: %(default)s)", "sparsegpt")
+    quality: str | None = _option("preset: fast, balanced or best (default: balanced, unless --method is given)", None)
+    method: str | None = _option("instead of a preset, one method as published", None)
+    refit: bool | None = _option("solve least squares on the chosen mask (default: off with --method, on in presets)", None)
+    target: str | None = _option(
+        "dense: each matrix imitates itself on the pruned model's inputs; corrected: it imitates what the dense model puts "
+        "out (default: dense with --method)",
+        None,
+    )  # fmt: skip
+    reconstruct: bool | None = _option(
+        "fit the kept weights and norms of each block to the dense block's output (default: in best only)", None
+    )
     calibration: str = _option(
         "calibration text: pydoc, wikitext2, c4, a Hub dataset id, or a .txt, .jsonl, .json, .parquet file, plain or "
         ".gz (default: pydoc for the bundled model, else c4)",
@@ -123,7 +133,7 @@ def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
     at = f"{where}: " if where else ""
     if name == "sparsity":
         return _sparsity(value, at)
-    if kind == "bool" and isinstance(value, bool):
+    if kind.startswith("bool") and (isinstance(value, bool) or (value is None and "None" in kind)):
         return value
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -134,7 +144,7 @@ def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
     if kind.startswith("str") and (isinstance(value, (str, Path)) or (value is None and "None" in kind)):
         return None if value is None else str(value)
     text = "text" if kind.startswith("str") else "a list of text"
-    wanted = {"bool": "true or false", "int": "a whole number"}.get(kind, text)
+    wanted = {"bool": "true or false", "int": "a whole number"}.get(kind.split(" ")[0], text)
     raise InputError(f"{at}{name} must be {wanted}, not {value!r}")
 
 

@@ -33,7 +33,7 @@ class InverseFactor:
 
 
 @dataclass(frozen=True, slots=True)
-class Damped:
+class Scaled:
     """H + damping * mean_diag * I, seen in units in which its diagonal is 1: `matrix` = S^-1 (...) S^-1.
 
     Attributes:
@@ -82,7 +82,7 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> InverseFactor:
     raise InputError(f"the Gram matrix is not positive definite even with {fraction:g} of its mean diagonal added")
 
 
-def damped(gram: Tensor, damping: float = DAMPING) -> Damped:
+def scaled(gram: Tensor, damping: float = 0.0) -> Scaled:
     """`gram` (in, in) with `damping` times its mean diagonal added, and brought to unit diagonal.
 
     Raises:
@@ -92,7 +92,7 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Damped:
     matrix = gram.clone()
     matrix.diagonal().add_(dead * mean + damping * mean)
     scale = matrix.diagonal().sqrt()
-    return Damped(matrix.div_(scale).div_(scale[:, None]), scale, dead)
+    return Scaled(matrix.div_(scale).div_(scale[:, None]), scale, dead)
 
 
 def _alive(gram: Tensor) -> tuple[Tensor, Tensor]:

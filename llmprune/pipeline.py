@@ -26,10 +26,11 @@ from llmprune.models.skeleton import FOREIGN, Skeleton, load_config, match_names
 from llmprune.patterns import Pattern, parse
 from llmprune.plan import Plan, make_plan
 from llmprune.pruner import Pruner
+from llmprune.recipes import Recipe, choose_recipe
+from llmprune.reconstruct import check_batches
 from llmprune.report.card import model_card
 from llmprune.report.console import Progress
 from llmprune.report.record import Clock, RunRecord
-from llmprune.solvers.base import Solver
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import Sink, Source, stream
 from llmprune.stream.publish import RECORD, check_output, copy_extras, published, sha256, write_json
@@ -106,18 +107,19 @@ class _Job:
     given: Given | None
     progress: Progress
     clock: Clock = field(default_factory=Clock)
-    solver: Solver = field(init=False)
+    recipe: Recipe = field(init=False)
     pattern: Pattern = field(init=False)
 
     def __post_init__(self) -> None:
-        self.solver, self.pattern = solvers.load(self.config.method), parse(self.config.sparsity)
+        self.recipe, self.pattern = choose_recipe(self.config), parse(self.config.sparsity)
+        solvers.load(self.recipe.method)
 
     def output(self, model: str) -> Path | None:
         """The folder to write; `auto` names it after the model, the pattern and the method."""
         if self.config.output != "auto":
             return None if self.config.output is None else user_path(self.config.output, "output")
         pattern = str(self.pattern).replace(":", "of").replace("%", "pct")
-        return Path(f"{model}-{pattern}-{self.config.method}")
+        return Path(f"{model}-{pattern}-{self.recipe.name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +172,9 @@ def _prune_folder(
     record = _announce(job, work, texts, folder)
     with published(output, overwrite=job.config.overwrite) as partial:
         copy_extras(folder.path, partial)
-        writer = ShardWriter(skeleton, partial, work.plan.patterns)
-        _run(job, work, texts, writer, record)
+        edited: set[str] = set()
+        writer = ShardWriter(skeleton, partial, edited)
+        _run(job, work, texts, writer, record, edited)
         with job.clock("write"):
             writer.finish()
             _write_record(partial, record, output.name)
@@ -198,7 +201,7 @@ def _prune_in_memory(
         texts = choose_texts(job.config, model.config, tokenizer, given=job.given, bundled=bool(folder and folder.bundled))
     record = _announce(job, work, texts, folder)
     with _evaluating(model):
-        _run(job, work, texts, NoSink(), record)
+        _run(job, work, texts, NoSink(), record, set())
     if output is not None:
         with published(output, overwrite=job.config.overwrite) as partial, job.clock("write"):
             model.save_pretrained(partial)
@@ -211,8 +214,8 @@ def _prune_in_memory(
     return Result(record, model, output)
 
 
-def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord) -> None:
-    """Stream the model block by block, and fill in what was found."""
+def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, edited: set[str]) -> None:
+    """Stream the model block by block, and fill in what was found; `edited` learns what was changed."""
     clock, blocks = job.clock, list(work.blocks.values())
 
     def record_activations(windows: Any) -> Activations:
@@ -222,15 +225,19 @@ def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord) ->
         feed = record_activations(texts.calibration)
         dense = record_activations(texts.evaluation) if texts.evaluation else None
     pruned = dense.fork() if dense else None
+    if job.recipe.reconstruct:
+        check_batches(len(feed.hidden))
     pruner = Pruner(
         work.plan.patterns,
-        job.solver,
+        job.recipe,
         feed,
+        feed.fork() if job.recipe.reconstruct or job.recipe.target == "corrected" else None,
         texts.calibration.tokens(),
         job.config.true_sequential,
         job.progress,
         clock,
         work.names,
+        edited,
     )
 
     def visit(block: Block) -> None:
@@ -247,7 +254,7 @@ def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord) ->
         with work.outside(), clock("evaluate"):
             record.dense = streamed_perplexity(work.model, blocks, dense, texts.evaluation, work.device)
             record.pruned = streamed_perplexity(work.model, blocks, pruned, texts.evaluation, work.device)
-    record.sites = pruner.records
+    record.sites, record.reconstructions = pruner.records, pruner.reconstructions
     record.skipped |= dict.fromkeys(pruner.uncalled, "the model's forward never runs it")
     record.size["nonzero_before"], record.size["nonzero_after"] = pruner.nonzero
     record.peak_memory = peak_memory(work.device)
@@ -263,7 +270,7 @@ class _Feeds:
     clock: Clock
 
     def advance(self, block: Block) -> None:
-        with self.clock("advance"):
+        with self.clock("forward"):
             self.calibration.advance(block)
         if self.evaluation is not None:
             with self.clock("evaluate"):
@@ -286,6 +293,7 @@ def _announce(job: _Job, work: _Work, texts: Texts, folder: ModelFolder | None) 
     windows, config = texts.calibration, job.config
     record = RunRecord(
         arguments=asdict(config),
+        recipe=asdict(job.recipe) | {"text": str(job.recipe)},
         model={
             "name": folder.name if folder else config.model,
             "hub_id": folder.hub_id if folder else None,

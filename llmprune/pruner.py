@@ -4,33 +4,51 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from llmprune import solvers
 from llmprune.errors import InputError
+from llmprune.linalg import masked_least_squares
 from llmprune.models.sites import Block, Site
 from llmprune.patterns import Pattern, verify
+from llmprune.recipes import Recipe
+from llmprune.reconstruct import reconstruct
 from llmprune.report.console import Progress
-from llmprune.report.record import Clock, SiteRecord
-from llmprune.solvers.base import Solver
-from llmprune.stats import InputSample, Statistic
+from llmprune.report.record import Clock, Reconstruction, SiteRecord
+from llmprune.solvers.base import Solution
+from llmprune.stats import Cross, Gram, InputSample, Statistic
 from llmprune.stream.activations import Activations, Stage
 
 _ERROR_TOKENS = 2048  # calibration tokens that output errors are measured on
+BLEND = 0.5  # how far the corrected target goes from the dense weights
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What is kept of a stage's inputs: the solver's statistic, and a sample to measure errors on."""
+    """What is kept of a stage's inputs: the solver's statistic, a sample to measure errors on, and the dense inputs'
+    product with them where the target is corrected."""
 
     statistic: Statistic
     sample: InputSample
+    cross: Cross | None
+    clock: Clock
 
-    def add(self, x: Tensor) -> None:
-        self.statistic.add(x)
-        self.sample.add(x)
+    def add(self, x: Tensor, dense: Tensor | None) -> None:
+        with self.clock("statistics"):
+            self.statistic.add(x)
+            self.sample.add(x)
+            if self.cross is not None and dense is not None:
+                self.cross.add(x, dense)
+
+    def aim(self, w: Tensor) -> Tensor:
+        """The weights to imitate on the pruned model's inputs."""
+        if self.cross is None:
+            return w
+        assert isinstance(self.statistic, Gram)
+        return self.cross.aim(w, self.statistic, BLEND)
 
 
 @dataclass(slots=True)
@@ -39,65 +57,88 @@ class Pruner:
 
     Attributes:
         patterns: site name -> pattern; other sites are left alone.
+        feed: the calibration tokens as the pruned model sees them.
+        dense: the same as the dense model sees them, where the recipe asks for it; advanced here.
         tokens: calibration tokens in `feed`.
         true_sequential: solve each stage on inputs that the stages before it, already pruned, put out.
         names: a weight's name in the model -> its name on disk, where the two differ.
+        edited: parameters that were changed, by full name in the model.
         records: one a pruned matrix, in the order solved.
+        reconstructions: one a block that was fitted.
         uncalled: sites that the model's forward never runs.
         nonzero: weights that are not zero in the matrices pruned so far, before and after.
     """
 
     patterns: Mapping[str, Pattern]
-    solver: Solver
+    recipe: Recipe
     feed: Activations
+    dense: Activations | None
     tokens: int
     true_sequential: bool
     progress: Progress
     clock: Clock
     names: Mapping[str, str]
+    edited: set[str]
     records: list[SiteRecord] = field(default_factory=list)
+    reconstructions: list[Reconstruction] = field(default_factory=list)
     uncalled: list[str] = field(default_factory=list)
     nonzero: tuple[int, int] = (0, 0)
 
     def prune(self, block: Block) -> None:
-        """Solve the block's planned sites, stage by stage or all from one pass.
+        """Solve the block's planned sites, stage by stage or all from one pass; then fit the block, if asked to.
 
         Raises:
             InputError: inputs or weights are not finite, or the solver cannot work with them; the site is named.
         """
-        with self.clock("collect"):
+        reference = block.copy() if self.dense is not None else None
+        with self.clock("forward"):
             traced = self.feed.stages(block)
         called = {site.name for stage in traced for site in stage}
         self.uncalled += [site.name for site in block.sites if site.name not in called]
         planned = ([site for site in stage if site.name in self.patterns] for stage in traced)
         stages = [stage for stage in planned if stage]
+        beside = (self.dense, reference) if self.dense and reference and self.recipe.target == "corrected" else None
+        masks: dict[str, Tensor] = {}
         for group in [[stage] for stage in stages] if self.true_sequential else [stages]:
-            with self.clock("collect"):
-                observed = self.feed.collect(block, group, self._observe)
+            with self.clock("forward"):
+                observed = self.feed.collect(block, group, self._observe, beside)
             for stage, seen in zip(group, observed, strict=True):
-                self._solve_stage(block, stage, seen)
+                masks |= self._solve_stage(block, stage, seen)
+        if self.dense is not None and reference is not None:
+            with self.clock("forward"):
+                self.dense.advance(reference)
+            if self.recipe.reconstruct and masks:
+                self._reconstruct(block, masks, self.dense)
 
     def _observe(self, columns: int, device: torch.device) -> Observed:
-        return Observed(self.solver.statistic(columns, device), InputSample(self.tokens // _ERROR_TOKENS))
+        corrected = self.recipe.target == "corrected"
+        kind: type[Statistic] = solvers.load(self.recipe.method).statistic
+        if corrected or self.recipe.refit:
+            kind = Gram
+        sample = InputSample(self.tokens // _ERROR_TOKENS)
+        return Observed(kind(columns, device), sample, Cross(columns, device) if corrected else None, self.clock)
 
-    def _solve_stage(self, block: Block, stage: Stage, seen: Observed) -> None:
+    def _solve_stage(self, block: Block, stage: Stage, seen: Observed) -> dict[str, Tensor]:
         if not seen.statistic.finite():
             names = ", ".join(site.name for site in stage)
             raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
+        masks = {}
         for site in stage:
             self.progress.solving(site.name)
             with self.clock("solve"):
-                record = self._solve(block, site, seen)
+                masks[site.name], record = self._solve(block, site, seen)
             self.records.append(record)
+            self.edited.add(f"{site.name}.weight")
             self.progress.site(record)
+        return masks
 
-    def _solve(self, block: Block, site: Site, seen: Observed) -> SiteRecord:
+    def _solve(self, block: Block, site: Site, seen: Observed) -> tuple[Tensor, SiteRecord]:
         start = time.perf_counter()
         pattern, dense = self.patterns[site.name], site.weight.to(torch.float32, copy=True)
         if not bool(torch.isfinite(dense).all()):
             raise InputError(f"the weights of {site.name} hold NaN or infinity")
         try:
-            solution = self.solver.solve(dense, seen.statistic, pattern)
+            solution = self._find(dense, seen, pattern)
         except InputError as error:
             raise InputError(f"{site.name}: {error}; another calibration text may help") from None
         site.write(solution.weight)
@@ -108,7 +149,7 @@ class Pruner:
         left = int((after != 0).sum())
         self.nonzero = (self.nonzero[0] + int((dense != 0).sum()), self.nonzero[1] + left)
         weight = f"{site.name}.weight"
-        return SiteRecord(
+        return solution.mask, SiteRecord(
             name=site.name,
             tensor=self.names.get(weight, weight),
             block=block.index,
@@ -121,3 +162,20 @@ class Pruner:
             seconds=time.perf_counter() - start,
             notes=dict(solution.notes),
         )
+
+    def _find(self, dense: Tensor, seen: Observed, pattern: Pattern) -> Solution:
+        """The method's solution for the recipe's target, refitted where the recipe says so."""
+        aim = seen.aim(dense)
+        solution = solvers.load(self.recipe.method).solve(aim, seen.statistic, pattern)
+        if not self.recipe.refit:
+            return solution
+        assert isinstance(seen.statistic, Gram)
+        fit = masked_least_squares(seen.statistic.mean(), aim, solution.mask, solution.weight)
+        return replace(solution, weight=fit.weight, notes={**solution.notes, "residual": fit.residual, "steps": fit.steps})
+
+    def _reconstruct(self, block: Block, masks: Mapping[str, Tensor], dense: Activations) -> None:
+        with self.clock("reconstruct"):
+            result, changed = reconstruct(block, masks, self.feed, dense.hidden)
+        self.edited.update(changed)
+        self.reconstructions.append(result)
+        self.progress.reconstructed(result)

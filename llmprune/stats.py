@@ -7,12 +7,15 @@ Every statistic counts tokens, never batches, so that windows of any length weig
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from llmprune.linalg import Damped, InverseFactor, damped, inverse_factor
+from llmprune.linalg import InverseFactor, Scaled, inverse_factor, scaled
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Statistic(Protocol):
@@ -26,7 +29,7 @@ class Statistic(Protocol):
         """Count the inputs `x` (tokens, in)."""
         ...
 
-    def merge(self, other: Statistic) -> None:
+    def merge(self, other: Self) -> None:
         """Count all that `other` counted."""
         ...
 
@@ -42,7 +45,7 @@ class TokenCount:
     def add(self, x: Tensor) -> None:
         self.tokens += len(x)
 
-    def merge(self, other: TokenCount) -> None:
+    def merge(self, other: Self) -> None:
         self.tokens += other.tokens
 
     def finite(self) -> bool:
@@ -63,7 +66,7 @@ class Moments:
         self.total += x.sum(0, dtype=torch.float64)
         self.squares += x.square().sum(0, dtype=torch.float64)
 
-    def merge(self, other: Moments) -> None:
+    def merge(self, other: Self) -> None:
         self.tokens += other.tokens
         self.total += other.total
         self.squares += other.squares
@@ -105,8 +108,7 @@ class Gram(Moments):
         self.total += x.sum(0)
         self.sum.addmm_(x.T, x)
 
-    def merge(self, other: Moments) -> None:
-        assert isinstance(other, Gram)
+    def merge(self, other: Self) -> None:
         self.tokens += other.tokens
         self.total += other.total
         self.sum += other.sum
@@ -124,12 +126,33 @@ class Gram(Moments):
         return inverse_factor(self.mean())
 
     @cached_property
-    def damped(self) -> Damped:
-        """The damped Gram in units of unit diagonal, computed once as `factor` is."""
-        return damped(self.mean())
+    def unit(self) -> Scaled:
+        """The Gram in units in which its diagonal is 1, undamped, computed once as `factor` is."""
+        return scaled(self.mean())
 
     def _squares(self) -> Tensor:
         return self.sum.diagonal().double()
+
+
+class Cross:
+    """C = X_dᵀX, (in, in) in float32: dense inputs X_d, token by token beside the pruned model's inputs X."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+
+    def add(self, x: Tensor, dense: Tensor) -> None:
+        self.tokens += len(x)
+        self.sum.addmm_(dense.float().T, x.float())
+
+    def aim(self, w: Tensor, gram: Gram, blend: float) -> Tensor:
+        """The weights (out, in) whose outputs for X come nearest to those of `w` for X_d: W + blend W (C - H) H^-1.
+
+        A blend of 0 is `w` itself, 1 the whole way. H is damped as the solvers damp it.
+        """
+        upper = gram.factor.upper
+        drift = w @ (self.sum - gram.sum) / max(self.tokens, 1)
+        return w.addmm(drift @ upper.T, upper, alpha=blend)
 
 
 class InputSample:

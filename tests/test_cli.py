@@ -63,7 +63,7 @@ def test_a_run_shows_what_it_did(folder: Path, text: Path, tmp_path: Path, capsy
     for words in (
         "LlamaForCausalLM",
         "2:4 in 21 matrices",
-        "sparsegpt",
+        "balanced: annealed + refit + corrected target",
         "4 windows x 64 tokens",
         "block 3/3",
         "50.00%",

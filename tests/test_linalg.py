@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from llmprune.errors import InputError
-from llmprune.linalg import inverse_factor
+from llmprune.linalg import inverse_factor, masked_least_squares, scaled
 
 
 def gram(columns: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -56,3 +58,56 @@ def test_badly_scaled_and_rank_deficient() -> None:
     scale = torch.logspace(-4, 4, 16)
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)) * scale
     assert torch.isfinite(inverse_factor(x.T @ x / 5).upper).all()
+
+
+def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    w = torch.randn(rows, columns, generator=generator)
+    return x / columns, w, torch.rand(rows, columns, generator=generator) > 0.5
+
+
+def lstsq(x: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Row by row, in float64, on the kept columns."""
+    found = torch.zeros_like(target, dtype=torch.float64)
+    for row, kept in enumerate(mask):
+        found[row, kept] = torch.linalg.lstsq(x[:, kept].double(), (x.double() @ target[row].double())[:, None]).solution[:, 0]
+    return found
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2), (7, 12), (5, 40)])
+def test_masked_least_squares_equals_lstsq(rows: int, columns: int) -> None:
+    x, w, mask = problem(rows, columns)
+    fit = masked_least_squares(x.T @ x, w, mask, w, steps=400, tolerance=1e-7)
+    torch.testing.assert_close(fit.weight.double(), lstsq(x, w, mask), rtol=2e-2, atol=2e-2)
+    assert (fit.weight[~mask] == 0).all()
+    assert not torch.signbit(fit.weight[~mask]).any()
+
+
+def test_masked_least_squares_falls_and_stops() -> None:
+    x, w, mask = problem(9, 40)
+    h = x.T @ x
+
+    def loss(weight: torch.Tensor) -> float:
+        return float((x.double() @ (w - weight).double().T).square().sum())
+
+    fits = [masked_least_squares(h, w, mask, w, steps=steps, tolerance=0.0) for steps in range(12)]
+    losses = [loss(fit.weight) for fit in fits]
+    assert losses[0] == pytest.approx(loss(w.masked_fill(~mask, 0)), rel=1e-5)
+    assert all(after < before for before, after in itertools.pairwise(losses))
+    assert [fit.steps for fit in fits] == list(range(12))
+    again = masked_least_squares(h, w, mask, fits[-1].weight, steps=50, tolerance=fits[-1].residual * 1.01)
+    assert again.steps == 0, "it began where it should stop"
+
+
+def test_masked_least_squares_leaves_dead_inputs() -> None:
+    x, w, mask = problem(6, 12)
+    x[:, 3], mask[:, 3] = 0, True
+    fit = masked_least_squares(x.T @ x, w, mask, w)
+    assert torch.equal(fit.weight[:, 3], w[:, 3])
+    assert masked_least_squares(torch.zeros(12, 12), w, mask, w).steps == 0
+
+
+def test_inverse_names_what_is_indefinite() -> None:
+    with pytest.raises(InputError, match=r"not positive definite even with 0\.1"):
+        scaled(torch.tensor([[1.0, 3.0], [3.0, 1.0]])).inverse(0.1)

@@ -107,7 +107,13 @@ def test_card_tells_how_to_load(saved, tmp_path: Path) -> None:
     prune(saved(tiny_model("llama")), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    for words in ("**2:4**", "`sparsegpt`", "4 windows of 16 tokens", "from_pretrained", "llmprune verify"):
+    for words in (
+        "**2:4**",
+        "`balanced: annealed + refit + corrected target`",
+        "4 windows of 16 tokens",
+        "from_pretrained",
+        "llmprune verify",
+    ):
         assert words in card, words
     assert "perplexity" not in card
 

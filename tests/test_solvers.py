@@ -128,8 +128,52 @@ def naive_wanda(w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> torch.Ten
     return mask
 
 
+def naive_ria(w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    score = torch.empty_like(w)
+    for i, j in itertools.product(range(w.shape[0]), range(w.shape[1])):
+        share = abs(w[i, j]) / w[:, j].abs().sum() + abs(w[i, j]) / w[i].abs().sum()
+        score[i, j] = share * x[:, j].norm() ** 0.5
+    return pattern.keep(score)
+
+
+def naive_dsnot(w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Row by row and swap by swap, in Python."""
+    mask, w, x = naive_wanda(w, x, pattern), w.double(), x.double()
+    mean, variance, rms = x.mean(0), x.var(0, correction=0), x.square().mean(0).sqrt()
+    for i in range(len(w)):
+        lost = {j: float(w[i, j] * mean[j]) for j in range(w.shape[1])}
+        residual = sum(lost[j] for j in lost if not mask[i, j])
+        sign = 1 if residual > 0 else -1
+        for _ in range(50):
+            if abs(residual) <= 0.1 or residual * sign < 0:
+                break
+            swaps = []
+            for back in (j for j in lost if not mask[i, j]):
+                period = w.shape[1] if pattern.period == 1 else pattern.period
+                group = range(back // period * period, (back // period + 1) * period)
+                outs = [j for j in group if mask[i, j] and sign * lost[j] < 0]
+                if outs and sign * lost[back] > 0:
+                    out = min(outs, key=lambda j: abs(float(w[i, j])) * float(rms[j]))
+                    swaps.append((sign * lost[back] / float(variance[back]), back, out))
+            if not swaps:
+                break
+            _, back, out = max(swaps)
+            mask[i, back], mask[i, out] = True, False
+            residual += lost[out] - lost[back]
+    return mask
+
+
+def test_dsnot_swaps_as_its_twin() -> None:
+    """On inputs with means, where there is something to swap."""
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        w, x = weights(30, 24), correlated(80, 24) + 0.5
+        mask = prune("dsnot", w, x, pattern).mask
+        assert torch.equal(mask, naive_dsnot(w, x, pattern))
+        assert not torch.equal(mask, prune("wanda", w, x, pattern).mask)
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), NM(1, 3)], ids=str)
-@pytest.mark.parametrize(("name", "twin"), [("magnitude", naive_magnitude), ("wanda", naive_wanda)])
+@pytest.mark.parametrize(("name", "twin"), [("magnitude", naive_magnitude), ("wanda", naive_wanda), ("ria", naive_ria)])
 def test_mask_methods_against_twins(name: str, twin, pattern: Pattern) -> None:
     w, x = weights(9, 24), correlated(80, 24)
     solution = prune(name, w, x, pattern)
@@ -172,6 +216,79 @@ def test_sparsegpt_against_explicit_obs(pattern: Pattern, columns: int) -> None:
     assert output_error(w, solution.weight, x) == pytest.approx(output_error(w, expected.float(), x), rel=1e-2)
 
 
+def unit_diagonal(x: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    h = x.double().T @ x.double() / len(x)
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    scale = h.diagonal().sqrt()
+    return h / scale / scale[:, None], scale
+
+
+def project(values: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    return torch.where(pattern.keep(values.abs()), values, torch.zeros((), dtype=values.dtype))
+
+
+def naive_admm(w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Boža's loop as written: W fits, Z projects, U adds up their difference; float64."""
+    h, scale = unit_diagonal(x, 0.0)
+    h = h + 0.1 * torch.eye(len(h), dtype=h.dtype)
+    inverse = torch.linalg.inv(h + torch.eye(len(h), dtype=h.dtype))
+    dense = w.double() * scale
+    fitted, u, mask = dense, torch.zeros_like(dense), torch.ones_like(dense, dtype=torch.bool)
+    for iteration in range(20):
+        if iteration < 15:
+            mask = pattern.keep((fitted + u).abs())
+        z = (fitted + u) * mask
+        u = u + fitted - z
+        fitted = (dense @ h + z - u) @ inverse
+    return (fitted + u) * mask / scale
+
+
+def naive_alps(w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """ALPS as its paper writes it, by an eigendecomposition in float64, and exact least squares row by row."""
+    h, scale = unit_diagonal(x, 0.01)
+    values, vectors = torch.linalg.eigh(h)
+    dense = w.double() * scale
+    rho, moved = 0.1, False
+    while not moved and rho > 1e-5:
+        d, v, last = dense.clone(), torch.zeros_like(dense), pattern.keep(dense.abs())
+        kept = int(last.sum())
+        start = rho
+        for iteration in range(1, 301):
+            b = (dense @ h - v + rho * d) @ (vectors / (values + rho)) @ vectors.T
+            d = project(b + v / rho, pattern)
+            v = v + rho * (b - d)
+            if iteration % 3 == 0:
+                change = int(((d != 0) != last).sum())
+                last = d != 0
+                if change == 0 or (iteration >= 30 and change / kept < 3e-4):
+                    break
+                moved = True
+                rho *= 1.3 if change > 0.1 * kept else 1.2 if change > 0.005 * kept else 1.1
+        rho = start / 5
+    for i in range(len(w)):
+        k = last[i].nonzero().squeeze(1)
+        d[i, k] = torch.linalg.solve(h[k][:, k], (dense[i] @ h)[k])
+    return d / scale
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(4, 8)], ids=str)
+@pytest.mark.parametrize(("name", "twin"), [("admm", naive_admm), ("alps", naive_alps)])
+def test_admm_methods_against_twins(name: str, twin, pattern: Pattern) -> None:
+    w, x = weights(24, 48), correlated(300, 48)
+    expected, solution = twin(w, x, pattern), prune(name, w, x, pattern)
+    assert (solution.mask == (expected != 0)).float().mean() > 0.97  # float32 turns near ties, and paths then part
+    assert output_error(w, solution.weight, x) == pytest.approx(output_error(w, expected.float(), x), rel=0.03)
+
+
+def exact_refit(w: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    fitted = torch.zeros_like(w)
+    for i in range(len(w)):
+        kept = mask[i].nonzero().squeeze(1)
+        target = (x.double() @ w[i].double())[:, None]
+        fitted[i, kept] = torch.linalg.lstsq(x[:, kept].double(), target).solution[:, 0].float()
+    return fitted
+
+
 def best_by_brute_force(w: torch.Tensor, x: torch.Tensor, pattern: NM, *, refit: bool) -> float:
     """The least output error over all masks of a single row, kept weights as they are or refitted."""
     columns = w.shape[1]
@@ -209,6 +326,41 @@ def test_sparsegpt_against_all_masks(pattern: NM) -> None:
     assert sparsegpt - best < 0.7 * (wanda - best)  # measured: 0.40 to 0.65
 
 
+def all_masks(columns: int, pattern: Pattern) -> torch.Tensor:
+    if isinstance(pattern, NM):
+        groups = [itertools.combinations(range(g, g + pattern.m), pattern.n) for g in range(0, columns, pattern.m)]
+        return torch.tensor([sum(choice, ()) for choice in itertools.product(*groups)])
+    return torch.tensor(list(itertools.combinations(range(columns), columns - round(pattern.sparsity * columns))))
+
+
+def least_error(w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> float:
+    """Of one row, over all masks with their kept weights refitted."""
+    h, dense, masks = x.double().T @ x.double(), w[0].double(), all_masks(w.shape[1], pattern)
+    product = (h @ dense)[masks]
+    fitted = torch.linalg.solve(h[masks[:, :, None], masks[:, None, :]], product)
+    return float((dense @ h @ dense - (product * fitted).sum(1)).min())
+
+
+def gap(name: str, pattern: Pattern, columns: int, inputs) -> float:
+    """Mean of output error / least possible error - 1 over 100 random problems."""
+    ratios = []
+    for seed in range(100):
+        w, x = weights(1, columns, seed), inputs(100, columns, seed + 1000)
+        solution = prune(name, w, x, pattern)
+        refitted = exact_refit(w, x, solution.mask)
+        ratios.append(output_error(w, refitted, x) / least_error(w, x, pattern))
+    return sum(ratios) / len(ratios) - 1
+
+
+@pytest.mark.parametrize(("pattern", "columns"), [(NM(2, 4), 8), (NM(2, 4), 12), (Unstructured(0.5), 10)], ids=str)
+def test_optimality_gaps(pattern: Pattern, columns: int) -> None:
+    """Over all masks of a row; independent and strongly correlated inputs. Measured: annealed 0.5 to 1.6% and 14 to 49%."""
+    assert gap("annealed", pattern, columns, weights) < 0.03
+    annealed, alps, sparsegpt = (gap(name, pattern, columns, correlated) for name in ("annealed", "alps", "sparsegpt"))
+    assert annealed < alps < sparsegpt
+    assert annealed < 0.6
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
 def test_methods_rank_as_published(pattern: Pattern) -> None:
     torch.manual_seed(0)
@@ -218,6 +370,9 @@ def test_methods_rank_as_published(pattern: Pattern) -> None:
     )
     assert sparsegpt < 0.8 * wanda
     assert wanda < 0.8 * magnitude
+    admm, alps, annealed = (output_error(w, prune(name, w, x, pattern).weight, x) for name in ("admm", "alps", "annealed"))
+    assert max(admm, alps) < 0.8 * sparsegpt
+    assert annealed < min(admm, alps)
 
 
 def test_sparsegpt_records_its_damping_and_shares_the_factor() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmprune.stats import Moments, Gram, InputSample
+from llmprune.stats import Cross, Gram, InputSample, Moments
 
 CPU = torch.device("cpu")
 
@@ -59,3 +59,35 @@ def test_sample_takes_every_nth_token_across_batches(stride: int) -> None:
     expected = (taken @ (dense - pruned).T).square().sum() / (taken @ dense.T).square().sum()
     assert sample.relative_error(dense, pruned) == pytest.approx(float(expected), rel=1e-5)
     assert sample.relative_error(torch.zeros_like(dense), torch.zeros_like(dense)) == 0.0
+
+
+def test_cross_aims_at_what_the_dense_model_puts_out() -> None:
+    """With the whole blend, least squares of the dense outputs on the pruned model's inputs; with none, the weights."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(400, 10, generator=generator)
+    x, w = dense + 0.3 * torch.randn(400, 10, generator=generator), torch.randn(6, 10, generator=generator)
+    gram, cross = Gram(10, CPU), Cross(10, CPU)
+    for part in range(4):
+        gram.add(x[part::4])
+        cross.add(x[part::4], dense[part::4])
+    assert cross.tokens == gram.tokens == 400
+    assert torch.equal(cross.aim(w, gram, 0.0), w)
+    exact = torch.linalg.lstsq(x.double(), dense.double() @ w.double().T).solution.T
+    aim = cross.aim(w, gram, 1.0)
+    torch.testing.assert_close(aim.double(), exact, rtol=0.02, atol=0.02)  # the damping's difference
+
+    def lost(weight: torch.Tensor) -> float:
+        return float((dense @ w.T - x @ weight.T).square().sum())
+
+    assert lost(exact.float()) < lost(aim) * 1.0001 < lost(cross.aim(w, gram, 0.5)) < 0.99 * lost(w)
+
+
+def test_gram_serves_methods_that_ask_for_moments() -> None:
+    x = torch.randn(300, 7, generator=torch.Generator().manual_seed(0)) + 0.5
+    gram, moments = Gram(7, CPU), Moments(7, CPU)
+    for stat in (gram, moments):
+        stat.add(x[:100])
+        stat.add(x[100:])
+    for what in ("means", "rms", "variance"):
+        torch.testing.assert_close(getattr(gram, what)(), getattr(moments, what)(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gram.variance(), x.var(0, correction=0))

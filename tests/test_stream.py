@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from llmprune import solvers
 from llmprune.data import Windows, given_windows
 from llmprune.errors import InputError
 from llmprune.models.discover import find_blocks, make_block
-from llmprune.models.sites import Block
+from llmprune.models.sites import Block, Site
 from llmprune.patterns import NM, parse
-from llmprune.stats import Gram
+from llmprune.pruner import BLEND
+from llmprune.stats import Cross, Gram
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import Recorder, head
 from llmprune.stream.source import ModelSource
@@ -103,8 +105,12 @@ def test_padding_never_counts() -> None:
     mask = torch.stack([(torch.arange(12) < n).long() for n in lengths])
     block = blocks_of(model)[0]
 
-    def grams(feed: Activations) -> list[Gram]:
-        return feed.collect(block, feed.stages(block), Gram)
+    class Counted(Gram):
+        def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+            super().add(x)
+
+    def grams(feed: Activations) -> list[Counted]:
+        return feed.collect(block, feed.stages(block), Counted)
 
     together = grams(activations(model, Windows(ids, "t", mask), batch=3))
     alone = [grams(activations(model, Windows(ids[i : i + 1, :n], "t"))) for i, n in enumerate(lengths)]
@@ -126,17 +132,26 @@ def hooked_gram(model: PreTrainedModel, ids: Tensor, layer: torch.nn.Module, bat
     return gram
 
 
-@torch.no_grad()
-def prune_whole(model: PreTrainedModel, ids: Tensor, sparsity: str, batch: int, *, true_sequential: bool) -> None:
-    """The reference: no streaming, no replay; a forward of the whole model for every matrix."""
+def stages_by_hand(model: PreTrainedModel) -> Iterator[tuple[list[Site], list[list[Site]]]]:
+    """Each block's sites, and the same by stage, from the table above."""
     for name, module in find_blocks(model).items():
         sites = make_block(0, name, module, {n: p.dtype for n, p in model.named_parameters()}).sites
         order = STAGES.get(model.config.model_type, STAGES["llama"])
-        found = {site.name: hooked_gram(model, ids, site.module, batch) for site in sites}
+        stages = []
         for position, stage in enumerate(order):
             now = [s for s in sites if s.name.rsplit(".", 1)[-1] in stage]
             if model.config.model_type == "gpt2":  # two layers are called c_proj
                 now = [s for s in now if (".attn." in s.name) == (position < 2)]
+            stages.append(now)
+        yield list(sites), stages
+
+
+@torch.no_grad()
+def prune_whole(model: PreTrainedModel, ids: Tensor, sparsity: str, batch: int, *, true_sequential: bool) -> None:
+    """The reference: no streaming, no replay; a forward of the whole model for every matrix."""
+    for sites, stages in stages_by_hand(model):
+        found = {site.name: hooked_gram(model, ids, site.module, batch) for site in sites}
+        for now in stages:
             if true_sequential:
                 found |= {s.name: hooked_gram(model, ids, s.module, batch) for s in now}
             for site in now:
@@ -150,7 +165,8 @@ def prune_whole(model: PreTrainedModel, ids: Tensor, sparsity: str, batch: int, 
 def test_streamed_equals_whole_model(family: str, sparsity: str, true_sequential: bool, saved, tmp_path: Path) -> None:
     ids = tokens(6, 16)
     folder = saved(tiny_model(family))
-    options = {"sparsity": sparsity, "calibration": ids, "batch_size": 2, "true_sequential": true_sequential}
+    options = {"sparsity": sparsity, "method": "sparsegpt", "calibration": ids, "batch_size": 2}
+    options["true_sequential"] = true_sequential
     llmprune.prune(folder, output=tmp_path / "out", **options)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     prune_whole(reference, ids, sparsity, 2, true_sequential=true_sequential)
@@ -162,10 +178,46 @@ def test_streamed_equals_whole_model(family: str, sparsity: str, true_sequential
         assert torch.equal(in_memory.state_dict()[name], tensor), f"in memory {name}"
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_other_methods_stream_alike(method: str, saved, tmp_path: Path) -> None:
+def inputs_of(model: PreTrainedModel, layer: torch.nn.Module, ids: Tensor) -> Tensor:
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    model(ids, use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def prune_whole_corrected(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor, batch: int) -> None:
+    """The reference of the corrected target: two whole models side by side."""
+    for _, stages in stages_by_hand(model):
+        for now in stages:
+            gram, cross = Gram(now[0].columns, CPU), Cross(now[0].columns, CPU)
+            for part in ids.split(batch):
+                x = inputs_of(model, now[0].module, part)
+                gram.add(x)
+                cross.add(x, inputs_of(dense, dense.get_submodule(now[0].name), part))
+            for site in now:
+                aim = cross.aim(site.weight.clone(), gram, BLEND)
+                site.write(solvers.load("sparsegpt").solve(aim, gram, parse("2:4")).weight)
+
+
+def test_corrected_target_equals_two_whole_models(family: str, saved, tmp_path: Path) -> None:
+    ids = tokens(6, 16)
+    folder = saved(tiny_model(family))
+    options = {"method": "sparsegpt", "target": "corrected", "sparsity": "2:4", "calibration": ids, "batch_size": 2}
+    llmprune.prune(folder, output=tmp_path / "out", **options)
+    reference, dense = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
+    prune_whole_corrected(reference, dense, ids, 2)
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(streamed[name], tensor), name
+
+
+@pytest.mark.parametrize("recipe", [{"method": "magnitude"}, {"method": "wanda", "refit": True}, {"quality": "fast"},
+                                    {"quality": "balanced"}, {"quality": "best"}], ids=str)  # fmt: skip
+def test_other_recipes_stream_alike(recipe: dict, saved, tmp_path: Path) -> None:
     folder = saved(tiny_model("qwen3"))
-    options = {"sparsity": "2:4", "method": method, "calibration": tokens(4, 16)}
+    options = {"sparsity": "2:4", "calibration": tokens(4, 16), "batch_size": 2, **recipe}
     llmprune.prune(folder, output=tmp_path / "out", **options)
     in_memory = llmprune.prune(folder, **options).model
     streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -187,7 +239,7 @@ def test_bfloat16_checkpoint_computed_in_bfloat16(saved, tmp_path: Path) -> None
 def test_what_is_computed_next_is_what_was_saved(saved, tmp_path: Path) -> None:
     """float32 compute on a bfloat16 checkpoint: later blocks must see the rounded weights."""
     folder = saved(tiny_model("llama").to(torch.bfloat16))
-    result = llmprune.prune(folder, output=tmp_path / "out", sparsity="2:4", calibration=tokens(4, 16))
+    result = llmprune.prune(folder, output=tmp_path / "out", sparsity="2:4", method="sparsegpt", calibration=tokens(4, 16))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
         gram = hooked_gram(model, tokens(4, 16), model.model.layers[2].mlp.down_proj, 4)

@@ -48,7 +48,7 @@ def make_block(index: int, name: str, module: nn.Module, storage: Mapping[str, t
         for path, layer in module.named_modules()
         if isinstance(layer, (nn.Linear, Conv1D)) and path.rsplit(".", 1)[-1] not in _ROUTERS
     ]
-    return Block(index, name, module, sites)
+    return Block(index, name, module, sites, storage)
 
 
 def unreached(block: Block) -> dict[str, str]:

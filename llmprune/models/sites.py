@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,6 @@ class Site:
         """Replace the weight by `weight` (out, in), rounded to the storage dtype."""
         self.weight.copy_(weight.to(self.storage))
 
-    def stored(self) -> Tensor:
-        """The layer's weight as it is saved: in its own layout and storage dtype, on the host."""
-        return self.module.get_parameter("weight").data.to("cpu", self.storage)
-
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -52,9 +49,21 @@ class Block:
         index: position in the decoder stack, from 0.
         name: full module name, such as `model.layers.0`.
         sites: its prunable matrices, in module order.
+        storage: dtype on disk of each of its parameters, by full name.
     """
 
     index: int
     name: str
     module: nn.Module
     sites: Sequence[Site]
+    storage: Mapping[str, torch.dtype]
+
+    def stored(self, name: str) -> Tensor:
+        """The parameter called `name` (in full) as it is saved: in its own layout and storage dtype, on the host."""
+        return self.module.get_parameter(name.removeprefix(f"{self.name}.")).data.to("cpu", self.storage[name])
+
+    def copy(self) -> Block:
+        """The same block as it is now, with weights of its own."""
+        module = copy.deepcopy(self.module)
+        own = [replace(site, module=module.get_submodule(site.name.removeprefix(f"{self.name}."))) for site in self.sites]
+        return replace(self, module=module, sites=own)

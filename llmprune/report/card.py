@@ -13,7 +13,7 @@ def model_card(record: RunRecord, name: str) -> str:
 
 
 def _front_matter(record: RunRecord) -> str:
-    tags = ["llmprune", "pruned", "sparse", record.arguments["method"]]
+    tags = ["llmprune", "pruned", "sparse", record.recipe["method"]]
     facts: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if record.model["hub_id"]:
         facts |= {"base_model": record.model["hub_id"], "base_model_relation": "finetune"}
@@ -23,7 +23,7 @@ def _front_matter(record: RunRecord) -> str:
 def _summary(record: RunRecord) -> str:
     arguments, calibration = record.arguments, record.calibration
     return (
-        f"`{record.model['name']}` pruned to **{arguments['sparsity']}** by `{arguments['method']}` with llmprune, one shot, "
+        f"`{record.model['name']}` pruned to **{arguments['sparsity']}** by `{record.recipe['text']}` with llmprune, one shot, "
         f"block by block. Calibration: {calibration['samples']} windows of {calibration['seqlen']} tokens of "
         f"{calibration['text']}, seed {calibration['seed']}."
     )

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llmprune.evaluate.perplexity import excess_loss
-from llmprune.report.record import RunRecord, SiteRecord
+from llmprune.report.record import Reconstruction, RunRecord, SiteRecord
 
 
 class Progress:
@@ -30,6 +30,8 @@ class Progress:
     def solving(self, site: str) -> None: ...
 
     def site(self, site: SiteRecord) -> None: ...
+
+    def reconstructed(self, result: Reconstruction) -> None: ...
 
     def block(self, index: int) -> None: ...
 
@@ -52,6 +54,7 @@ class Console(Progress):
             transient=True,
         )
         self._in_block: list[SiteRecord] = []
+        self._fit = ""
 
     def __enter__(self) -> Console:
         return self
@@ -65,7 +68,7 @@ class Console(Progress):
         for what, value in {
             "model": f"{model['name']} ({model['class']}, {model['parameters']:,} parameters, {model['blocks']} blocks)",
             "pattern": f"{pattern} in {matrices} matrices, {len(record.skipped)} left out",
-            "method": f"{arguments['method']}, {order}",
+            "method": f"{record.recipe['text']}, {order}",
             "calibration": f"{text['text']}, {text['samples']} windows x {text['seqlen']} tokens, seed {text['seed']}",
             "compute": f"{record.compute['dtype']} on {record.compute['device']}",
         }.items():
@@ -91,10 +94,16 @@ class Console(Progress):
         if self._console.is_terminal:
             self._live.update(self._task, completed=self._done, eta=self._eta())
 
+    def reconstructed(self, result: Reconstruction) -> None:
+        self._fit = (
+            f"  block fit {result.before:.3%} -> {result.after:.3%} ({result.steps} steps, rate {result.rate:g}, "
+            f"{result.nbytes / 2**20:,.0f} MiB)"
+        )
+
     def block(self, index: int) -> None:
         errors = "  ".join(f"{site.name.rsplit('.', 1)[-1]} {site.error:.2%}" for site in self._in_block)
-        self._in_block = []
-        line = f"block {index + 1}/{self._blocks}  output error: {errors or 'nothing pruned'}  ETA {self._eta()}"
+        line = f"block {index + 1}/{self._blocks}  output error: {errors or 'nothing pruned'}{self._fit}  ETA {self._eta()}"
+        self._in_block, self._fit = [], ""
         self._console.print(line, markup=False)
         if self._console.is_terminal:
             self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
@@ -135,6 +144,8 @@ def _table(record: RunRecord) -> Table:
     table.add_row("output error of a matrix, mean", "", f"{mean:.2%}")
     for phase, seconds in record.seconds.items():
         table.add_row(f"seconds: {phase}", "", f"{seconds:.1f}")
+    if overhead := record.overhead():
+        table.add_row("pruning, as a multiple of its forward passes", "", f"{overhead:.2f}x")
     for place, peak in record.peak_memory.items():
         table.add_row(f"peak memory, {place}", "", f"{peak / 2**20:,.0f} MiB")
     return table

@@ -14,6 +14,7 @@ from typing import Any
 from llmprune.evaluate.perplexity import Perplexity
 
 SCHEMA = 1
+_PRUNING = ("forward", "statistics", "solve", "reconstruct", "write")
 _PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
 
 
@@ -44,18 +45,40 @@ class SiteRecord:
     notes: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """The fit of one block to the dense block's output.
+
+    Attributes:
+        before: relative squared error of the block's output on held-out calibration windows; `after` is never more.
+        steps: optimiser steps taken; `rate` is the first learning rate, relative to each parameter's root mean square.
+        nbytes: memory of the fitted copies and the optimiser's state.
+    """
+
+    block: int
+    before: float
+    after: float
+    steps: int
+    rate: float
+    nbytes: int
+    seconds: float
+
+
 @dataclass(slots=True)
 class RunRecord:
     """A whole run. Sizes, seconds and perplexities are measured in it; `None` stands for what was not.
 
-    `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after.
+    `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after. `recipe` is
+    what the arguments came to: method, refit, target, reconstruction.
     """
 
     arguments: dict[str, Any]
+    recipe: dict[str, Any]
     model: dict[str, Any]
     calibration: dict[str, Any]
     compute: dict[str, str]
     sites: list[SiteRecord] = field(default_factory=list)
+    reconstructions: list[Reconstruction] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     dense: Perplexity | None = None
     pruned: Perplexity | None = None
@@ -71,23 +94,31 @@ class RunRecord:
     def zeros(self) -> int:
         return sum(round(site.sparsity * site.shape[0] * site.shape[1]) for site in self.sites)
 
+    def overhead(self) -> float | None:
+        """Seconds of forwards, statistics, solving, reconstruction and writing, as a multiple of those of the forwards."""
+        forwards = self.seconds.get("forward")
+        return sum(self.seconds.get(phase, 0.0) for phase in _PRUNING) / forwards if forwards else None
+
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
 
 
 class Clock:
-    """Adds up wall seconds by phase."""
+    """Adds up wall seconds by phase; what a phase within another takes counts for the inner one only."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._within = 0.0
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before, self._within = time.perf_counter(), self._within, 0.0
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed - self._within
+            self._within = before + elapsed
 
 
 def versions() -> dict[str, str]:

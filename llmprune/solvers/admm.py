@@ -1,7 +1,7 @@
 """ADMM pruning: alternate a least-squares fit with projection on the pattern (Boža, "Fast and Effective Weight Update
 for Pruned Large Language Models", 2024).
 
-In units in which the damped Gram has unit diagonal, one inverse of H + I serves all 20 iterations; the mask is chosen
+In units in which the Gram H has unit diagonal, one inverse of H + 0.1 I + I serves all 20 iterations; the mask is chosen
 anew in the first 15 (any N:M, where the published code knows 2:4 only) and then the weights settle on it.
 """
 
@@ -9,22 +9,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmprune.linalg import damped
 from llmprune.patterns import Pattern
 from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
 
 statistic = Gram
-DAMPING = 0.1  # as published
+DAMPING = 0.1  # of the unit diagonal, as published
 RHO = 1.0
 ITERATIONS, CHOOSING = 20, 15
 
 
 def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
-    h = damped(stat.mean(), DAMPING)
-    inverse = h.inverse(RHO)
+    h = stat.unit
+    inverse = h.inverse(RHO + DAMPING)
     dense = (w * h.scale).masked_fill_(h.dead, 0)
-    fitted, product = dense, dense @ h.matrix
+    fitted, product = dense, (dense @ h.matrix).add_(dense, alpha=DAMPING)
     dual = dense.new_zeros(dense.shape)
     mask = pattern.keep(dense.abs())
     for iteration in range(ITERATIONS):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.linalg import Damped, masked_least_squares
+from llmprune.linalg import DAMPING, Scaled, masked_least_squares, scaled
 from llmprune.patterns import Pattern
 from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
@@ -27,14 +27,14 @@ _RESTARTS = 5
 
 
 def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
-    h = stat.damped
+    h = scaled(stat.mean(), DAMPING)
     dense = (w * h.scale).masked_fill_(h.dead, 0)
     mask, iterations = search(dense, h, pattern)
     fit = masked_least_squares(h.matrix, dense, mask, dense, steps=STEPS)
     return Solution(fit.weight / h.scale, mask, {"iterations": iterations, "residual": fit.residual})
 
 
-def search(dense: Tensor, h: Damped, pattern: Pattern) -> tuple[Tensor, int]:
+def search(dense: Tensor, h: Scaled, pattern: Pattern) -> tuple[Tensor, int]:
     """The mask of `dense` (out, in), in unit-diagonal weights, and the iterations it took."""
     rho, total = RHO, 0
     for _ in range(_RESTARTS):
@@ -50,7 +50,7 @@ def search(dense: Tensor, h: Damped, pattern: Pattern) -> tuple[Tensor, int]:
 class _Admm:
     """State of one run: D (projected), V (dual) and the mask, all (out, in)."""
 
-    h: Damped
+    h: Scaled
     pattern: Pattern
     rho: float
     product: Tensor
@@ -59,7 +59,7 @@ class _Admm:
     mask: Tensor
     moved: bool
 
-    def __init__(self, dense: Tensor, h: Damped, pattern: Pattern, rho: float) -> None:
+    def __init__(self, dense: Tensor, h: Scaled, pattern: Pattern, rho: float) -> None:
         self.h, self.pattern, self.rho, self.moved = h, pattern, rho, False
         self.product, self.dual = dense @ h.matrix, dense.new_zeros(dense.shape)
         self.mask = pattern.keep(dense.abs())

@@ -6,7 +6,7 @@ They rest on the host and visit the compute device one batch at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -20,9 +20,9 @@ from llmprune.stream.capture import Call, Recorder
 
 
 class Accumulator(Protocol):
-    """Something that counts inputs, (tokens, in) at a time."""
+    """Something that counts inputs `x` (tokens, in), beside those of the dense model where there are such."""
 
-    def add(self, x: Tensor) -> None: ...
+    def add(self, x: Tensor, dense: Tensor | None) -> None: ...
 
 
 A = TypeVar("A", bound=Accumulator)
@@ -89,32 +89,51 @@ class Activations:
             self._run(block, 0, self.hidden[0])
         return [sites for _, sites in seen]
 
-    def collect(self, block: Block, stages: Sequence[Stage], make: Callable[[int, torch.device], A]) -> list[A]:
+    def collect(
+        self,
+        block: Block,
+        stages: Sequence[Stage],
+        make: Callable[[int, torch.device], A],
+        beside: tuple[Activations, Block] | None = None,
+    ) -> list[A]:
         """One accumulator a stage, fed with all real tokens that reach the stage's input.
 
-        `make(columns, device)` builds one. A batch's forward ends as soon as the last stage has been reached.
+        `make(columns, device)` builds one. A batch's forward ends as soon as the last stage has been reached. `beside` is
+        the dense model's stream of the same tokens and its copy of the block, which give the accumulators dense inputs.
         """
         found = [make(stage[0].columns, self._device) for stage in stages]
-        first = {stage[0].name: index for index, stage in enumerate(stages)}
-        for index, hidden in enumerate(self.hidden):
+        names = [stage[0].name for stage in stages]
+        for index in range(len(self.hidden)):
+            dense: dict[str, Tensor] = {}
+            if beside is not None:
+                beside[0]._watch(beside[1], index, names, dense.__setitem__)
 
-            def count(site: Site, x: Tensor, index: int = index) -> None:
-                stage = first[site.name]
-                found[stage].add(self._tokens(x, index))
-                if stage == len(stages) - 1:
-                    raise _StageReached
+            def count(name: str, x: Tensor, dense: dict[str, Tensor] = dense) -> None:
+                found[names.index(name)].add(x, dense.get(name))
 
-            with _hooked([stage[0] for stage in stages], count):
-                try:
-                    self._run(block, index, hidden)
-                except _StageReached:
-                    continue
+            self._watch(block, index, names, count)
         return found
 
-    def _tokens(self, x: Tensor, index: int) -> Tensor:
+    def _watch(self, block: Block, index: int, names: Sequence[str], see: Callable[[str, Tensor], None]) -> None:
+        """Run one batch and show the real tokens (tokens, in) that reach each of the sites called `names`, in order."""
+
+        def look(site: Site, x: Tensor) -> None:
+            see(site.name, self.real_tokens(x, index))
+            if site.name == names[-1]:
+                raise _StageReached
+
+        with _hooked([site for site in block.sites if site.name in names], look), suppress(_StageReached):
+            self._run(block, index, self.hidden[index])
+
+    def real_tokens(self, x: Tensor, index: int) -> Tensor:
+        """The rows of `x` (batch, tokens, width) of batch `index` that are no padding, (tokens, width)."""
         x = x.reshape(-1, x.shape[-1])
         real = self._real[index]
         return x if real is None else x[real]
+
+    def call(self, block: Block, index: int, forward: Callable[..., Any]) -> Tensor:
+        """What `forward` puts out where the model would call the block on batch `index`."""
+        return self._calls[index][block.index].run(forward, self.hidden[index].to(self._device))
 
     def _run(self, block: Block, index: int, hidden: Tensor) -> Tensor:
         return self._calls[index][block.index].run(block.module, hidden.to(self._device))

@@ -29,7 +29,7 @@ class Call:
     kwargs: dict[str, Any]
     by_name: bool
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The block's output hidden states for `hidden` (batch, tokens, width); some blocks wrap them in a tuple."""
         if self.by_name:
             out = block(*self.args, **self.kwargs, **{_HIDDEN: hidden})

@@ -26,7 +26,8 @@ class NoSink:
 class ShardWriter:
     """A `Sink`: one safetensors shard a block, further ones for what is outside the blocks, then the index.
 
-    `edited` names the sites whose weights are taken from the model; all else is copied from the source, bit for bit.
+    `edited` names the parameters that are taken from the model, and may grow until their block is put; all else is
+    copied from the source, bit for bit.
     """
 
     def __init__(self, skeleton: Skeleton, folder: Path, edited: Collection[str]) -> None:
@@ -38,11 +39,10 @@ class ShardWriter:
     def put(self, block: Block) -> None:
         """Write the block's tensors."""
         names = {self._skeleton.names[name]: name for name in self._skeleton.inside(block.name)}
-        sites = {f"{site.name}.weight": site for site in block.sites if site.name in self._edited}
         tensors = {}
         for disk_name, tensor in self._skeleton.checkpoint.read(list(names)):
-            site = sites.get(names[disk_name])
-            tensors[disk_name] = tensor if site is None else site.stored()
+            name = names[disk_name]
+            tensors[disk_name] = block.stored(name) if name in self._edited else tensor
         self._write(block.index + 1, tensors)
 
     def finish(self) -> None:

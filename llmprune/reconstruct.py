@@ -1,0 +1,133 @@
+"""Block reconstruction: a short fit of a pruned block's kept weights, norms and biases to the dense block's output.
+
+The dense block's output for the dense model's hidden states is the target, the pruned model's hidden states are the
+input, so that the fit also takes back what earlier blocks lost. Adam on float32 copies; masks are kept exactly. The best
+state on held-out calibration windows is kept, the initial one included, so that a block never ends worse than it began.
+Matrices that the run does not prune are left alone. (A window that contains a nonlinearity, as in BRECQ, Li et al., 2021.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from llmprune.errors import InputError
+from llmprune.models.sites import Block
+from llmprune.report.record import Reconstruction
+from llmprune.stream.activations import Activations
+
+PASSES = 4  # over the calibration windows that are not held out
+RATE = 0.02  # Adam's first learning rate, relative to a parameter's root mean square; falls to zero
+HELD_OUT = 8  # one batch in so many
+
+
+def check_batches(batches: int) -> None:
+    """There must be a batch to fit and one to hold out.
+
+    Raises:
+        InputError: there is one batch only.
+    """
+    if batches < 2:
+        raise InputError("reconstruction holds calibration windows out: give more samples than batch_size, or --no-reconstruct")
+
+
+class BlockFit:
+    """Float32 copies of a block's kept weights, norms and biases, by their names within the block."""
+
+    def __init__(self, block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor]) -> None:
+        self._block, self._feed, self._targets = block, feed, targets
+        sites = {f"{site.name}.weight": site for site in block.sites if site.name in masks}
+        self._dropped: dict[str, Tensor] = {}
+        self.masters: dict[str, Tensor] = {}
+        for path, parameter in block.module.named_parameters():
+            site = sites.get(f"{block.name}.{path}")
+            if site is not None:
+                dropped = ~masks[site.name]
+                self._dropped[path] = dropped.T if site.transposed else dropped
+            if site is not None or parameter.ndim == 1:
+                self.masters[path] = parameter.detach().float().clone().requires_grad_()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What the block computes with: masked, in its own dtype."""
+        own = dict(self._block.module.named_parameters())
+        return {path: self._masked(path).to(own[path].dtype) for path in self.masters}
+
+    def _masked(self, path: str) -> Tensor:
+        master = self.masters[path]
+        return master.masked_fill(self._dropped[path], 0) if path in self._dropped else master
+
+    def loss(self, index: int, parameters: dict[str, Tensor]) -> Tensor:
+        """Relative squared error of the block's output on batch `index`."""
+        module = self._block.module
+        out = self._feed.call(self._block, index, lambda *args, **kwargs: functional_call(module, parameters, args, kwargs))
+        target = self._feed.real_tokens(self._targets[index].to(out.device), index).float()
+        return (self._feed.real_tokens(out, index).float() - target).square().sum() / target.square().sum()
+
+    def error(self, indices: Sequence[int]) -> float:
+        with torch.no_grad():
+            parameters = self.parameters()
+            return sum(float(self.loss(index, parameters)) for index in indices) / len(indices)
+
+    def state(self) -> dict[str, Tensor]:
+        return {path: master.detach().clone() for path, master in self.masters.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for path, master in self.masters.items():
+                master.copy_(state[path])
+
+    def round(self) -> None:
+        """Round to what will be stored."""
+        with torch.no_grad():
+            for path, master in self.masters.items():
+                master.copy_(self._masked(path).to(self._block.storage[f"{self._block.name}.{path}"]))
+
+    def write(self) -> list[str]:
+        """Put the parameters into the block; returns their full names."""
+        with torch.no_grad():
+            for path, value in self.parameters().items():
+                self._block.module.get_parameter(path).copy_(value)
+        return [f"{self._block.name}.{path}" for path in self.masters]
+
+
+def reconstruct(
+    block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor]
+) -> tuple[Reconstruction, list[str]]:
+    """Fit `block` in place; returns what came of it and the full names of the parameters that changed.
+
+    Args:
+        masks: site name -> (out, in) bool, True where kept.
+        feed: the pruned model's hidden states, the inputs.
+        targets: the dense block's outputs, one a batch of `feed`.
+    """
+    start = time.perf_counter()
+    held = range(len(targets))[HELD_OUT // 2 :: HELD_OUT] or range(len(targets))[-1:]
+    train = [index for index in range(len(targets)) if index not in held]
+    fit = BlockFit(block, masks, feed, targets)
+    before = best = fit.error(held)
+    first = kept = fit.state()
+    groups = [{"params": [p], "lr": RATE * float(p.detach().square().mean().sqrt())} for p in fit.masters.values()]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    steps = PASSES * len(train)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(PASSES):
+        for index in train:
+            with torch.enable_grad():
+                fit.loss(index, fit.parameters()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        if (error := fit.error(held)) < best:
+            best, kept = error, fit.state()
+    fit.restore(kept)
+    fit.round()
+    if (after := fit.error(held)) > before:
+        fit.restore(first)
+        after = before
+    changed = fit.write()
+    nbytes = 5 * sum(master.nbytes for master in fit.masters.values())  # masters, gradients, two moments, the best state
+    return Reconstruction(block.index, before, after, steps, RATE, nbytes, time.perf_counter() - start), changed
