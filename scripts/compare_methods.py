@@ -50,9 +50,9 @@ def measure(name: str, method: str, sparsity: str, windows: int) -> dict[str, An
     if clear.exists():
         clear.write_text("5")  # Linux then counts the peak anew
     model = load(folder)
-    how = {"quality": method} if method in QUALITIES else {"method": method}
-    options = {"calibration": "pydoc", "eval_text": "none", "seqlen": 512, "sparsity": sparsity}
-    record = llmprune.prune(model, tokenizer=tokenizer, **options, **how).record
+    how = "quality" if method in QUALITIES else "method"
+    options: dict[str, Any] = {how: method, "calibration": "pydoc", "eval_text": "none", "seqlen": 512, "sparsity": sparsity}
+    record = llmprune.prune(model, tokenizer=tokenizer, **options).record
     peak = peak_memory(torch.device("cpu"))["process"]
     found, dense = perplexity(model, text), perplexity(load(folder), text)
     return {
@@ -71,7 +71,7 @@ def measure(name: str, method: str, sparsity: str, windows: int) -> dict[str, An
 
 
 def markdown(cells: list[dict[str, Any]]) -> str:
-    """A table a model: excess loss by method x pattern; perplexity, mean output error, seconds and memory of the first pattern."""
+    """A table a model: excess loss by method x pattern; of the first pattern also what else was measured."""
     lines: list[str] = []
     for model in dict.fromkeys(cell["model"] for cell in cells):
         own = {(cell["method"], cell["sparsity"]): cell for cell in cells if cell["model"] == model}
