@@ -1,10 +1,10 @@
-"""Measure the main job, the SparseGPT sweep and the memory of streaming; print a table and write JSON.
+"""Measure the main job and the memory of streaming; print a table and write JSON.
 
-    python scripts/bench_prune.py [job] [solver] [memory] [--output eval/results/NAME.json]
+    python scripts/bench_prune.py [job] [memory] [--output eval/results/NAME.json]
 
 job:     `llmprune --model llama --sparsity 2:4` as a process of its own: wall seconds, seconds by phase, peak memory.
-solver:  our sweep against a plain column-at-a-time twin, turn about in one process: seconds, ratio, difference.
-memory:  a synthetic checkpoint of 8 blocks and one of 32, each pruned in a process of its own: peak resident memory.
+memory:  a synthetic checkpoint of 8 blocks and one of 32, turn about, each time pruned by SparseGPT in a process of its
+         own: peak resident memory, median of three.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from llmprune.models.checkpoint import INDEX
 from llmprune.models.resolve import BUNDLED
-from llmprune.patterns import Pattern, parse
 from llmprune.report.record import versions
-from llmprune.solvers import sparsegpt
-from llmprune.stats import Gram
 
 
 def run_command(*arguments: str) -> dict[str, Any]:
@@ -55,52 +51,6 @@ def bench_job() -> dict[str, Any]:
         "peak_memory_bytes": record["peak_memory"]["process"],
         "perplexity": {"dense": record["dense"]["value"], "pruned": record["pruned"]["value"]},
     }
-
-
-def plain_sparsegpt(w: Tensor, gram: Gram, pattern: Pattern) -> Tensor:
-    """The textbook sweep: after each column, correct all later ones."""
-    upper, w = gram.factor.upper, w.clone()
-    rows, columns = w.shape
-    mask = torch.ones_like(w, dtype=torch.bool)
-    step = sparsegpt.BLOCK if pattern.period == 1 else pattern.period
-    for j in range(columns):
-        if j % step == 0:
-            score = (w[:, j : j + step] / upper.diagonal()[j : j + step]).square()
-            mask[:, j : j + step] = pattern.keep(score, start=j * rows)
-        error = w[:, j].masked_fill(mask[:, j], 0) / upper[j, j]
-        w[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
-    return w.masked_fill(~mask, 0)
-
-
-def bench_solver(size: int, sparsity: str, repeats: int = 3) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(size, size, generator=generator) / size**0.5 + 0.3 * torch.eye(size)
-    x = torch.randn(2 * size, size, generator=generator) @ mix
-    w, pattern, gram = torch.randn(size, size, generator=generator), parse(sparsity), Gram(size, torch.device("cpu"))
-    gram.add(x)
-    _ = gram.factor  # shared by both, and by all matrices that read the same input
-    ours, plain = [], []
-    for _ in range(repeats):
-        seconds, fast = timed(lambda: sparsegpt.solve(w, gram, pattern).weight)
-        ours.append(seconds)
-        seconds, slow = timed(lambda: plain_sparsegpt(w, gram, pattern))
-        plain.append(seconds)
-    loss_fast, loss_slow = (float((x @ (w - p).T).square().sum(dtype=torch.float64)) for p in (fast, slow))
-    return {
-        "size": size,
-        "pattern": sparsity,
-        "ours_seconds": statistics.median(ours),
-        "plain_seconds": statistics.median(plain),
-        "ratio": statistics.median(b / a for a, b in zip(ours, plain, strict=True)),
-        "masks_equal": float(((fast != 0) == (slow != 0)).float().mean()),
-        "output_error_ratio": loss_fast / loss_slow,
-    }
-
-
-def timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
 
 
 def synthetic_llama(folder: Path, blocks: int, hidden: int = 1024, intermediate: int = 2816) -> None:
@@ -151,42 +101,45 @@ def random_bf16(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (0.02 * torch.randn(*shape, generator=generator)).to(torch.bfloat16)
 
 
-def bench_memory(blocks: int) -> dict[str, Any]:
+def bench_memory(depths: tuple[int, ...] = (8, 32), repeats: int = 3) -> list[dict[str, Any]]:
+    settings = ["--method", "sparsegpt", "--calibration", "pydoc", "--samples", "8", "--seqlen", "256"]
+    runs: dict[int, list[dict[str, Any]]] = {blocks: [] for blocks in depths}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "source"
-        folder.mkdir()
-        synthetic_llama(folder, blocks)
-        settings = ["--calibration", "pydoc", "--samples", "8", "--seqlen", "256"]
-        record = run_command("--model", str(folder), "--sparsity", "2:4", *settings)
-    return {
-        "blocks": blocks,
-        "checkpoint_bytes": record["size"]["bytes_before"],
-        "peak_memory_bytes": record["peak_memory"]["process"],
-        "wall_seconds": record["wall_seconds"],
-    }
+        for blocks in depths:
+            (Path(scratch) / str(blocks)).mkdir()
+            synthetic_llama(Path(scratch) / str(blocks), blocks)
+        for blocks in depths * repeats:
+            runs[blocks].append(run_command("--model", f"{scratch}/{blocks}", "--sparsity", "2:4", *settings))
+    peaks = {blocks: [record["peak_memory"]["process"] for record in runs[blocks]] for blocks in depths}
+    return [
+        {
+            "blocks": blocks,
+            "checkpoint_bytes": runs[blocks][0]["size"]["bytes_before"],
+            "peak_memory_bytes": statistics.median(peaks[blocks]),
+            "peaks_bytes": peaks[blocks],
+        }
+        for blocks in depths
+    ]
 
 
 def show(results: dict[str, Any]) -> None:
     if job := results.get("job"):
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in job["seconds"].items())
         print(f"main job: {job['wall_seconds']:.1f} s ({phases}), peak {job['peak_memory_bytes'] / 2**20:.0f} MiB")
-    for row in results.get("solver", []):
-        name = f"sparsegpt {row['size']}x{row['size']} {row['pattern']}"
-        times = f"{row['ours_seconds']:.3f} s, plain {row['plain_seconds']:.3f} s, {row['ratio']:.1f}x"
-        print(f"{name}: {times}; masks equal {row['masks_equal']:.4%}, output error ratio {row['output_error_ratio']:.5f}")
     for row in results.get("memory", []):
         size, peak = row["checkpoint_bytes"] / 2**20, row["peak_memory_bytes"] / 2**20
-        print(f"streaming {row['blocks']} blocks ({size:.0f} MiB): peak {peak:.0f} MiB, {row['wall_seconds']:.1f} s")
+        each = ", ".join(f"{peak / 2**20:.0f}" for peak in row["peaks_bytes"])
+        print(f"streaming {row['blocks']} blocks ({size:.0f} MiB): peak {peak:.0f} MiB, median of {each}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="job|solver|memory", help="what to measure (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="job|memory", help="what to measure (default: all)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    parts = set(args.parts) or {"job", "solver", "memory"}
-    if unknown := parts - {"job", "solver", "memory"}:
-        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose job, solver or memory")
+    parts = set(args.parts) or {"job", "memory"}
+    if unknown := parts - {"job", "memory"}:
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose job or memory")
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
@@ -194,10 +147,8 @@ def main() -> None:
     }
     if "job" in parts:
         results["job"] = bench_job()
-    if "solver" in parts:
-        results["solver"] = [bench_solver(size, pattern) for size in (1024, 2048) for pattern in ("2:4", "0.5")]
     if "memory" in parts:
-        results["memory"] = [bench_memory(blocks) for blocks in (8, 32)]
+        results["memory"] = bench_memory()
     show(results)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")

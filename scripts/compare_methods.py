@@ -10,6 +10,7 @@ the command can be stopped and run again. Prints the tables in Markdown.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from datetime import date
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llmprune
 from llmprune.data import Windows, evaluation_windows
-from llmprune.evaluate.perplexity import excess_loss, perplexity
+from llmprune.evaluate.perplexity import Perplexity, excess_loss, perplexity
 from llmprune.hardware import peak_memory
 from llmprune.models.resolve import resolve
 from llmprune.recipes import QUALITIES
@@ -42,6 +43,11 @@ def evaluation(folder: Path, windows: int) -> tuple[Any, Windows]:
     return tokenizer, Windows(text.ids[:windows], text.text)
 
 
+@functools.cache
+def dense_perplexity(folder: Path, windows: int) -> Perplexity:
+    return perplexity(load(folder), evaluation(folder, windows)[1])
+
+
 def measure(name: str, method: str, sparsity: str, windows: int) -> dict[str, Any]:
     """One cell: a fresh model, pruned in memory in float32."""
     folder = resolve(name).path
@@ -54,7 +60,7 @@ def measure(name: str, method: str, sparsity: str, windows: int) -> dict[str, An
     options: dict[str, Any] = {how: method, "calibration": "pydoc", "eval_text": "none", "seqlen": 512, "sparsity": sparsity}
     record = llmprune.prune(model, tokenizer=tokenizer, **options).record
     peak = peak_memory(torch.device("cpu"))["process"]
-    found, dense = perplexity(model, text), perplexity(load(folder), text)
+    found, dense = perplexity(model, text), dense_perplexity(folder, windows)
     return {
         "model": Path(name).name,
         "method": method,
