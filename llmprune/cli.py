@@ -57,7 +57,7 @@ def _prune(arguments: list[str]) -> int:
     options = _parse(parser, arguments)
     path = options.pop("config", None)
     if path is not None:
-        options = _checked(read_yaml(user_path(path, "config")), path) | options
+        options = _under(options, _checked(read_yaml(user_path(path, "config")), path))
     config = PruneConfig.create({"output": "auto"} | options)
 
     _quiet_libraries()
@@ -68,6 +68,14 @@ def _prune(arguments: list[str]) -> int:
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         pipeline.prune(values.pop("model"), progress=console, **values)
     return 0
+
+
+def _under(flags: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A file's values with the flags over them; --method also wins over the file's quality, and the other way round."""
+    for named, other in (("method", "quality"), ("quality", "method")):
+        if named in flags:
+            values.pop(other, None)
+    return values | flags
 
 
 def _checked(values: dict[str, Any], path: str) -> dict[str, Any]:

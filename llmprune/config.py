@@ -30,7 +30,7 @@ class PruneConfig:
     model: str = _option("bundled name (llama), local folder, or Hub id such as meta-llama/Llama-3.2-1B")
     sparsity: str = _option("0.5 or 50%% (unstructured), or N:M such as 2:4, which keeps N of every M weights")
     quality: str | None = _option("preset: fast, balanced or best (default: balanced, unless --method is given)", None)
-    method: str | None = _option("instead of a preset, one method as published", None)
+    method: str | None = _option("instead of a preset, one method alone", None)
     refit: bool | None = _option("solve least squares on the chosen mask (default: off with --method, on in presets)", None)
     target: str | None = _option(
         "dense: each matrix imitates itself on the pruned model's inputs; corrected: it imitates what the dense model puts "

@@ -40,7 +40,9 @@ class Observed:
         with self.clock("statistics"):
             self.statistic.add(x)
             self.sample.add(x)
-            if self.cross is not None and dense is not None:
+            if self.cross is not None:
+                if dense is None or dense.shape != x.shape:
+                    raise InputError("the dense and the pruned model send it different tokens (experts?); use --target dense")
                 self.cross.add(x, dense)
 
     def aim(self, w: Tensor) -> Tensor:

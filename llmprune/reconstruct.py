@@ -67,6 +67,14 @@ class BlockFit:
         target = self._feed.real_tokens(self._targets[index].to(out.device), index).float()
         return (self._feed.real_tokens(out, index).float() - target).square().sum() / target.square().sum()
 
+    def differentiate(self, index: int) -> None:
+        """Set the copies' gradients; the model's own parameters get none."""
+        masters = list(self.masters.values())
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self.loss(index, self.parameters()), masters, allow_unused=True)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient
+
     def error(self, indices: Sequence[int]) -> float:
         with torch.no_grad():
             parameters = self.parameters()
@@ -116,10 +124,8 @@ def reconstruct(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(PASSES):
         for index in train:
-            with torch.enable_grad():
-                fit.loss(index, fit.parameters()).backward()
+            fit.differentiate(index)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             schedule.step()
         if (error := fit.error(held)) < best:
             best, kept = error, fit.state()

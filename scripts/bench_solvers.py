@@ -164,14 +164,11 @@ def gram_against_matmul(columns: int) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> None:
-    against = (
-        f"  twin {row['plain_seconds']:8.3f} s  {row['ratio']:5.1f}x  error {row['plain_error']:.5f}" if "ratio" in row else ""
-    )
     shape = "x".join(map(str, row["shape"]))
-    print(
-        f"{row['solver']:<10} {shape:<10} {row['pattern']:<4} {row['seconds']:8.3f} s  error {row['error']:.5f}{against}",
-        flush=True,
-    )
+    line = f"{row['solver']:<10} {shape:<10} {row['pattern']:<4} {row['seconds']:8.3f} s  error {row['error']:.5f}"
+    if "ratio" in row:
+        line += f"  twin {row['plain_seconds']:8.3f} s  {row['ratio']:5.1f}x  error {row['plain_error']:.5f}"
+    print(line, flush=True)
 
 
 def main() -> None:

@@ -89,6 +89,8 @@ def test_config_file_and_flags_share_names(
     printed = capsys.readouterr().out
     for words in ("1:4 in 18 matrices, 3 left out", "magnitude, one pass a block", "4 windows x 32 tokens"):
         assert words in printed, words
+    assert main(["--config", str(config), "--quality", "fast", "--overwrite"]) == 0
+    assert "fast: annealed + refit, one pass a block" in capsys.readouterr().out
 
 
 def test_repeated_globs_add_up(folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ def test_fits_kept_weights_and_norms_and_nothing_else(family: str) -> None:
             assert not torch.signbit(tensor[tensor == 0]).any(), name
     vectors = {name for name in dense if dense[name].ndim == 1 and any(f".{i}." in name for i in range(3))}
     assert changed == pruned | vectors
+    assert all(parameter.grad is None for parameter in fitted.parameters())
 
 
 def test_never_ends_worse_than_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
