@@ -131,7 +131,8 @@ def masked_least_squares(
 
     Args:
         target: T, (out, in), the weights to imitate.
-        steps: at most this many, one product (out, in) x (in, in) each, and one more for the first gradient.
+        steps: at most this many, one product (out, in) x (in, in) each, and two more for the first gradient and its
+            scale.
         tolerance: stop when the relative residual is below it.
     """
     diagonal = gram.diagonal()

@@ -234,6 +234,7 @@ def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, ed
         feed.fork() if job.recipe.reconstruct or job.recipe.target == "corrected" else None,
         texts.calibration.tokens(),
         job.config.true_sequential,
+        len(blocks) - 1,
         job.progress,
         clock,
         work.names,
@@ -247,7 +248,7 @@ def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, ed
         pruner.prune(block)
 
     job.progress.start(len(blocks), len(work.plan.patterns))
-    stream(work.source, _Feeds(feed, pruned, job.progress, clock), _TimedSink(sink, clock), visit)
+    stream(work.source, _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock), _TimedSink(sink, clock), visit)
     if not pruner.records:
         raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
     if texts.evaluation and dense and pruned:
@@ -262,16 +263,18 @@ def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, ed
 
 @dataclass(frozen=True, slots=True)
 class _Feeds:
-    """Advances the calibration stream and, where there is one, the pruned evaluation stream."""
+    """Advances the calibration stream, up to the inputs of the `last` block, and the pruned evaluation stream, if any."""
 
     calibration: Activations
     evaluation: Activations | None
+    last: int
     progress: Progress
     clock: Clock
 
     def advance(self, block: Block) -> None:
-        with self.clock("forward"):
-            self.calibration.advance(block)
+        if block.index < self.last:
+            with self.clock("forward"):
+                self.calibration.advance(block)
         if self.evaluation is not None:
             with self.clock("evaluate"):
                 self.evaluation.advance(block)

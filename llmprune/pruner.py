@@ -20,7 +20,7 @@ from llmprune.report.console import Progress
 from llmprune.report.record import Clock, Reconstruction, SiteRecord
 from llmprune.solvers.base import Solution
 from llmprune.stats import Cross, Gram, InputSample, Statistic
-from llmprune.stream.activations import Activations, Stage
+from llmprune.stream.activations import Activations, Beside, Stage
 
 _ERROR_TOKENS = 2048  # calibration tokens that output errors are measured on
 BLEND = 0.5  # how far the corrected target goes from the dense weights
@@ -63,6 +63,7 @@ class Pruner:
         dense: the same as the dense model sees them, where the recipe asks for it; advanced here.
         tokens: calibration tokens in `feed`.
         true_sequential: solve each stage on inputs that the stages before it, already pruned, put out.
+        last: index of the model's last block: what it puts out is only needed where the recipe fits it.
         names: a weight's name in the model -> its name on disk, where the two differ.
         edited: parameters that were changed, by full name in the model.
         records: one a pruned matrix, in the order solved.
@@ -77,6 +78,7 @@ class Pruner:
     dense: Activations | None
     tokens: int
     true_sequential: bool
+    last: int
     progress: Progress
     clock: Clock
     names: Mapping[str, str]
@@ -93,24 +95,34 @@ class Pruner:
             InputError: inputs or weights are not finite, or the solver cannot work with them; the site is named.
         """
         reference = block.copy() if self.dense is not None else None
+        groups = self._groups(block)
+        onward = self.recipe.reconstruct or block.index < self.last  # whether the dense block's outputs are of use
+        beside: Beside | None = None
+        masks: dict[str, Tensor] = {}
+        for group in groups:
+            if self.dense is not None and reference is not None and self.recipe.target == "corrected":
+                beside = Beside(self.dense, reference, advance=onward and group is groups[-1])
+            with self.clock("forward"):
+                observed = self.feed.collect(block, group, self._observe, beside)
+            for stage, seen in zip(group, observed, strict=True):
+                masks |= self._solve_stage(block, stage, seen)
+        if self.dense is None or reference is None:
+            return
+        if onward and beside is None:
+            with self.clock("forward"):
+                self.dense.advance(reference)
+        if masks and self.recipe.reconstruct:
+            self._reconstruct(block, masks, self.dense)
+
+    def _groups(self, block: Block) -> list[list[Stage]]:
+        """The planned sites by stage; stages in one group are solved from one pass."""
         with self.clock("forward"):
             traced = self.feed.stages(block)
         called = {site.name for stage in traced for site in stage}
         self.uncalled += [site.name for site in block.sites if site.name not in called]
         planned = ([site for site in stage if site.name in self.patterns] for stage in traced)
-        stages = [stage for stage in planned if stage]
-        beside = (self.dense, reference) if self.dense and reference and self.recipe.target == "corrected" else None
-        masks: dict[str, Tensor] = {}
-        for group in [[stage] for stage in stages] if self.true_sequential else [stages]:
-            with self.clock("forward"):
-                observed = self.feed.collect(block, group, self._observe, beside)
-            for stage, seen in zip(group, observed, strict=True):
-                masks |= self._solve_stage(block, stage, seen)
-        if self.dense is not None and reference is not None:
-            with self.clock("forward"):
-                self.dense.advance(reference)
-            if self.recipe.reconstruct and masks:
-                self._reconstruct(block, masks, self.dense)
+        stages: list[Stage] = [stage for stage in planned if stage]
+        return [[stage] for stage in stages] if self.true_sequential or not stages else [stages]
 
     def _observe(self, columns: int, device: torch.device) -> Observed:
         corrected = self.recipe.target == "corrected"

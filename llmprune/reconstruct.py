@@ -117,7 +117,7 @@ def reconstruct(
     train = [index for index in range(len(targets)) if index not in held]
     fit = BlockFit(block, masks, feed, targets)
     before = best = fit.error(held)
-    first = kept = fit.state()
+    kept = fit.state()
     groups = [{"params": [p], "lr": RATE * float(p.detach().square().mean().sqrt())} for p in fit.masters.values()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     steps = PASSES * len(train)
@@ -131,9 +131,7 @@ def reconstruct(
             best, kept = error, fit.state()
     fit.restore(kept)
     fit.round()
-    if (after := fit.error(held)) > before:
-        fit.restore(first)
-        after = before
-    changed = fit.write()
+    after = fit.error(held)
+    changed = fit.write() if after <= before else []
     nbytes = 5 * sum(master.nbytes for master in fit.masters.values())  # masters, gradients, two moments, the best state
-    return Reconstruction(block.index, before, after, steps, RATE, nbytes, time.perf_counter() - start), changed
+    return Reconstruction(block.index, before, min(after, before), steps, RATE, nbytes, time.perf_counter() - start), changed

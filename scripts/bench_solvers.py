@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmprune import solvers
-from llmprune.hardware import peak_memory
+from llmprune.hardware import peak_memory, restart_peak_memory
 from llmprune.linalg import masked_least_squares
 from llmprune.patterns import Pattern, parse
 from llmprune.report.record import versions
@@ -131,12 +131,10 @@ def compare(rows: int, columns: int, sparsity: str, repeats: int) -> list[dict[s
 def measure(
     w: Tensor, h: Tensor, ours: Callable[[], Tensor], plain: Callable[[], Tensor] | None, repeats: int
 ) -> dict[str, Any]:
-    before, clear = 0, Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")  # Linux then counts the peak anew
-        before = peak_memory(CPU)["process"]
+    restart_peak_memory()
+    before = peak_memory(CPU)["process"]
     runs = [timed(ours)]
-    row: dict[str, Any] = {"memory_bytes": peak_memory(CPU)["process"] - before if before else None}
+    row: dict[str, Any] = {"memory_bytes": peak_memory(CPU)["process"] - before}
     twins = []
     for turn in range(repeats):
         if turn:

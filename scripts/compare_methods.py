@@ -23,14 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import llmprune
 from llmprune.data import Windows, evaluation_windows
 from llmprune.evaluate.perplexity import Perplexity, excess_loss, perplexity
-from llmprune.hardware import peak_memory
+from llmprune.hardware import peak_memory, restart_peak_memory
 from llmprune.models.resolve import resolve
 from llmprune.recipes import QUALITIES
 from llmprune.report.record import versions
 
 METHODS = ("sparsegpt", "alps", *QUALITIES, "wanda", "admm", "dsnot", "ria", "magnitude")
 PATTERNS = ("2:4", "70%", "50%", "60%", "4:8")
-WORK = ("forward", "statistics", "solve", "reconstruct", "write")
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -52,9 +51,7 @@ def measure(name: str, method: str, sparsity: str, windows: int) -> dict[str, An
     """One cell: a fresh model, pruned in memory in float32."""
     folder = resolve(name).path
     tokenizer, text = evaluation(folder, windows)
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")  # Linux then counts the peak anew
+    restart_peak_memory()
     model = load(folder)
     how = "quality" if method in QUALITIES else "method"
     options: dict[str, Any] = {how: method, "calibration": "pydoc", "eval_text": "none", "seqlen": 512, "sparsity": sparsity}
@@ -70,7 +67,7 @@ def measure(name: str, method: str, sparsity: str, windows: int) -> dict[str, An
         "perplexity": found.value,
         "excess_loss": excess_loss(dense, found),
         "output_error": mean(site.error for site in record.sites),
-        "seconds": sum(record.seconds.get(phase, 0.0) for phase in WORK),
+        "seconds": record.pruning_seconds(),
         "overhead": record.overhead(),
         "peak_memory_bytes": peak,
     }

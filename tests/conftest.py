@@ -54,6 +54,15 @@ def tokens(windows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def exact_refit(w: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Least squares on the kept columns, row by row; float64."""
+    fitted = torch.zeros_like(w, dtype=torch.float64)
+    for row, kept in enumerate(mask):
+        target = (x.double() @ w[row].double())[:, None]
+        fitted[row, kept] = torch.linalg.lstsq(x[:, kept].double(), target).solution[:, 0]
+    return fitted
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

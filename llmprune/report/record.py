@@ -94,10 +94,14 @@ class RunRecord:
     def zeros(self) -> int:
         return sum(round(site.sparsity * site.shape[0] * site.shape[1]) for site in self.sites)
 
+    def pruning_seconds(self) -> float:
+        """Seconds of forwards, statistics, solving, reconstruction and writing; not of reading texts or evaluating."""
+        return sum(self.seconds.get(phase, 0.0) for phase in _PRUNING)
+
     def overhead(self) -> float | None:
-        """Seconds of forwards, statistics, solving, reconstruction and writing, as a multiple of those of the forwards."""
+        """`pruning_seconds` as a multiple of those of the forwards."""
         forwards = self.seconds.get("forward")
-        return sum(self.seconds.get(phase, 0.0) for phase in _PRUNING) / forwards if forwards else None
+        return self.pruning_seconds() / forwards if forwards else None
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}

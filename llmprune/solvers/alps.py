@@ -29,61 +29,63 @@ _RESTARTS = 5
 def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
     h = scaled(stat.mean(), DAMPING)
     dense = (w * h.scale).masked_fill_(h.dead, 0)
-    mask, iterations = search(dense, h, pattern)
+    mask, iterations = _search(dense, h, pattern)
     fit = masked_least_squares(h.matrix, dense, mask, dense, steps=STEPS)
     return Solution(fit.weight / h.scale, mask, {"iterations": iterations, "residual": fit.residual})
 
 
-def search(dense: Tensor, h: Scaled, pattern: Pattern) -> tuple[Tensor, int]:
-    """The mask of `dense` (out, in), in unit-diagonal weights, and the iterations it took."""
-    rho, total = RHO, 0
+@dataclass(slots=True)
+class Alternation:
+    """The state of ADMM on `dense` (out, in), in weights of unit diagonal: D (projected), V (dual) and the mask.
+
+    `product` is `dense` times the Gram that the inverses given to `step` are of.
+    """
+
+    pattern: Pattern
+    product: Tensor
+    projected: Tensor
+    dual: Tensor
+    mask: Tensor
+
+    def __init__(self, dense: Tensor, product: Tensor, pattern: Pattern) -> None:
+        self.pattern, self.product, self.projected = pattern, product, dense
+        self.dual, self.mask = dense.new_zeros(dense.shape), pattern.keep(dense.abs())
+
+    def step(self, inverse: Tensor, rho: float) -> None:
+        """Fit, project and correct the dual once; `inverse` is (H + rho I)^-1."""
+        fitted = (self.product - self.dual).add_(self.projected, alpha=rho) @ inverse
+        wanted = fitted.add(self.dual, alpha=1 / rho)
+        self.mask = self.pattern.keep(wanted.abs())
+        self.projected = wanted.masked_fill_(~self.mask, 0)
+        self.dual.add_(fitted.sub_(self.projected), alpha=rho)
+
+
+def _search(dense: Tensor, h: Scaled, pattern: Pattern) -> tuple[Tensor, int]:
+    """The mask of `dense` (out, in), in weights of unit diagonal, and the iterations it took."""
+    product, rho, total = dense @ h.matrix, RHO, 0
     for _ in range(_RESTARTS):
-        admm = _Admm(dense, h, pattern, rho)
-        total += admm.run()
-        if admm.moved:
+        admm = Alternation(dense, product, pattern)
+        iterations, moved = _settle(admm, h, rho)
+        total += iterations
+        if moved:
             break
         rho /= 5  # the first mask never changed: the penalty was too strong from the start
     return admm.mask, total
 
 
-@dataclass(slots=True)
-class _Admm:
-    """State of one run: D (projected), V (dual) and the mask, all (out, in)."""
-
-    h: Scaled
-    pattern: Pattern
-    rho: float
-    product: Tensor
-    projected: Tensor
-    dual: Tensor
-    mask: Tensor
-    moved: bool
-
-    def __init__(self, dense: Tensor, h: Scaled, pattern: Pattern, rho: float) -> None:
-        self.h, self.pattern, self.rho, self.moved = h, pattern, rho, False
-        self.product, self.dual = dense @ h.matrix, dense.new_zeros(dense.shape)
-        self.mask = pattern.keep(dense.abs())
-        self.projected = dense.clone()
-
-    def run(self) -> int:
-        kept = max(int(self.mask.sum()), 1)
-        inverse, reference = self.h.inverse(self.rho), self.mask
-        for iteration in range(1, ITERATIONS + 1):
-            self.step(inverse)
-            if iteration % CHECK:
-                continue
-            change = int((self.mask ^ reference).sum()) / kept
-            reference = self.mask
-            if change == 0 or (iteration >= EARLIEST and change < SETTLED):
-                return iteration
-            self.moved = True
-            self.rho *= next(factor for least, factor in _GROWTH if change > least)
-            inverse = self.h.inverse(self.rho)
-        return ITERATIONS
-
-    def step(self, inverse: Tensor) -> None:
-        fitted = (self.product - self.dual).add_(self.projected, alpha=self.rho) @ inverse
-        wanted = fitted.add(self.dual, alpha=1 / self.rho)
-        self.mask = self.pattern.keep(wanted.abs())
-        self.projected = wanted.masked_fill(~self.mask, 0)
-        self.dual.add_(fitted.sub_(self.projected), alpha=self.rho)
+def _settle(admm: Alternation, h: Scaled, rho: float) -> tuple[int, bool]:
+    """Raise the penalty from `rho` until the mask stands; returns the iterations, and whether the mask ever moved."""
+    kept, moved = max(int(admm.mask.sum()), 1), False
+    inverse, reference = h.inverse(rho), admm.mask
+    for iteration in range(1, ITERATIONS + 1):
+        admm.step(inverse, rho)
+        if iteration % CHECK:
+            continue
+        change = int((admm.mask ^ reference).sum()) / kept
+        reference = admm.mask
+        if change == 0 or (iteration >= EARLIEST and change < SETTLED):
+            return iteration, moved
+        moved = True
+        rho *= next(factor for least, factor in _GROWTH if change > least)
+        inverse = h.inverse(rho)
+    return ITERATIONS, moved

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmprune.linalg import masked_least_squares
 from llmprune.patterns import Pattern
+from llmprune.solvers.alps import Alternation
 from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
 
@@ -26,17 +27,11 @@ STEPS = 10  # of conjugate gradients
 def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
     h = stat.unit
     dense = (w * h.scale).masked_fill_(h.dead, 0)
-    product = (dense @ h.matrix).add_(dense, alpha=DAMPING)
-    projected, dual = dense, dense.new_zeros(dense.shape)
-    mask = pattern.keep(dense.abs())
+    admm = Alternation(dense, (dense @ h.matrix).add_(dense, alpha=DAMPING), pattern)
     for level in range(LEVELS):
         rho = FIRST * (LAST / FIRST) ** (level / (LEVELS - 1))
         inverse = h.inverse(rho + DAMPING)
         for _ in range(ITERATIONS):
-            fitted = (product - dual).add_(projected, alpha=rho) @ inverse
-            wanted = fitted.add(dual, alpha=1 / rho)
-            mask = pattern.keep(wanted.abs())
-            projected = wanted.masked_fill_(~mask, 0)
-            dual.add_(fitted.sub_(projected), alpha=rho)
-    fit = masked_least_squares(h.matrix, dense, mask, projected, steps=STEPS)
-    return Solution(fit.weight / h.scale, mask, {"residual": fit.residual})
+            admm.step(inverse, rho)
+    fit = masked_least_squares(h.matrix, dense, admm.mask, admm.projected, steps=STEPS)
+    return Solution(fit.weight / h.scale, admm.mask, {"residual": fit.residual})

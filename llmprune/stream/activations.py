@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -64,11 +65,14 @@ class Activations:
         Raises:
             InputError: an output is not finite.
         """
-        for index, hidden in enumerate(self.hidden):
-            out = self._run(block, index, hidden)
-            if not bool(torch.isfinite(out).all()):
-                raise InputError(f"{block.name} puts out NaN or infinity on calibration batch {index}; try --dtype float32")
-            self.hidden[index] = out.cpu()
+        for index in range(len(self.hidden)):
+            self._advance(block, index)
+
+    def _advance(self, block: Block, index: int) -> None:
+        out = self.call(block, index, block.module)
+        if not bool(torch.isfinite(out).all()):
+            raise InputError(f"{block.name} puts out NaN or infinity on calibration batch {index}; try --dtype float32")
+        self.hidden[index] = out.cpu()
 
     def stages(self, block: Block) -> list[Stage]:
         """The block's sites in the order they run, those that read the same input together (q, k and v; gate and up).
@@ -86,7 +90,7 @@ class Activations:
                 seen.append((x, [site]))
 
         with _hooked(block.sites, see):
-            self._run(block, 0, self.hidden[0])
+            self.call(block, 0, block.module)
         return [sites for _, sites in seen]
 
     def collect(
@@ -94,19 +98,19 @@ class Activations:
         block: Block,
         stages: Sequence[Stage],
         make: Callable[[int, torch.device], A],
-        beside: tuple[Activations, Block] | None = None,
+        beside: Beside | None = None,
     ) -> list[A]:
         """One accumulator a stage, fed with all real tokens that reach the stage's input.
 
-        `make(columns, device)` builds one. A batch's forward ends as soon as the last stage has been reached. `beside` is
-        the dense model's stream of the same tokens and its copy of the block, which give the accumulators dense inputs.
+        `make(columns, device)` builds one. A batch's forward ends as soon as the last stage has been reached. `beside`
+        gives the accumulators dense inputs.
         """
         found = [make(stage[0].columns, self._device) for stage in stages]
         names = [stage[0].name for stage in stages]
         for index in range(len(self.hidden)):
             dense: dict[str, Tensor] = {}
             if beside is not None:
-                beside[0]._watch(beside[1], index, names, dense.__setitem__)
+                beside.stream._watch(beside.block, index, names, dense.__setitem__, advance=beside.advance)
 
             def count(name: str, x: Tensor, dense: dict[str, Tensor] = dense) -> None:
                 found[names.index(name)].add(x, dense.get(name))
@@ -114,16 +118,21 @@ class Activations:
             self._watch(block, index, names, count)
         return found
 
-    def _watch(self, block: Block, index: int, names: Sequence[str], see: Callable[[str, Tensor], None]) -> None:
+    def _watch(
+        self, block: Block, index: int, names: Sequence[str], see: Callable[[str, Tensor], None], *, advance: bool = False
+    ) -> None:
         """Run one batch and show the real tokens (tokens, in) that reach each of the sites called `names`, in order."""
 
         def look(site: Site, x: Tensor) -> None:
             see(site.name, self.real_tokens(x, index))
-            if site.name == names[-1]:
+            if site.name == names[-1] and not advance:
                 raise _StageReached
 
         with _hooked([site for site in block.sites if site.name in names], look), suppress(_StageReached):
-            self._run(block, index, self.hidden[index])
+            if advance:
+                self._advance(block, index)
+            else:
+                self.call(block, index, block.module)
 
     def real_tokens(self, x: Tensor, index: int) -> Tensor:
         """The rows of `x` (batch, tokens, width) of batch `index` that are no padding, (tokens, width)."""
@@ -135,8 +144,14 @@ class Activations:
         """What `forward` puts out where the model would call the block on batch `index`."""
         return self._calls[index][block.index].run(forward, self.hidden[index].to(self._device))
 
-    def _run(self, block: Block, index: int, hidden: Tensor) -> Tensor:
-        return self._calls[index][block.index].run(block.module, hidden.to(self._device))
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The dense model's stream of the same tokens and its copy of the block; `advance`: move the stream on as well."""
+
+    stream: Activations
+    block: Block
+    advance: bool
 
 
 class _StageReached(Exception):
