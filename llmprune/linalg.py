@@ -137,16 +137,16 @@ def masked_least_squares(
     """
     diagonal = gram.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
-    dropped = ~mask
-    x = start.masked_fill(dropped, 0)
-    whole = _norm((target @ gram).masked_fill_(dropped, 0), inverse)
-    r = ((target - x) @ gram).masked_fill_(dropped, 0)
+    kept = mask.to(gram.dtype)  # to multiply with: several times faster than masked_fill
+    x = start.masked_fill(~mask, 0)
+    whole = _norm((target @ gram).mul_(kept), inverse)
+    r = ((target - x) @ gram).mul_(kept)
     z = r * inverse
     p = z.clone()
     rz = (r * z).sum(1, keepdim=True)
     done, residual = 0, _relative(rz, whole)
     while done < steps and residual > tolerance:
-        q = (p @ gram).masked_fill_(dropped, 0)
+        q = (p @ gram).mul_(kept)
         curvature = (p * q).sum(1, keepdim=True)
         step = torch.where(curvature > 0, rz / curvature, 0)
         x.addcmul_(p, step)

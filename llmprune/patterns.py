@@ -48,6 +48,7 @@ class Pattern(Protocol):
 
 
 _SMALL_GROUP = 16  # up to this, comparing all pairs of a group is faster than topk
+_SAMPLE = 2**14  # scores that a threshold is estimated from
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Unstructured:
         if drop in (0, score.numel()):
             return torch.full_like(score, drop == 0, dtype=torch.bool)
         flat = score.flatten()
-        last = flat.kthvalue(drop).values  # faster than topk; of the scores that tie with it, the first stay
+        last = _kth_smallest(flat, drop)  # of the scores that tie with it, the first stay
         mask = flat > last
         ties = (flat == last).nonzero().squeeze(1)
         mask[ties[: score.numel() - drop - int(mask.sum())]] = True
@@ -132,6 +133,51 @@ class NM:
         row, group = (int(i) for i in (counts > self.n).nonzero()[0])
         first = group * self.m
         return f"row {row}, columns {first} to {first + self.m - 1}: {int(counts[row, group])} nonzeros, {self.n} allowed"
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """`pattern` for each of several matrices that lie one above the other: the first has `rows[0]` rows, and so on."""
+
+    pattern: Pattern
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.pattern} in {len(self.rows)} matrices"
+
+    @property
+    def period(self) -> int:
+        return self.pattern.period
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        return next((why for own in self.rows if (why := self.pattern.misfit(own, columns))), None)
+
+    def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
+        parts = score.split(self.rows)
+        return torch.cat([self.pattern.keep(part, start=start * len(part) // len(score)) for part in parts])
+
+    def keep_rows(self, score: Tensor) -> Tensor:
+        return torch.cat([self.pattern.keep_rows(part) for part in score.split(self.rows)])
+
+    def violation(self, weight: Tensor) -> str | None:
+        return next((why for part in weight.split(self.rows) if (why := self.pattern.violation(part))), None)
+
+
+def _kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest of many values: a sample says between which two it must lie, and only those between are searched.
+
+    Where the sample misleads, all are searched.
+    """
+    if len(values) > 4 * _SAMPLE:
+        sample = values[:: len(values) // _SAMPLE]
+        rank, share = k / len(values) * len(sample), k / len(values)
+        margin = 4 * math.sqrt(len(sample) * share * (1 - share)) + 1
+        low = sample.kthvalue(max(int(rank - margin), 1)).values
+        high = sample.kthvalue(min(int(rank + margin) + 1, len(sample))).values
+        below, between = int((values < low).count_nonzero()), values[(values >= low) & (values <= high)]
+        if below < k <= below + len(between):
+            return between.kthvalue(k - below).values
+    return values.kthvalue(k).values  # faster than topk
 
 
 def _ranked_below(groups: Tensor, n: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from llmprune import solvers
 from llmprune.errors import InputError
 from llmprune.linalg import masked_least_squares
 from llmprune.models.sites import Block, Site
-from llmprune.patterns import Pattern, verify
+from llmprune.patterns import Pattern, Stacked, verify
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import reconstruct
 from llmprune.report.console import Progress
@@ -23,6 +23,7 @@ from llmprune.stats import Cross, Gram, InputSample, Statistic
 from llmprune.stream.activations import Activations, Beside, Stage
 
 _ERROR_TOKENS = 2048  # calibration tokens that output errors are measured on
+_STACK = 4  # rows a column up to which a stage is solved as one matrix: beyond, only memory would grow
 BLEND = 0.5  # how far the corrected target goes from the dense weights
 
 
@@ -137,25 +138,51 @@ class Pruner:
             names = ", ".join(site.name for site in stage)
             raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
         masks = {}
-        for site in stage:
-            self.progress.solving(site.name)
+        for sites in self._stacks(stage):
+            self.progress.solving(", ".join(site.name for site in sites))
             with self.clock("solve"):
-                masks[site.name], record = self._solve(block, site, seen)
-            self.records.append(record)
-            self.edited.add(f"{site.name}.weight")
-            self.progress.site(record)
+                solved = self._solve(block, sites, seen)
+            for site, (mask, record) in zip(sites, solved, strict=True):
+                masks[site.name] = mask
+                self.records.append(record)
+                self.edited.add(f"{site.name}.weight")
+                self.progress.site(record)
         return masks
 
-    def _solve(self, block: Block, site: Site, seen: Observed) -> tuple[Tensor, SiteRecord]:
-        start = time.perf_counter()
-        pattern, dense = self.patterns[site.name], site.weight.to(torch.float32, copy=True)
-        if not bool(torch.isfinite(dense).all()):
-            raise InputError(f"the weights of {site.name} hold NaN or infinity")
+    def _stacks(self, stage: Stage) -> list[list[Site]]:
+        """The stage's sites, those that are solved as one matrix together."""
+        patterns = {self.patterns[site.name] for site in stage}
+        small = sum(site.rows for site in stage) <= _STACK * stage[0].columns
+        if small and len(patterns) == 1 and solvers.load(self.recipe.method).stackable:
+            return [list(stage)]
+        return [[site] for site in stage]
+
+    def _solve(self, block: Block, sites: Sequence[Site], seen: Observed) -> list[tuple[Tensor, SiteRecord]]:
+        """The masks and records of `sites`, which have one pattern; the weights are written."""
+        start, pattern = time.perf_counter(), self.patterns[sites[0].name]
+        dense = [site.weight.to(torch.float32, copy=True) for site in sites]
+        for site, w in zip(sites, dense, strict=True):
+            if not bool(torch.isfinite(w).all()):
+                raise InputError(f"the weights of {site.name} hold NaN or infinity")
+        rows = tuple(len(w) for w in dense)
         try:
-            solution = self._find(dense, seen, pattern)
+            if len(sites) == 1:
+                solution = self._find(dense[0], seen, pattern)
+            else:
+                solution = self._find(torch.cat(dense), seen, Stacked(pattern, rows))
         except InputError as error:
-            raise InputError(f"{site.name}: {error}; another calibration text may help") from None
-        site.write(solution.weight)
+            names = ", ".join(site.name for site in sites)
+            raise InputError(f"{names}: {error}; another calibration text may help") from None
+        seconds = (time.perf_counter() - start) / sum(rows)
+        return [
+            (part.mask, self._write(block, site, w, part, seen, seconds * len(w)))
+            for site, w, part in zip(sites, dense, solution.split(rows), strict=True)
+        ]
+
+    def _write(self, block: Block, site: Site, dense: Tensor, found: Solution, seen: Observed, seconds: float) -> SiteRecord:
+        """Put the weights that were found into the model, as it stores them, and record what that did."""
+        pattern = self.patterns[site.name]
+        site.write(found.weight)
         after = site.weight.float()
         if not bool(torch.isfinite(after).all()):
             raise InputError(f"{site.name}: the pruned weights overflow {site.storage}; try --method wanda")
@@ -163,7 +190,7 @@ class Pruner:
         left = int((after != 0).sum())
         self.nonzero = (self.nonzero[0] + int((dense != 0).sum()), self.nonzero[1] + left)
         weight = f"{site.name}.weight"
-        return solution.mask, SiteRecord(
+        return SiteRecord(
             name=site.name,
             tensor=self.names.get(weight, weight),
             block=block.index,
@@ -173,8 +200,8 @@ class Pruner:
             sparsity=1 - left / after.numel(),
             error=seen.sample.relative_error(dense, after),
             tokens=seen.statistic.tokens,
-            seconds=time.perf_counter() - start,
-            notes=dict(solution.notes),
+            seconds=seconds,
+            notes=dict(found.notes),
         )
 
     def _find(self, dense: Tensor, seen: Observed, pattern: Pattern) -> Solution:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmprune.errors import InputError
-from llmprune.patterns import NM, Pattern, Unstructured, parse, verify
+from llmprune.patterns import _SAMPLE, NM, Pattern, Stacked, Unstructured, parse, verify
 
 fractions = st.floats(0.01, 0.99)
 pairs = st.integers(2, 12).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
@@ -74,6 +74,21 @@ def test_slices_add_up(s: float, rows: int, columns: int, width: int) -> None:
     assert dropped == round(s * rows * columns)
 
 
+@given(fractions | pairs, st.integers(1, 5))
+def test_stacked_matrices_have_the_pattern_each(chosen: float | tuple[int, int], width: int) -> None:
+    pattern: Pattern = NM(*chosen) if isinstance(chosen, tuple) else Unstructured(chosen)
+    stacked, score = Stacked(pattern, (2, 5, 1)), scores(8, 4 * pattern.period, 0, 3)
+    parts = score.split(stacked.rows)
+    assert torch.equal(stacked.keep(score), torch.cat([pattern.keep(part) for part in parts]))
+    assert torch.equal(stacked.keep_rows(score), torch.cat([pattern.keep_rows(part) for part in parts]))
+    lo = width % 4 * pattern.period  # a slice of columns, as SparseGPT chooses them
+    slices = [pattern.keep(part[:, lo:], start=lo * len(part)) for part in parts]
+    assert torch.equal(stacked.keep(score[:, lo:], start=lo * 8), torch.cat(slices))
+    kept = torch.ones_like(score).masked_fill(~stacked.keep(score), 0)
+    assert stacked.violation(kept) is None
+    assert stacked.misfit(*score.shape) == next((w for p in parts if (w := pattern.misfit(*p.shape))), None)
+
+
 @given(pairs, st.integers(1, 6), st.integers(1, 5), st.integers(1, 4))
 def test_nm_counts_are_exact(pair: tuple[int, int], rows: int, groups: int, levels: int) -> None:
     n, m = pair
@@ -90,6 +105,24 @@ def test_unstructured_keeps_the_highest(s: float, seed: int) -> None:
     mask = Unstructured(s).keep(score)
     if mask.any() and not mask.all():
         assert score[mask].min() > score[~mask].max()
+
+
+def large(kind: str) -> torch.Tensor:
+    """Enough scores that a sample of them places the threshold; evenly spaced, it may mislead."""
+    noise = torch.rand(300, 500, generator=torch.Generator().manual_seed(0))
+    stride = torch.arange(noise.numel()).view(noise.shape) % (noise.numel() // _SAMPLE)
+    return {"plain": noise, "few levels": (4 * noise).floor(), "sorted": noise.flatten().sort().values.view(noise.shape),
+            "misleading": noise + (stride == 0), "all equal": torch.ones_like(noise)}[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", "few levels", "sorted", "misleading", "all equal"])
+@pytest.mark.parametrize("s", [0.0001, 0.05, 0.5, 0.7, 0.9999])
+def test_large_matrices_are_cut_where_a_sort_cuts(kind: str, s: float) -> None:
+    score = large(kind)
+    drop = round(s * score.numel())
+    order = score.flatten().sort(descending=True, stable=True).indices  # of scores that tie, the first stay
+    expected = torch.ones(score.numel(), dtype=torch.bool).scatter(0, order[score.numel() - drop :], False)
+    assert torch.equal(Unstructured(s).keep(score).flatten(), expected)
 
 
 @given(pairs, st.integers(0, 3))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmprune import solvers
 from llmprune.errors import InputError
-from llmprune.patterns import NM, Pattern, Unstructured
+from llmprune.patterns import NM, Pattern, Stacked, Unstructured
 from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
 
@@ -106,6 +106,19 @@ class TestContract:
         w, x = weights(4, columns), correlated(90, columns)
         there, back = (prune(name, w, inputs, pattern).weight for inputs in (x, x.flip(0)))
         torch.testing.assert_close(there, back, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", [name for name in solvers.names() if solvers.load(name).stackable])
+def test_stacked_matrices_are_solved_as_if_alone(name: str, pattern: Pattern) -> None:
+    columns = 300 if pattern.period in (1, 3, 150) else 304
+    w, x, rows = weights(60, columns), correlated(600, columns), (20, 36, 4)
+    stacked = prune(name, w, x, Stacked(pattern, rows)).split(rows)
+    for part, own in zip(stacked, w.split(rows), strict=True):
+        alone = prune(name, own, x, pattern)
+        assert int((~part.mask).sum()) == expected_drops(pattern, own)
+        assert (part.mask == alone.mask).float().mean() > 0.995  # float32 may turn near ties
+        assert output_error(own, part.weight, x) == pytest.approx(output_error(own, alone.weight, x), rel=0.01)
 
 
 def naive_magnitude(w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> torch.Tensor:

@@ -17,7 +17,7 @@ from llmprune.data import Windows, given_windows
 from llmprune.errors import InputError
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.sites import Block, Site
-from llmprune.patterns import NM, parse
+from llmprune.patterns import NM, Stacked, parse
 from llmprune.pruner import BLEND
 from llmprune.stats import Cross, Gram
 from llmprune.stream.activations import Activations
@@ -146,6 +146,14 @@ def stages_by_hand(model: PreTrainedModel) -> Iterator[tuple[list[Site], list[li
         yield list(sites), stages
 
 
+def solve_by_hand(stage: list[Site], weights: list[Tensor], gram: Gram, sparsity: str) -> None:
+    """SparseGPT on the matrices of a stage, all below each other."""
+    rows = tuple(len(w) for w in weights)
+    solution = solvers.load("sparsegpt").solve(torch.cat(weights), gram, Stacked(parse(sparsity), rows))
+    for site, weight in zip(stage, solution.weight.split(rows), strict=True):
+        site.write(weight)
+
+
 @torch.no_grad()
 def prune_whole(model: PreTrainedModel, ids: Tensor, sparsity: str, batch: int, *, true_sequential: bool) -> None:
     """The reference: no streaming, no replay; a forward of the whole model for every matrix."""
@@ -154,10 +162,7 @@ def prune_whole(model: PreTrainedModel, ids: Tensor, sparsity: str, batch: int, 
         for now in stages:
             if true_sequential:
                 found |= {s.name: hooked_gram(model, ids, s.module, batch) for s in now}
-            for site in now:
-                site.write(
-                    solvers.load("sparsegpt").solve(site.weight.clone().float(), found[site.name], parse(sparsity)).weight
-                )
+            solve_by_hand(now, [site.weight.float() for site in now], found[now[0].name], sparsity)
 
 
 @pytest.mark.parametrize("true_sequential", [True, False], ids=["stages", "one pass"])
@@ -200,9 +205,8 @@ def prune_whole_corrected(
                 x = inputs_of(model, now[0].module, part)
                 gram.add(x)
                 cross.add(x, inputs_of(dense, dense.get_submodule(now[0].name), part))
-            for site in now:
-                aim = cross.aim(site.weight.clone(), gram, BLEND)
-                site.write(solvers.load("sparsegpt").solve(aim, gram, parse("2:4")).weight)
+            aim = cross.aim(torch.cat([site.weight for site in now]), gram, BLEND)
+            solve_by_hand(now, list(aim.split([site.rows for site in now])), gram, "2:4")
 
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2), (0, 2)], ids=["all", "one left alone"])

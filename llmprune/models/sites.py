@@ -33,6 +33,10 @@ class Site:
         return weight.T if self.transposed else weight
 
     @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
     def columns(self) -> int:
         return self.weight.shape[1]
 

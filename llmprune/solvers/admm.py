@@ -14,6 +14,7 @@ from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
 
 statistic = Gram
+stackable = True
 DAMPING = 0.1  # of the unit diagonal, as published
 RHO = 1.0
 ITERATIONS, CHOOSING = 20, 15
@@ -30,7 +31,7 @@ def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
         projected = fitted + dual
         if iteration < CHOOSING:
             mask = pattern.keep(projected.abs())
-        projected.masked_fill_(~mask, 0)
+        projected.mul_(mask)
         dual = dual + fitted - projected
         fitted = (product + RHO * (projected - dual)) @ inverse
     weight = (fitted + dual).masked_fill_(~mask, 0) / h.scale

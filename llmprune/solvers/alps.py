@@ -19,6 +19,7 @@ from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
 
 statistic = Gram
+stackable = False  # the penalty follows how much of the whole mask changed
 RHO, CHECK = 0.1, 3  # the first penalty; iterations between two changes of it
 ITERATIONS, EARLIEST, SETTLED = 300, 30, 3e-4  # at most; from which a nearly still mask ends it; how still, of those kept
 STEPS = 10  # of conjugate gradients
@@ -56,7 +57,7 @@ class Alternation:
         fitted = (self.product - self.dual).add_(self.projected, alpha=rho) @ inverse
         wanted = fitted.add(self.dual, alpha=1 / rho)
         self.mask = self.pattern.keep(wanted.abs())
-        self.projected = wanted.masked_fill_(~self.mask, 0)
+        self.projected = wanted.mul_(self.mask)  # several times faster than masked_fill
         self.dual.add_(fitted.sub_(self.projected), alpha=rho)
 
 

@@ -18,6 +18,7 @@ from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
 
 statistic = Gram
+stackable = True
 FIRST, LAST, LEVELS = 0.1, 1.0, 6  # penalties, rising geometrically
 ITERATIONS = 5  # at each
 DAMPING = 0.01  # of the unit diagonal

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,11 +26,16 @@ class Solution:
     mask: Tensor
     notes: Mapping[str, float] = field(default_factory=dict)
 
+    def split(self, rows: Sequence[int]) -> list[Solution]:
+        """The solutions of the matrices that were stacked, `rows` of each."""
+        return [Solution(*parts, self.notes) for parts in zip(self.weight.split(rows), self.mask.split(rows), strict=True)]
+
 
 class Solver(Protocol):
     """Every module in this package, `base` aside, is one. It knows matrices only: no model, no files, no devices."""
 
     statistic: type[Statistic]
+    stackable: bool  # whether rows bear on each other through `pattern.keep` alone, so that matrices can be stacked
 
     def solve(self, w: Tensor, stat: Any, pattern: Pattern) -> Solution:
         """Prune `w` (out, in), float32 and left unchanged, given `stat`, an instance of `statistic`."""

@@ -16,6 +16,7 @@ from llmprune.solvers.base import Solution, masked
 from llmprune.stats import Moments
 
 statistic = Moments
+stackable = True
 CYCLES, THRESHOLD = 50, 0.1  # as published; the threshold is in units of the layer's output
 _NEVER = float("inf")
 

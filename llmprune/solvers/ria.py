@@ -12,6 +12,7 @@ from llmprune.solvers.base import Solution, masked
 from llmprune.stats import Moments
 
 statistic = Moments
+stackable = False  # a weight's share of its column
 
 
 def solve(w: Tensor, stat: Moments, pattern: Pattern) -> Solution:

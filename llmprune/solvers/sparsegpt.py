@@ -20,6 +20,7 @@ from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
 
 statistic = Gram
+stackable = True
 BLOCK = 128  # columns an unstructured mask is chosen over, as published
 _LEAF = 16  # columns swept one at a time
 

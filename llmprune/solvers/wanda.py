@@ -9,6 +9,7 @@ from llmprune.solvers.base import Solution, masked
 from llmprune.stats import Moments
 
 statistic = Moments
+stackable = True
 
 
 def solve(w: Tensor, stat: Moments, pattern: Pattern) -> Solution:
