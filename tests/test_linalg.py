@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import twins
 from conftest import exact_refit
 
 from llmprune.errors import InputError
@@ -75,6 +76,16 @@ def test_masked_least_squares_equals_lstsq(rows: int, columns: int) -> None:
     torch.testing.assert_close(fit.weight.double(), exact_refit(w, x, mask), rtol=2e-2, atol=2e-2)
     assert (fit.weight[~mask] == 0).all()
     assert not torch.signbit(fit.weight[~mask]).any()
+
+
+def test_masked_least_squares_takes_its_twin_s_steps() -> None:
+    """With inputs of one scale the preconditioner does nothing."""
+    x, w, mask = problem(9, 40)
+    h = x.T @ x
+    h = h / h.diagonal().sqrt() / h.diagonal().sqrt()[:, None]
+    for steps in (1, 3, 7):
+        fit = masked_least_squares(h, w, mask, w, steps=steps, tolerance=0.0)
+        torch.testing.assert_close(fit.weight, twins.refit(h.double(), w.double(), mask, steps).float(), rtol=1e-3, atol=1e-4)
 
 
 def test_masked_least_squares_falls_and_stops() -> None:
