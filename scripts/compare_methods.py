@@ -4,7 +4,8 @@
 
 Calibration is 128 windows of the documentation's calibration split, evaluation the first windows of its evaluation split,
 which neither training nor calibration saw; all cells share both. Cells that the output file already has are kept, so that
-the command can be stopped and run again. Prints the tables in Markdown.
+the command can be stopped and run again. Beside the file: a listing of all cells (.md) and a plot of excess loss against
+seconds (.svg; needs matplotlib). Prints the short tables in Markdown.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from llmprune.models.resolve import resolve
 from llmprune.recipes import QUALITIES
 from llmprune.report.record import versions
 
-METHODS = ("sparsegpt", "alps", *QUALITIES, "wanda", "admm", "dsnot", "ria", "magnitude")
-PATTERNS = ("2:4", "70%", "50%", "60%", "4:8")
+METHODS = ("magnitude", "ria", "dsnot", "wanda", "sparsegpt", "admm", "alps", *QUALITIES)
+PATTERNS = ("2:4", "4:8", "50%", "60%", "70%")
+PRICED = "2:4"  # the pattern whose seconds and memory the short table and the plot show
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -73,26 +75,84 @@ def measure(name: str, method: str, sparsity: str, windows: int) -> dict[str, An
     }
 
 
-def markdown(cells: list[dict[str, Any]]) -> str:
-    """A table a model: excess loss by method x pattern; of the first pattern also what else was measured."""
+def tables(cells: list[dict[str, Any]]) -> str:
+    """A table a model: excess loss by method x pattern, and what 2:4 cost."""
     lines: list[str] = []
-    for model in dict.fromkeys(cell["model"] for cell in cells):
-        own = {(cell["method"], cell["sparsity"]): cell for cell in cells if cell["model"] == model}
-        dense = next(iter(own.values()))["dense"]
-        first, *_ = PATTERNS
+    for model, own in by_model(cells).items():
+        patterns = [p for p in PATTERNS if any(pattern == p for _, pattern in own)]
         lines += [
-            f"`{model}`, dense perplexity {dense:.2f}; excess loss in nats a token:",
+            f"`{model}`, dense perplexity {next(iter(own.values()))['dense']:.2f}; excess loss in nats a token:",
             "",
-            f"| method | {' | '.join(PATTERNS)} | perplexity {first} | output error | seconds | peak memory |",
-            f"|---|{'---|' * (len(PATTERNS) + 4)}",
+            f"| method | {' | '.join(patterns)} | seconds | peak memory |",
+            f"|---|{'---:|' * (len(patterns) + 2)}",
         ]
-        for method in (method for method in METHODS if (method, first) in own):
-            losses = [f"{own[method, p]['excess_loss']:.4f}" if (method, p) in own else "" for p in PATTERNS]
-            cell = own[method, first]
-            rest = [f"{cell['perplexity']:.2f}", f"{cell['output_error']:.2%}", f"{cell['seconds']:.0f}"]
-            lines.append(f"| {method} | {' | '.join(losses + rest)} | {cell['peak_memory_bytes'] / 2**20:,.0f} MiB |")
+        for method in (method for method in METHODS if (method, PRICED) in own):
+            losses = [f"{own[method, p]['excess_loss']:.4f}" if (method, p) in own else "" for p in patterns]
+            priced = own[method, PRICED]
+            price = [f"{priced['seconds']:.0f}", f"{priced['peak_memory_bytes'] / 2**20:,.0f} MiB"]
+            lines.append(f"| {' | '.join([method, *losses, *price])} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def listing(cells: list[dict[str, Any]]) -> str:
+    """Every cell with all that was measured."""
+    lines = [
+        "# Every method x pattern\n",
+        "Written by `scripts/compare_methods.py` from methods.json, which says when and with which versions. Output error:",
+        "mean of the matrices', each on the inputs it was solved for. Overhead: pruning as a multiple of its forward passes.\n",
+        "| model | pattern | method | perplexity | excess loss | output error | seconds | overhead | peak memory |",
+        f"|---|---|---|{'---:|' * 6}",
+    ]
+    order = sorted(cells, key=lambda c: (c["model"], PATTERNS.index(c["sparsity"]), -c["excess_loss"]))
+    for c in order:
+        numbers = f"{c['perplexity']:.2f} | {c['excess_loss']:.4f} | {c['output_error']:.2%} | {c['seconds']:.0f}"
+        memory = f"{c['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        lines.append(f"| {c['model']} | {c['sparsity']} | {c['method']} | {numbers} | {c['overhead']:.2f}x | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(cells: list[dict[str, Any]], file: Path) -> None:
+    """Excess loss against seconds, one panel a model; the presets in colour."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams |= {"svg.hashsalt": "llmprune", "svg.fonttype": "none", "font.size": 9}
+    ink = "#808080"  # readable on light and dark pages
+    models = by_model(cells)
+    figure, panels = plt.subplots(1, len(models), figsize=(4.6 * len(models), 3.4), squeeze=False, layout="constrained")
+    for panel, (model, own) in zip(panels[0], models.items(), strict=True):
+        at = {m: (own[m, PRICED]["seconds"], own[m, PRICED]["excess_loss"]) for m in METHODS if (m, PRICED) in own}
+        panel.plot(*zip(*(at[q] for q in QUALITIES if q in at), strict=True), "o-", color="#d9730d")
+        panel.plot(*zip(*(xy for m, xy in at.items() if m not in QUALITIES), strict=True), "o", color=ink)
+        for method, xy in at.items():
+            preset = method in QUALITIES
+            color, offset = ("#d9730d", (-4, -13)) if preset else (ink, (5, 4))
+            panel.annotate(method, xy, offset, textcoords="offset points", color=color, ha="right" if preset else "left")
+        panel.set(xscale="log", yscale="log", xlabel="seconds of pruning, one core", ylabel="excess loss")
+        panel.set_title(f"{model}, {PRICED}")
+        for axis, ticks in ((panel.xaxis, (20, 30, 50, 100, 200, 300)), (panel.yaxis, (0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2))):
+            low, high = axis.get_view_interval()
+            axis.set_ticks([tick for tick in ticks if low <= tick <= high])
+            axis.set_ticks([], minor=True)
+            axis.set_major_formatter("{x:g}")
+        panel.margins(0.15)
+        panel.patch.set_alpha(0)
+        panel.tick_params(which="both", colors=ink)
+        for part in (panel.title, panel.xaxis.label, panel.yaxis.label):
+            part.set_color(ink)
+        for spine in panel.spines.values():
+            spine.set_color(ink)
+    figure.patch.set_alpha(0)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def by_model(cells: list[dict[str, Any]]) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
+    """Model -> (method, pattern) -> cell."""
+    models: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for cell in cells:
+        models.setdefault(cell["model"], {})[cell["method"], cell["sparsity"]] = cell
+    return models
 
 
 def main() -> None:
@@ -113,7 +173,9 @@ def main() -> None:
                   "windows": args.windows, "cells": cells}  # fmt: skip
         args.output.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(cells[-1]), flush=True)
-    print(markdown(cells))
+    args.output.with_suffix(".md").write_text(listing(cells))
+    plot(cells, args.output.with_suffix(".svg"))
+    print(tables(cells))
 
 
 if __name__ == "__main__":
