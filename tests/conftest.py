@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 torch.set_num_threads(2)
 
 VOCABULARY = 96
-_BASE = {
+BASE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -29,12 +29,12 @@ _BASE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "mistral": {"sliding_window": 4},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 4, "layer_types": _MIXED},
-    "gemma3_text": {"sliding_window": 4, "layer_types": _MIXED},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED},
+    "gemma3_text": {"sliding_window": 4, "layer_types": MIXED},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
 }
@@ -43,7 +43,9 @@ FAMILIES: dict[str, dict] = {
 def tiny_model(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random model whose norms and biases are not at their trivial initial values."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_BASE | FAMILIES[family] | changes)))
+    settings = BASE | FAMILIES.get(family, {}) | changes
+    config = AutoConfig.for_model(family, **{key: value for key, value in settings.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -38,6 +38,19 @@ class Call:
         return out[0] if isinstance(out, tuple) else out
 
 
+class _Passed(Tensor):
+    """Hidden states as a block hands them on: a tensor or, where the model expects a tuple and unpacks it, its first part."""
+
+    # what is computed from them is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self if type(key) is int and key == 0 else super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self, None))
+
+
 class _Recorded(Exception):
     """Leaves the model's forward once the last block has been reached."""
 
@@ -56,11 +69,11 @@ class Recorder:
         def take(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             by_name = not args
             first = kwargs.pop(_HIDDEN) if by_name else args[0]
-            hidden.append(first)
+            hidden.append(first.as_subclass(Tensor))
             calls.append(Call(self._intern(args[1:]), self._intern(kwargs), by_name))
             if index == len(blocks) - 1:
                 raise _Recorded
-            return first
+            return first.as_subclass(_Passed)
 
         with _forwards_replaced(blocks, take):
             try:
@@ -90,7 +103,8 @@ def head(model: PreTrainedModel, blocks: Sequence[nn.Module], output: Tensor, **
     """The model's logits (batch, tokens, vocabulary) where its last block returns `output`."""
 
     def give(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return output if index == len(blocks) - 1 else args[0] if args else kwargs[_HIDDEN]
+        passed = output if index == len(blocks) - 1 else args[0] if args else kwargs[_HIDDEN]
+        return passed.as_subclass(_Passed)
 
     with _forwards_replaced(blocks, give):
         return model(**inputs, use_cache=False, return_dict=True).logits
