@@ -54,6 +54,10 @@ class PruneConfig:
         "in one pass, which is faster (default: on)",
         True,
     )  # fmt: skip
+    all_experts: bool = _option(
+        "mixtures of experts: let every expert's statistics count every calibration token, not only those routed to it",
+        False,
+    )  # fmt: skip
     only: tuple[str, ...] = _option("prune only sites that match these globs, e.g. '*.mlp.*'", (), metavar="GLOB")
     skip: tuple[str, ...] = _option("leave out sites that match these globs, e.g. '*.down_proj'", (), metavar="GLOB")
     eval_text: str = _option(

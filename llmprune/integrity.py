@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from llmprune.errors import InputError, plain_errors, reason, user_path
 from llmprune.models.checkpoint import Checkpoint, read_json
+from llmprune.models.sites import read_part
 from llmprune.patterns import Pattern, parse
 from llmprune.report.record import SCHEMA
 from llmprune.stream.publish import RECORD, sha256
@@ -20,6 +24,32 @@ class Verification:
     files: int
     matrices: int
     problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """That a part of a tensor on disk is a matrix of a pattern."""
+
+    tensor: str
+    part: str
+    pattern: Pattern
+    transposed: bool
+
+    @classmethod
+    def read(cls, site: dict[str, Any]) -> _Claim:
+        read_part(site["part"])
+        return cls(str(site["tensor"]), site["part"], parse(site["pattern"]), bool(site["transposed"]))
+
+    def problem(self, tensor: Tensor) -> str | None:
+        name = f"{self.tensor}[{self.part}]" if self.part else self.tensor
+        try:
+            matrix = tensor[read_part(self.part)]
+        except IndexError:
+            return f"{name}: no such part"
+        if matrix.ndim != 2:
+            return f"{name}: not a matrix"
+        why = self.pattern.violation(matrix.T if self.transposed else matrix)
+        return f"{name}: not {self.pattern}: {why}" if why else None
 
 
 def verify(folder: str | Path) -> Verification:
@@ -36,8 +66,8 @@ def verify(folder: str | Path) -> Verification:
         raise InputError(f"{folder / RECORD} has schema {record.get('schema')!r}; this llmprune reads {SCHEMA}")
     try:
         files = {str(name): str(digest) for name, digest in record["files"].items()}
-        sites = [(str(site["tensor"]), parse(site["pattern"]), bool(site["transposed"])) for site in record["sites"]]
-    except (KeyError, TypeError, AttributeError, InputError) as error:
+        sites = [_Claim.read(site) for site in record["sites"]]
+    except (KeyError, TypeError, AttributeError, ValueError, InputError) as error:
         raise InputError(f"{folder / RECORD} is no record of a run: {reason(error)}") from None
     with plain_errors():
         problems = (*_file_problems(folder, files), *_site_problems(folder, sites))
@@ -55,17 +85,15 @@ def _file_problems(folder: Path, files: dict[str, str]) -> Iterator[str]:
             yield f"{path.name}: not in the record"
 
 
-def _site_problems(folder: Path, sites: list[tuple[str, Pattern, bool]]) -> Iterator[str]:
+def _site_problems(folder: Path, claims: list[_Claim]) -> Iterator[str]:
     try:
         checkpoint = Checkpoint(folder)
     except InputError as error:
         yield str(error)
         return
-    expected = {tensor: (pattern, transposed) for tensor, pattern, transposed in sites}
-    yield from (f"{name}: not in the checkpoint" for name in expected if name not in checkpoint.tensors)
-    for name, tensor in checkpoint.read([name for name in expected if name in checkpoint.tensors]):
-        pattern, transposed = expected[name]
-        if tensor.ndim != 2:
-            yield f"{name}: not a matrix"
-        elif problem := pattern.violation(tensor.T if transposed else tensor):
-            yield f"{name}: not {pattern}: {problem}"
+    by_tensor: dict[str, list[_Claim]] = {}
+    for claim in claims:
+        by_tensor.setdefault(claim.tensor, []).append(claim)
+    yield from (f"{name}: not in the checkpoint" for name in by_tensor if name not in checkpoint.tensors)
+    for name, tensor in checkpoint.read([name for name in by_tensor if name in checkpoint.tensors]):
+        yield from (problem for claim in by_tensor[name] if (problem := claim.problem(tensor)))

@@ -20,9 +20,11 @@ from llmprune.evaluate.perplexity import streamed_perplexity
 from llmprune.hardware import map_large_allocations, peak_memory, pick_device, pick_dtype
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
+from llmprune.models.experts import observable
+from llmprune.models.names import Names, locate, match_names
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
-from llmprune.models.sites import Block
-from llmprune.models.skeleton import FOREIGN, Skeleton, load_config, match_names
+from llmprune.models.sites import Block, part_text, read_part
+from llmprune.models.skeleton import FOREIGN, Skeleton, load_config
 from llmprune.patterns import Pattern, parse
 from llmprune.plan import Plan, make_plan
 from llmprune.pruner import Pruner
@@ -30,7 +32,7 @@ from llmprune.recipes import Recipe, choose_recipe
 from llmprune.reconstruct import check_batches
 from llmprune.report.card import model_card
 from llmprune.report.console import Progress
-from llmprune.report.record import Clock, RunRecord
+from llmprune.report.record import Clock, RunRecord, SiteRecord
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import Sink, Source, stream
 from llmprune.stream.publish import RECORD, check_output, copy_extras, published, sha256, write_json
@@ -128,7 +130,7 @@ class _Work:
 
     Attributes:
         outside: makes what is outside the blocks (embeddings, head) available for a while.
-        names: a weight's name in the model -> its name on disk.
+        names: where on disk the model's tensors are; nothing for a model in memory.
     """
 
     model: PreTrainedModel
@@ -140,7 +142,7 @@ class _Work:
     source: Source
     plan: Plan
     outside: Callable[[], AbstractContextManager[None]] = nullcontext
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: Names = field(default_factory=dict)
 
 
 def _prune_folder(
@@ -208,10 +210,16 @@ def _prune_in_memory(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             names = match_names(model, Checkpoint(partial))
-            record.sites = [replace(site, tensor=names[f"{site.name}.weight"]) for site in record.sites]
+            record.sites = [_on_disk(site, names) for site in record.sites]
             _write_record(partial, record, output.name)
     job.progress.summary(record, output)
     return Result(record, model, output)
+
+
+def _on_disk(site: SiteRecord, names: Names) -> SiteRecord:
+    """The record of a matrix of a model in memory, after the model has been saved."""
+    place = locate(names[site.tensor], read_part(site.part))
+    return replace(site, tensor=place.disk, part=part_text(place.part))
 
 
 def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, edited: set[str]) -> None:
@@ -248,7 +256,14 @@ def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, ed
         pruner.prune(block)
 
     job.progress.start(len(blocks), len(work.plan.patterns))
-    stream(work.source, _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock), _TimedSink(sink, clock), visit)
+    with observable(work.model, all_tokens=job.config.all_experts):
+        stream(work.source, _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock), _TimedSink(sink, clock), visit)
+    if thin := [site for site in pruner.records if site.notes.get("pool_share", 0) > 0.5]:
+        least = min(thin, key=lambda site: site.tokens)
+        job.progress.note(
+            f"{len(thin)} expert matrices saw fewer tokens than they have inputs ({least.name}: {least.tokens}) and lean "
+            "on all experts' statistics; more --samples or --all-experts give them their own"
+        )
     if not pruner.records:
         raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
     if texts.evaluation and dense and pruned:

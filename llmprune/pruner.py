@@ -12,14 +12,15 @@ from torch import Tensor
 from llmprune import solvers
 from llmprune.errors import InputError
 from llmprune.linalg import masked_least_squares
-from llmprune.models.sites import Block, Site
+from llmprune.models.names import Names, Piece, locate
+from llmprune.models.sites import Block, Site, part_text
 from llmprune.patterns import Pattern, Stacked, verify
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import reconstruct
 from llmprune.report.console import Progress
 from llmprune.report.record import Clock, Reconstruction, SiteRecord
 from llmprune.solvers.base import Solution
-from llmprune.stats import Cross, Gram, InputSample, Statistic
+from llmprune.stats import Cross, Gram, InputSample, Statistic, lean_on_pool
 from llmprune.stream.activations import Activations, Beside, Stage
 
 _ERROR_TOKENS = 2048  # calibration tokens that output errors are measured on
@@ -65,7 +66,7 @@ class Pruner:
         tokens: calibration tokens in `feed`.
         true_sequential: solve each stage on inputs that the stages before it, already pruned, put out.
         last: index of the model's last block: what it puts out is only needed where the recipe fits it.
-        names: a weight's name in the model -> its name on disk, where the two differ.
+        names: where on disk the model's tensors are; those that are not in it are called there as here.
         edited: parameters that were changed, by full name in the model.
         records: one a pruned matrix, in the order solved.
         reconstructions: one a block that was fitted.
@@ -82,7 +83,7 @@ class Pruner:
     last: int
     progress: Progress
     clock: Clock
-    names: Mapping[str, str]
+    names: Names
     edited: set[str]
     records: list[SiteRecord] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
@@ -105,6 +106,8 @@ class Pruner:
                 beside = Beside(self.dense, reference, advance=onward and group is groups[-1])
             with self.clock("forward"):
                 observed = self.feed.collect(block, group, self._observe, beside)
+            if group[0][0].pool:  # with the weight of one token an input, below which an expert's own Gram has no full rank
+                lean_on_pool([seen.statistic for seen in observed], group[0][0].columns)
             for stage, seen in zip(group, observed, strict=True):
                 masks |= self._solve_stage(block, stage, seen)
         if self.dense is None or reference is None:
@@ -123,12 +126,18 @@ class Pruner:
         self.uncalled += [site.name for site in block.sites if site.name not in called]
         planned = ([site for site in stage if site.name in self.patterns] for stage in traced)
         stages: list[Stage] = [stage for stage in planned if stage]
-        return [[stage] for stage in stages] if self.true_sequential or not stages else [stages]
+        if not self.true_sequential:
+            return [stages] if stages else []
+        groups: dict[str, list[Stage]] = {}  # experts that are fed from the same hidden states share a pass
+        for stage in stages:
+            groups.setdefault(stage[0].pool or stage[0].name, []).append(stage)
+        return list(groups.values())
 
-    def _observe(self, columns: int, device: torch.device) -> Observed:
-        corrected = self.recipe.target == "corrected"
+    def _observe(self, stage: Stage, device: torch.device) -> Observed:
+        columns = stage[0].columns
+        corrected = self.recipe.target == "corrected" and not stage[0].pool  # the two streams choose different experts
         kind: type[Statistic] = solvers.load(self.recipe.method).statistic
-        if corrected or self.recipe.refit:
+        if self.recipe.target == "corrected" or self.recipe.refit:
             kind = Gram
         sample = InputSample(self.tokens // _ERROR_TOKENS)
         return Observed(kind(columns, device), sample, Cross(columns, device) if corrected else None, self.clock)
@@ -145,7 +154,7 @@ class Pruner:
             for site, (mask, record) in zip(sites, solved, strict=True):
                 masks[site.name] = mask
                 self.records.append(record)
-                self.edited.add(f"{site.name}.weight")
+                self.edited.add(site.parameter)
                 self.progress.site(record)
         return masks
 
@@ -189,19 +198,20 @@ class Pruner:
         verify(after, pattern)
         left = int((after != 0).sum())
         self.nonzero = (self.nonzero[0] + int((dense != 0).sum()), self.nonzero[1] + left)
-        weight = f"{site.name}.weight"
+        place = locate(self.names.get(site.parameter, [Piece(site.parameter)]), site.part)
         return SiteRecord(
             name=site.name,
-            tensor=self.names.get(weight, weight),
+            tensor=place.disk,
+            part=part_text(place.part),
             block=block.index,
             pattern=str(pattern),
             shape=(after.shape[0], after.shape[1]),
             transposed=site.transposed,
             sparsity=1 - left / after.numel(),
             error=seen.sample.relative_error(dense, after),
-            tokens=seen.statistic.tokens,
+            tokens=seen.sample.tokens,
             seconds=seconds,
-            notes=dict(found.notes),
+            notes={**found.notes, **({"pool_share": site.columns / seen.statistic.tokens} if site.pool else {})},
         )
 
     def _find(self, dense: Tensor, seen: Observed, pattern: Pattern) -> Solution:

@@ -40,15 +40,16 @@ class BlockFit:
 
     def __init__(self, block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor]) -> None:
         self._block, self._feed, self._targets = block, feed, targets
-        sites = {f"{site.name}.weight": site for site in block.sites if site.name in masks}
         self._dropped: dict[str, Tensor] = {}
         self.masters: dict[str, Tensor] = {}
         for path, parameter in block.module.named_parameters():
-            site = sites.get(f"{block.name}.{path}")
-            if site is not None:
-                dropped = ~masks[site.name]
-                self._dropped[path] = dropped.T if site.transposed else dropped
-            if site is not None or parameter.ndim == 1:
+            sites = [site for site in block.sites if site.parameter == f"{block.name}.{path}"]
+            if sites and all(site.name in masks for site in sites):
+                self._dropped[path] = torch.zeros_like(parameter, dtype=torch.bool)
+                for site in sites:
+                    dropped = ~masks[site.name]
+                    self._dropped[path][site.part] = dropped.T if site.transposed else dropped
+            if path in self._dropped or parameter.ndim == 1:
                 self.masters[path] = parameter.detach().float().clone().requires_grad_()
 
     def parameters(self) -> dict[str, Tensor]:

@@ -6,8 +6,10 @@ Every statistic counts tokens, never batches, so that windows of any length weig
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +35,23 @@ class Statistic(Protocol):
         """Count all that `other` counted."""
         ...
 
+    def lean(self, pool: Self, tokens: int) -> None:
+        """Count `tokens` more inputs that are distributed as those of `pool`."""
+        ...
+
     def finite(self) -> bool: ...
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+def lean_on_pool(statistics: Sequence[S], tokens: int) -> None:
+    """Let each lean on all of them together, with the weight of `tokens` inputs: the fewer it saw itself, the more."""
+    pool = copy.deepcopy(statistics[0])
+    for other in statistics[1:]:
+        pool.merge(other)
+    for one in statistics:
+        one.lean(pool, tokens)
 
 
 class TokenCount:
@@ -47,6 +65,9 @@ class TokenCount:
 
     def merge(self, other: Self) -> None:
         self.tokens += other.tokens
+
+    def lean(self, pool: Self, tokens: int) -> None:
+        self.tokens += tokens
 
     def finite(self) -> bool:
         return True
@@ -70,6 +91,12 @@ class Moments:
         self.tokens += other.tokens
         self.total += other.total
         self.squares += other.squares
+
+    def lean(self, pool: Self, tokens: int) -> None:
+        share = tokens / max(pool.tokens, 1)
+        self.tokens += tokens
+        self.total += share * pool.total
+        self.squares += share * pool.squares
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.squares).all())
@@ -112,6 +139,12 @@ class Gram(Moments):
         self.tokens += other.tokens
         self.total += other.total
         self.sum += other.sum
+
+    def lean(self, pool: Self, tokens: int) -> None:
+        share = tokens / max(pool.tokens, 1)
+        self.tokens += tokens
+        self.total += share * pool.total
+        self.sum.add_(pool.sum, alpha=share)
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.sum).all())
@@ -156,14 +189,16 @@ class Cross:
 
 
 class InputSample:
-    """Every `stride`-th input token, to measure a matrix's output error on: (tokens / stride, in)."""
+    """Every `stride`-th of the inputs, `tokens` in all, to measure a matrix's output error on: (tokens / stride, in)."""
 
     def __init__(self, stride: int) -> None:
+        self.tokens = 0
         self._stride = max(stride, 1)
         self._next = 0
         self._parts: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
+        self.tokens += len(x)
         self._parts.append(x[self._next :: self._stride].float())
         self._next = (self._next - len(x)) % self._stride
 

@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmprune
 from llmprune.data import Windows
 from llmprune.integrity import verify
+from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks, make_block, unreached
+from llmprune.models.experts import is_experts, observable
+from llmprune.models.sites import Block
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
 
@@ -39,6 +42,35 @@ DENSE: dict[str, dict] = FAMILIES | {
     "starcoder2": {"sliding_window": 4},
     "stablelm": {},
 }
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS: dict[str, dict] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _MOE | {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
+    "qwen3_moe": _MOE | {"decoder_sparse_step": 1},
+    "olmoe": _MOE,
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "layer_types": MIXED},
+    "deepseek_v3": _MOE
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+}
+_LINEAR = ["linear_attention", "full_attention", "linear_attention"]
+PARTLY: dict[str, dict] = {  # hybrids, and experts that transformers does not dispatch: the rest must be listed
+    "qwen3_next": _MOE
+    | {"shared_expert_intermediate_size": 16, "layer_types": _LINEAR, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1, "mamba_d_state": 8}
+    | {"mamba_dt_rank": 4, "use_mamba_kernels": False},
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},
+}
+ALL = DENSE | EXPERTS | PARTLY
+_ODD = {"2-D, of no linear layer", "3-D, of no linear layer"}
+REASONS: dict[str, set[str]] = {"dense": set(), "experts": {"router", "bias"}, "partly": {"router", *_ODD}}
+
+
+def kind(family: str) -> str:
+    return "dense" if family in DENSE else "experts" if family in EXPERTS else "partly"
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +78,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("families")
 
 
-@pytest.fixture(params=list(DENSE))
+@pytest.fixture(params=list(ALL))
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return tiny_model(request.param, **DENSE[request.param])
+    return tiny_model(request.param, **ALL[request.param])
 
 
 def matrices(model: PreTrainedModel) -> Iterator[str]:
@@ -57,27 +89,36 @@ def matrices(model: PreTrainedModel) -> Iterator[str]:
         yield from (f"{name}.{path}" for path, parameter in block.named_parameters() if parameter.ndim > 1)
 
 
-def test_every_matrix_is_a_site_or_listed(model: PreTrainedModel) -> None:
-    blocks = find_blocks(model)
-    assert len(blocks) == model.config.num_hidden_layers
+def describe(model: PreTrainedModel) -> list[Block]:
     storage = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
-    described = [make_block(index, name, module, storage) for index, (name, module) in enumerate(blocks.items())]
-    sites = {f"{site.name}.weight" for block in described for site in block.sites}
-    skipped = {name for block in described for name in unreached(block)}
-    assert sites | skipped == set(matrices(model))
-    assert not sites & skipped
-    assert not skipped, "a dense model has nothing to leave out"
+    return [make_block(index, name, module, storage) for index, (name, module) in enumerate(find_blocks(model).items())]
+
+
+def test_every_matrix_is_a_site_or_listed(model: PreTrainedModel) -> None:
+    described = describe(model)
+    assert len(described) == model.config.num_hidden_layers
+    sites = [site for block in described for site in block.sites]
+    skipped = {name: why for block in described for name, why in unreached(block).items()}
+    assert {site.parameter for site in sites} | set(skipped) == set(matrices(model))
+    assert not {site.parameter for site in sites} & set(skipped)
+    assert set(skipped.values()) <= REASONS[kind(model.config.model_type)]
+    parameters = dict(model.named_parameters())
+    for name in {site.parameter for site in sites}:
+        assert sum(site.weight.numel() for site in sites if site.parameter == name) == parameters[name].numel()
+    assert len({site.name for site in sites}) == len(sites)
 
 
 @torch.no_grad()
 def test_replay_is_bit_exact(model: PreTrainedModel) -> None:
     """The model's own logits, from its embeddings, its blocks called one by one, and its head."""
-    ids, blocks = tokens(2, 12), find_blocks(model)
-    storage = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
-    feed = Activations.record(model, list(blocks.values()), Windows(ids, "test"), batch=2, device=torch.device("cpu"))
-    for index, (name, module) in enumerate(blocks.items()):
-        feed.advance(make_block(index, name, module, storage))
-    assert torch.equal(head(model, list(blocks.values()), feed.hidden[0], input_ids=ids), model(ids).logits)
+    ids, blocks = tokens(2, 12), list(find_blocks(model).values())
+    feed = Activations.record(model, blocks, Windows(ids, "test"), batch=2, device=torch.device("cpu"))
+    with observable(model):
+        for block in describe(model):
+            feed.advance(block)
+    if any(is_experts(module) for module in model.modules()):
+        model.set_experts_implementation("eager")
+    assert torch.equal(head(model, blocks, feed.hidden[0], input_ids=ids), model(ids).logits)
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", "50%"])
@@ -87,8 +128,13 @@ def test_pruned_from_disk_as_in_memory(model: PreTrainedModel, sparsity: str, fo
     model.save_pretrained(source, max_shard_size="20KB")
     options = {"sparsity": sparsity, "method": "sparsegpt", "calibration": tokens(4, 16), "batch_size": 2}
     record = llmprune.prune(source, output=out, **options).record
-    assert {f"{site.name}.weight" for site in record.sites} == set(matrices(model))
+    sites = {site.name for block in describe(model) for site in block.sites}
+    assert {site.name for site in record.sites} | (sites & set(record.skipped)) == sites
     assert verify(out).problems == ()
+    before, after = (dict(c.read(list(c.tensors))) for c in (Checkpoint(source), Checkpoint(out)))
+    assert before.keys() == after.keys(), "names on disk"
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {site.tensor for site in record.sites}
     llmprune.prune(model, **options)
     streamed = AutoModelForCausalLM.from_pretrained(out).state_dict()
     for name, tensor in model.state_dict().items():
@@ -98,7 +144,7 @@ def test_pruned_from_disk_as_in_memory(model: PreTrainedModel, sparsity: str, fo
 def test_all_load_and_generate_in_a_fresh_process(folder: Path) -> None:
     """After the tests above, with plain transformers: nothing missing, nothing unexpected."""
     outputs = sorted(path.parent for path in folder.glob("*/*/llmprune.json"))
-    assert len(outputs) == 2 * len(DENSE)
+    assert len(outputs) == 2 * len(ALL)
     code = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM

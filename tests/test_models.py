@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from llmprune.errors import InputError
 from llmprune.models.checkpoint import INDEX, SINGLE, Checkpoint
 from llmprune.models.discover import find_blocks, make_block, unreached
+from llmprune.models.names import Piece
 from llmprune.models.resolve import resolve
 from llmprune.models.skeleton import Skeleton, load_config
 
@@ -81,7 +82,7 @@ def test_base_model_checkpoint_without_prefix(tmp_path: Path) -> None:
     state = {k.removeprefix("transformer."): v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(state, tmp_path / SINGLE, metadata={"format": "pt"})
     built = skeleton(tmp_path)
-    assert built.names["transformer.h.0.mlp.c_fc.weight"] == "h.0.mlp.c_fc.weight"
+    assert built.names["transformer.h.0.mlp.c_fc.weight"] == (Piece("h.0.mlp.c_fc.weight"),)
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_verify_reports_a_broken_shard_with_the_rest(saved, tmp_path: Path) -> N
     assert "truncated or corrupt" in problems[1]
 
 
-SITE = {"tensor": Q, "pattern": "2:4", "transposed": False}
+SITE = {"tensor": Q, "pattern": "2:4", "part": "", "transposed": False}
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,10 @@ SITE = {"tensor": Q, "pattern": "2:4", "transposed": False}
         ('{"schema": 1, "files": {}, "sites": [1]}', "no record of a run"),
         (json.dumps({"schema": 1, "files": {}, "sites": [SITE | {"pattern": "4:2"}]}), "4:2"),
         (json.dumps({"schema": 1, "files": {}, "sites": [SITE | {"pattern": None}]}), "no record of a run"),
+        (json.dumps({"schema": 1, "files": {}, "sites": [SITE | {"part": "1:x"}]}), "no record of a run"),
         ("[" * 100000, "is not JSON"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_verify_refuses_what_is_no_record(content: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "llmprune.json").write_text(content)

@@ -110,7 +110,7 @@ def test_padding_never_counts() -> None:
             super().add(x)
 
     def grams(feed: Activations) -> list[Counted]:
-        return feed.collect(block, feed.stages(block), Counted)
+        return feed.collect(block, feed.stages(block), lambda stage, device: Counted(stage[0].columns, device))
 
     together = grams(activations(model, Windows(ids, "t", mask), batch=3))
     alone = [grams(activations(model, Windows(ids[i : i + 1, :n], "t"))) for i, n in enumerate(lengths)]

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from llmprune.errors import InputError
+from llmprune.models.experts import expert_sites, is_experts
 from llmprune.models.sites import Block, Site
 
 _ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})  # they choose experts; small, and never pruned
@@ -43,19 +44,27 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def make_block(index: int, name: str, module: nn.Module, storage: Mapping[str, torch.dtype]) -> Block:
     """Describe a loaded block; `storage` gives the dtype on disk of a weight, by full parameter name."""
-    sites = [
-        Site(f"{name}.{path}", layer, isinstance(layer, Conv1D), storage[f"{name}.{path}.weight"])
-        for path, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D)) and path.rsplit(".", 1)[-1] not in _ROUTERS
-    ]
+    sites: list[Site] = []
+    for path, layer in module.named_modules(prefix=name):
+        if is_experts(layer):
+            sites += expert_sites(path, layer, {own: storage[f"{path}.{own}"] for own, _ in layer.named_parameters()})
+        elif isinstance(layer, (nn.Linear, Conv1D)) and path.rsplit(".", 1)[-1] not in _ROUTERS:
+            weight = f"{path}.weight"
+            sites.append(Site(path, layer, weight, isinstance(layer, Conv1D), storage[weight]))
     return Block(index, name, module, sites, storage)
 
 
 def unreached(block: Block) -> dict[str, str]:
     """Matrices of a block that are no site, and why: name -> reason."""
-    owned = {f"{site.name}.weight" for site in block.sites}
+    owned = {site.parameter for site in block.sites}
+
+    def why(name: str, parameter: nn.Parameter) -> str:
+        if name.split(".")[-2:][0] in _ROUTERS:
+            return "router"
+        return "bias" if name.endswith("bias") else f"{parameter.ndim}-D, of no linear layer"
+
     return {
-        f"{block.name}.{name}": "router" if name.split(".")[-2:][0] in _ROUTERS else f"{parameter.ndim}-D, of no linear layer"
+        f"{block.name}.{name}": why(name, parameter)
         for name, parameter in block.module.named_parameters()
         if parameter.ndim > 1 and f"{block.name}.{name}" not in owned
     }

@@ -1,13 +1,12 @@
 """A transformers model without weights, into which tensors of a checkpoint come and go.
 
 Parameters live on the meta device until they are loaded; buffers (rotary frequencies) are real from the start. Tensor
-names on disk are matched to the model's by transformers' own renaming rules. Leaves out checkpoints whose tensors
-transformers merges or splits on loading (fused experts), and any that would need code from their repository.
+names on disk are matched to the model's by transformers' own rules (`names.py`). Leaves out checkpoints that would need
+code from their repository.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +15,13 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from llmprune.errors import InputError, reason
 from llmprune.models.checkpoint import Checkpoint, read_json
 from llmprune.models.discover import find_blocks, make_block
+from llmprune.models.names import match_names
 from llmprune.models.sites import Block
 
 # what transformers raises on a configuration or tokenizer file that makes no sense
@@ -64,7 +63,7 @@ class Skeleton:
     Attributes:
         model: the transformers model, in eval mode.
         blocks: its decoder blocks by full module name, in order.
-        names: name in the model -> name on disk, for all of the checkpoint's tensors.
+        names: where on disk each of the model's tensors is.
 
     Raises:
         InputError: the model cannot be built, or its tensors are not the checkpoint's.
@@ -97,7 +96,7 @@ class Skeleton:
     def describe(self) -> list[Block]:
         """The decoder blocks and their sites, whether their weights are loaded or not."""
         tensors = self.checkpoint.tensors
-        storage = {name: tensors[disk_name].dtype or self.dtype for name, disk_name in self.names.items()}
+        storage = {name: tensors[pieces[0].disk].dtype or self.dtype for name, pieces in self.names.items()}
         return [make_block(index, name, module, storage) for index, (name, module) in enumerate(self.blocks.items())]
 
     def load(self, names: Iterable[str]) -> None:
@@ -106,13 +105,23 @@ class Skeleton:
         Raises:
             InputError: a weight is not finite.
         """
-        on_disk = {self.names[name]: name for name in names}
-        for disk_name, tensor in self.checkpoint.read(list(on_disk)):
+        places = {piece.disk: (name, piece.part) for name in names for piece in self.names[name]}
+        state = self.model.state_dict() if any(part for _, part in places.values()) else {}
+        merged: dict[str, Tensor] = {}
+        for disk, tensor in self.checkpoint.read(list(places)):
+            name, part = places[disk]
             value = tensor.to(self.device, self.dtype, copy=True)
             if not bool(torch.isfinite(value).all()):
-                where = self.checkpoint.folder / self.checkpoint.tensors[disk_name].file
-                raise InputError(f"tensor {disk_name} in {where} is not finite (NaN or infinity, in {self.dtype})")
-            set_module_tensor_to_device(self.model, on_disk[disk_name], self.device, value)
+                where = self.checkpoint.folder / self.checkpoint.tensors[disk].file
+                raise InputError(f"tensor {disk} in {where} is not finite (NaN or infinity, in {self.dtype})")
+            if not part:
+                set_module_tensor_to_device(self.model, name, self.device, value)
+                continue
+            if name not in merged:
+                merged[name] = torch.empty(state[name].shape, dtype=self.dtype, device=self.device)
+            merged[name][part] = value
+        for name, value in merged.items():
+            set_module_tensor_to_device(self.model, name, self.device, value)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -144,46 +153,3 @@ def _empty_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
     except FOREIGN as error:
         raise InputError(f"transformers cannot build a causal LM from {folder / 'config.json'}: {reason(error)}") from None
     return model.eval()
-
-
-def match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Name in the model -> name on disk.
-
-    Raises:
-        InputError: tensors are missing, unexpected, of another shape, not floating point, or merged on loading.
-    """
-    state = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    names: dict[str, str] = {}
-    for disk_name in checkpoint.tensors:
-        name, converted = rename_source_key(disk_name, renamings, converters, model.base_model_prefix, state)
-        if converted:
-            raise InputError(f"{checkpoint.folder}: {disk_name} is merged with others on loading, which is not supported yet")
-        names[name] = disk_name
-    _compare(model, state, names, checkpoint)
-    return {name: disk_name for name, disk_name in names.items() if name in state}
-
-
-def _compare(model: PreTrainedModel, state: dict[str, torch.Tensor], names: dict[str, str], checkpoint: Checkpoint) -> None:
-    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()] + [re.compile(r"rotary_emb\.inv_freq$")]
-    tied = model.all_tied_weights_keys
-    missing = [name for name in state if name not in names and name not in tied]
-    unexpected = [disk for name, disk in names.items() if name not in state and not any(p.search(name) for p in ignored)]
-    for what, found in (("lacks", missing), ("holds unexpected", unexpected)):
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise InputError(
-                f"{checkpoint.folder} {what} tensors of {type(model).__name__}: {', '.join(found[:3])}{more}; "
-                "config.json and the weights do not belong together"
-            )
-    for name, disk_name in names.items():
-        info = checkpoint.tensors[disk_name]
-        if name in state and tuple(state[name].shape) != info.shape:
-            raise InputError(
-                f"tensor {disk_name} in {checkpoint.folder / info.file} has shape {list(info.shape)}, "
-                f"config.json asks for {list(state[name].shape)}"
-            )
-        if name in state and info.dtype is None:
-            raise InputError(f"tensor {disk_name} in {checkpoint.folder / info.file} is not floating point: quantised?")

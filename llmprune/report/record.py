@@ -23,17 +23,19 @@ class SiteRecord:
     """One pruned matrix.
 
     Attributes:
-        tensor: its name on disk.
+        tensor: the name on disk of the tensor that holds it; `part`: which part of that it is, all where empty.
         shape: (out, in).
         transposed: stored as (in, out).
         sparsity: share of zeros achieved.
         error: relative squared output error on a sample of calibration tokens, given the inputs it was solved for.
         tokens: calibration tokens that reached it.
-        notes: what the solver recorded, such as the damping it needed.
+        notes: what the solver recorded, such as the damping it needed; for an expert, how much of its statistics came from
+            those of all experts together (`pool_share`).
     """
 
     name: str
     tensor: str
+    part: str
     block: int
     pattern: str
     shape: tuple[int, int]

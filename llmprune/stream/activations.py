@@ -5,6 +5,7 @@ They rest on the host and visit the compute device one batch at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Activations:
         """
         seen: list[tuple[Tensor, list[Site]]] = []
 
-        def see(site: Site, x: Tensor) -> None:
+        def see(site: Site, x: Tensor, tokens: Tensor | None) -> None:
             if any(site is known for _, sites in seen for known in sites):
                 return  # it runs twice; its first input decides the order
             if seen and _same_memory(seen[-1][0], x):
@@ -97,15 +98,15 @@ class Activations:
         self,
         block: Block,
         stages: Sequence[Stage],
-        make: Callable[[int, torch.device], A],
+        make: Callable[[Stage, torch.device], A],
         beside: Beside | None = None,
     ) -> list[A]:
         """One accumulator a stage, fed with all real tokens that reach the stage's input.
 
-        `make(columns, device)` builds one. A batch's forward ends as soon as the last stage has been reached. `beside`
+        `make(stage, device)` builds one. A batch's forward ends as soon as the last stage has been reached. `beside`
         gives the accumulators dense inputs.
         """
-        found = [make(stage[0].columns, self._device) for stage in stages]
+        found = [make(stage, self._device) for stage in stages]
         names = [stage[0].name for stage in stages]
         for index in range(len(self.hidden)):
             dense: dict[str, Tensor] = {}
@@ -123,8 +124,8 @@ class Activations:
     ) -> None:
         """Run one batch and show the real tokens (tokens, in) that reach each of the sites called `names`, in order."""
 
-        def look(site: Site, x: Tensor) -> None:
-            see(site.name, self.real_tokens(x, index))
+        def look(site: Site, x: Tensor, tokens: Tensor | None) -> None:
+            see(site.name, self.real_tokens(x, index, tokens))
             if site.name == names[-1] and not advance:
                 raise _StageReached
 
@@ -134,11 +135,14 @@ class Activations:
             else:
                 self.call(block, index, block.module)
 
-    def real_tokens(self, x: Tensor, index: int) -> Tensor:
-        """The rows of `x` (batch, tokens, width) of batch `index` that are no padding, (tokens, width)."""
+    def real_tokens(self, x: Tensor, index: int, tokens: Tensor | None = None) -> Tensor:
+        """The rows of `x` (..., width) of batch `index` that are no padding, (tokens, width).
+
+        `tokens` says which of the batch's positions the rows are, where they are not all of them.
+        """
         x = x.reshape(-1, x.shape[-1])
         real = self._real[index]
-        return x if real is None else x[real]
+        return x if real is None else x[real if tokens is None else real[tokens]]
 
     def call(self, block: Block, index: int, forward: Callable[..., Any]) -> Tensor:
         """What `forward` puts out where the model would call the block on batch `index`."""
@@ -159,13 +163,9 @@ class _StageReached(Exception):
 
 
 @contextmanager
-def _hooked(sites: Sequence[Site], see: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    """Call `see(site, input)` before each of the sites' layers runs."""
-
-    def hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: see(site, args[0])
-
-    handles = [site.module.register_forward_pre_hook(hook(site)) for site in sites]
+def _hooked(sites: Sequence[Site], see: Callable[[Site, Tensor, Tensor | None], None]) -> Iterator[None]:
+    """Call `see(site, input, tokens)` before each of the sites is used; see `Site.watch`."""
+    handles = [site.watch(functools.partial(see, site)) for site in sites]
     try:
         yield
     finally:
@@ -174,4 +174,4 @@ def _hooked(sites: Sequence[Site], see: Callable[[Site, Tensor], None]) -> Itera
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    return a is b or (a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())

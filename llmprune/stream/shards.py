@@ -38,11 +38,12 @@ class ShardWriter:
 
     def put(self, block: Block) -> None:
         """Write the block's tensors."""
-        names = {self._skeleton.names[name]: name for name in self._skeleton.inside(block.name)}
+        inside = self._skeleton.inside(block.name)
+        places = {piece.disk: (name, piece.part) for name in inside for piece in self._skeleton.names[name]}
         tensors = {}
-        for disk_name, tensor in self._skeleton.checkpoint.read(list(names)):
-            name = names[disk_name]
-            tensors[disk_name] = block.stored(name) if name in self._edited else tensor
+        for disk, tensor in self._skeleton.checkpoint.read(list(places)):
+            name, part = places[disk]
+            tensors[disk] = block.stored(name, part) if name in self._edited else tensor
         self._write(block.index + 1, tensors)
 
     def finish(self) -> None:
@@ -55,7 +56,8 @@ class ShardWriter:
 
     def _plan_outside(self) -> list[list[str]]:
         skeleton = self._skeleton
-        blocks = {skeleton.names[name] for block in skeleton.blocks for name in skeleton.inside(block)}
+        inside = (name for block in skeleton.blocks for name in skeleton.inside(block))
+        blocks = {piece.disk for name in inside for piece in skeleton.names[name]}
         shards: list[list[str]] = []
         room = 0
         for name, info in skeleton.checkpoint.tensors.items():

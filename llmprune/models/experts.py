@@ -1,0 +1,101 @@
+"""Mixtures of experts, whose matrices transformers keep fused in 3-D parameters: one site an expert's matrix.
+
+transformers dispatch their experts' forward by name; ours does what their own eager code does, expert by expert, and shows
+each expert's inputs to whoever watches. Leaves out experts that are not dispatched so (Llama 4), or that normalise after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from llmprune.models.sites import INNER, OUTER, Part, Site, show
+
+Experts = Any  # an nn.Module with the attributes that transformers' `use_experts_implementation` gives it
+_FORWARD = "llmprune"
+_ALL = "_llmprune_all_tokens"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` holds experts that `observable` can run."""
+    if not hasattr(module, "_is_expert_parallel") or module.has_post_expert_norm:
+        return False
+    return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in (_first(module), "down_proj"))
+
+
+def expert_sites(name: str, module: Experts, storage: dict[str, torch.dtype]) -> list[Site]:
+    """The matrices of the experts `module`, called `name` in full; `storage`: dtype on disk by the parameter's own name."""
+    sites = []
+    first = _first(module)
+    for expert in range(module.num_experts):
+        for matrix, parameter, part in _matrices(module, first, expert):
+            pool = f"{name}.{INNER if parameter == 'down_proj' else OUTER}"
+            full = f"{name}.{parameter}"
+            sites.append(Site(f"{name}.{expert}.{matrix}", module, full, module.is_transposed, storage[parameter], part, pool))
+    return sites
+
+
+def _first(module: Experts) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _matrices(module: Experts, first: str, expert: int) -> Iterator[tuple[str, str, Part]]:
+    """Each matrix of one expert: its name, its parameter, and the part of it that it is."""
+    if not module.has_gate:
+        yield "up_proj", first, (expert,)
+    else:
+        rows = module.get_parameter(first).shape[2 if module.is_transposed else 1] // 2
+        halves = (slice(0, rows), slice(rows, 2 * rows)) if module.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
+        for matrix, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+            yield matrix, first, (expert, slice(None), half) if module.is_transposed else (expert, half)
+    yield "down_proj", "down_proj", (expert,)
+
+
+@contextmanager
+def observable(model: nn.Module, *, all_tokens: bool = False) -> Iterator[None]:
+    """Have the model's experts run so that their sites can be watched; with `all_tokens`, each is shown every token."""
+    experts: list[Experts] = [module for module in model.modules() if is_experts(module)]
+    before = [module.config._experts_implementation for module in experts]
+    for module in experts:
+        module.config._experts_implementation = _FORWARD
+        setattr(module, _ALL, all_tokens)
+    try:
+        yield
+    finally:
+        for module, implementation in zip(experts, before, strict=True):
+            module.config._experts_implementation = implementation
+            delattr(module, _ALL)
+
+
+def _forward(self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """hidden_states (tokens, width); top_k_index, top_k_weights (tokens, k). An expert that no token chose runs on none."""
+    out = torch.zeros_like(hidden_states)
+    everyone = torch.arange(len(hidden_states), device=hidden_states.device) if getattr(self, _ALL) else None
+    for expert in range(self.num_experts):
+        choice, chosen = torch.where((top_k_index == expert).T)
+        tokens = chosen if everyone is None else everyone
+        x = hidden_states[tokens]
+        show(self, (expert, OUTER), x, tokens)
+        inner = _linear(self, _first(self), expert, x)
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        show(self, (expert, INNER), inner, tokens)
+        y = _linear(self, "down_proj", expert, inner if everyone is None else inner[chosen])
+        out.index_add_(0, chosen, (y * top_k_weights[chosen, choice, None]).to(out.dtype))
+    return out
+
+
+def _linear(module: Experts, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(module, name)[expert]
+    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    if not module.is_transposed:
+        return functional.linear(x, weight, bias)
+    return x @ weight if bias is None else x @ weight + bias
+
+
+ALL_EXPERTS_FUNCTIONS.register(_FORWARD, _forward)
