@@ -20,7 +20,10 @@ from llmprune.errors import InputError
 
 
 class Pattern(Protocol):
-    """What a solver asks of a pattern. Scores and masks are (out, in); True in a mask means kept."""
+    """What a solver asks of a pattern. Scores and masks are (out, in); True in a mask means kept.
+
+    `keep` also takes several matrices at once, (batch, out, in), each with the pattern.
+    """
 
     @property
     def period(self) -> int:
@@ -71,6 +74,8 @@ class Unstructured:
         return None if 0 < round(self.sparsity * count) < count else f"it would drop none or all of its {count} weights"
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
+        if score.ndim > 2:
+            return torch.stack([self.keep(own, start=start) for own in score])
         drop = round(self.sparsity * (start + score.numel())) - round(self.sparsity * start)
         if drop in (0, score.numel()):
             return torch.full_like(score, drop == 0, dtype=torch.bool)
@@ -115,11 +120,11 @@ class NM:
         return f"its {columns} columns are not a multiple of {self.m}" if columns % self.m else None
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
-        groups = score.unflatten(1, (-1, self.m))
+        groups = score.unflatten(-1, (-1, self.m))
         if self.m <= _SMALL_GROUP:
-            return _ranked_below(groups, self.n).flatten(1)
+            return _ranked_below(groups, self.n).flatten(-2)
         top = groups.topk(self.n, dim=-1, sorted=False).indices
-        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, top, True).flatten(1)
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, top, True).flatten(-2)
 
     def keep_rows(self, score: Tensor) -> Tensor:
         return self.keep(score)
@@ -153,8 +158,9 @@ class Stacked:
         return next((why for own in self.rows if (why := self.pattern.misfit(own, columns))), None)
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
-        parts = score.split(self.rows)
-        return torch.cat([self.pattern.keep(part, start=start * len(part) // len(score)) for part in parts])
+        starts = [start * rows // sum(self.rows) for rows in self.rows]
+        parts = zip(score.split(self.rows, dim=-2), starts, strict=True)
+        return torch.cat([self.pattern.keep(part, start=own) for part, own in parts], dim=-2)
 
     def keep_rows(self, score: Tensor) -> Tensor:
         return torch.cat([self.pattern.keep_rows(part) for part in score.split(self.rows)])

@@ -25,6 +25,8 @@ from llmprune.stream.activations import Activations, Beside, Stage
 
 _ERROR_TOKENS = 2048  # calibration tokens that output errors are measured on
 _STACK = 4  # rows a column up to which a stage is solved as one matrix: beyond, only memory would grow
+# weights and Grams of experts that are solved at once: on a CPU as many as stay in its cache, beyond which it gets slower
+_BATCH_BYTES = {"cpu": 2**22, "cuda": 2**28}
 BLEND = 0.5  # how far the corrected target goes from the dense weights
 
 
@@ -53,6 +55,9 @@ class Observed:
             return w
         assert isinstance(self.statistic, Gram)
         return self.cross.aim(w, self.statistic, BLEND)
+
+
+Batch = list[tuple[list[Site], Observed]]  # matrices of one shape and pattern; those of a list are stacked
 
 
 @dataclass(slots=True)
@@ -106,10 +111,13 @@ class Pruner:
                 beside = Beside(self.dense, reference, advance=onward and group is groups[-1])
             with self.clock("forward"):
                 observed = self.feed.collect(block, group, self._observe, beside)
-            if group[0][0].pool:  # with the weight of one token an input, below which an expert's own Gram has no full rank
-                lean_on_pool([seen.statistic for seen in observed], group[0][0].columns)
             for stage, seen in zip(group, observed, strict=True):
-                masks |= self._solve_stage(block, stage, seen)
+                if not seen.statistic.finite():
+                    names = ", ".join(site.name for site in stage)
+                    raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
+            _lean(group, observed)
+            for batch in self._batches(group, observed):
+                masks |= self._solve_batch(block, batch)
         if self.dense is None or reference is None:
             return
         if onward and beside is None:
@@ -142,21 +150,21 @@ class Pruner:
         sample = InputSample(self.tokens // _ERROR_TOKENS)
         return Observed(kind(columns, device), sample, Cross(columns, device) if corrected else None, self.clock)
 
-    def _solve_stage(self, block: Block, stage: Stage, seen: Observed) -> dict[str, Tensor]:
-        if not seen.statistic.finite():
-            names = ", ".join(site.name for site in stage)
-            raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
-        masks = {}
-        for sites in self._stacks(stage):
-            self.progress.solving(", ".join(site.name for site in sites))
-            with self.clock("solve"):
-                solved = self._solve(block, sites, seen)
-            for site, (mask, record) in zip(sites, solved, strict=True):
-                masks[site.name] = mask
-                self.records.append(record)
-                self.edited.add(site.parameter)
-                self.progress.site(record)
-        return masks
+    def _batches(self, group: Sequence[Stage], observed: Sequence[Observed]) -> list[Batch]:
+        """What is solved at once: a stage's small matrices as one, and experts' matrices of one shape in a batch."""
+        entries = [(stack, seen) for stage, seen in zip(group, observed, strict=True) for stack in self._stacks(stage)]
+        alike: dict[object, Batch] = {}
+        for stack, seen in entries:
+            alone = not (stack[0].pool and solvers.load(self.recipe.method).batched)
+            shapes = tuple((site.rows, self.patterns[site.name]) for site in stack)
+            alike.setdefault(stack[0].name if alone else (stack[0].pool, shapes), []).append((stack, seen))
+        batches = []
+        for batch in alike.values():
+            rows, columns = sum(site.rows for site in batch[0][0]), batch[0][0][0].columns
+            device = batch[0][0][0].weight.device.type
+            most = max(_BATCH_BYTES.get(device, 0) // (4 * columns * (columns + rows)), 1)
+            batches += [batch[first : first + most] for first in range(0, len(batch), most)]
+        return batches
 
     def _stacks(self, stage: Stage) -> list[list[Site]]:
         """The stage's sites, those that are solved as one matrix together."""
@@ -166,27 +174,30 @@ class Pruner:
             return [list(stage)]
         return [[site] for site in stage]
 
-    def _solve(self, block: Block, sites: Sequence[Site], seen: Observed) -> list[tuple[Tensor, SiteRecord]]:
-        """The masks and records of `sites`, which have one pattern; the weights are written."""
-        start, pattern = time.perf_counter(), self.patterns[sites[0].name]
-        dense = [site.weight.to(torch.float32, copy=True) for site in sites]
-        for site, w in zip(sites, dense, strict=True):
-            if not bool(torch.isfinite(w).all()):
-                raise InputError(f"the weights of {site.name} hold NaN or infinity")
-        rows = tuple(len(w) for w in dense)
-        try:
-            if len(sites) == 1:
-                solution = self._find(dense[0], seen, pattern)
-            else:
-                solution = self._find(torch.cat(dense), seen, Stacked(pattern, rows))
-        except InputError as error:
-            names = ", ".join(site.name for site in sites)
-            raise InputError(f"{names}: {error}; another calibration text may help") from None
-        seconds = (time.perf_counter() - start) / sum(rows)
-        return [
-            (part.mask, self._write(block, site, w, part, seen, seconds * len(w)))
-            for site, w, part in zip(sites, dense, solution.split(rows), strict=True)
-        ]
+    def _solve_batch(self, block: Block, batch: Batch) -> dict[str, Tensor]:
+        """Solve, write and record the sites of a batch; returns their masks."""
+        sites = [site for stack, _ in batch for site in stack]
+        more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
+        self.progress.solving(f"{sites[0].name}{more}")
+        masks = {}
+        with self.clock("solve"):
+            start = time.perf_counter()
+            dense = [_weights(stack) for stack, _ in batch]
+            rows = [len(w) for w in dense[0]]
+            try:
+                solutions = self._find([torch.cat(own) if len(own) > 1 else own[0] for own in dense], batch, rows)
+            except InputError as error:
+                names = ", ".join(site.name for site in sites)
+                raise InputError(f"{names}: {error}; another calibration text may help") from None
+            seconds = (time.perf_counter() - start) / (len(batch) * sum(rows))
+            for (stack, seen), own, solution in zip(batch, dense, solutions, strict=True):
+                for site, w, part in zip(stack, own, solution.split(rows), strict=True):
+                    masks[site.name] = part.mask
+                    self.records.append(self._write(block, site, w, part, seen, seconds * len(w)))
+        for record in self.records[-len(sites) :]:
+            self.progress.site(record)
+        self.edited.update(site.parameter for site in sites)
+        return masks
 
     def _write(self, block: Block, site: Site, dense: Tensor, found: Solution, seen: Observed, seconds: float) -> SiteRecord:
         """Put the weights that were found into the model, as it stores them, and record what that did."""
@@ -214,14 +225,22 @@ class Pruner:
             notes={**found.notes, **({"pool_share": site.columns / seen.statistic.tokens} if site.pool else {})},
         )
 
-    def _find(self, dense: Tensor, seen: Observed, pattern: Pattern) -> Solution:
-        """The method's solution for the recipe's target, refitted where the recipe says so."""
-        aim = seen.aim(dense)
-        solution = solvers.load(self.recipe.method).solve(aim, seen.statistic, pattern)
+    def _find(self, dense: Sequence[Tensor], batch: Batch, rows: Sequence[int]) -> list[Solution]:
+        """The method's solutions for the recipe's target, refitted where the recipe says so."""
+        pattern = self.patterns[batch[0][0][0].name]
+        stacked = Stacked(pattern, tuple(rows)) if len(rows) > 1 else pattern
+        statistics = [seen.statistic for _, seen in batch]
+        aims = [seen.aim(w) for w, (_, seen) in zip(dense, batch, strict=True)]
+        if len(batch) == 1:
+            return [self._solve(aims[0], statistics[0], stacked)]
+        return self._solve(torch.stack(aims), type(statistics[0]).batch(statistics), stacked).unbind()
+
+    def _solve(self, aim: Tensor, statistic: Statistic, pattern: Pattern) -> Solution:
+        solution = solvers.load(self.recipe.method).solve(aim, statistic, pattern)
         if not self.recipe.refit:
             return solution
-        assert isinstance(seen.statistic, Gram)
-        fit = masked_least_squares(seen.statistic.mean(), aim, solution.mask, solution.weight)
+        assert isinstance(statistic, Gram)
+        fit = masked_least_squares(statistic.mean(), aim, solution.mask, solution.weight)
         return replace(solution, weight=fit.weight, notes={**solution.notes, "residual": fit.residual, "steps": fit.steps})
 
     def _reconstruct(self, block: Block, masks: Mapping[str, Tensor], dense: Activations) -> None:
@@ -230,3 +249,28 @@ class Pruner:
         self.edited.update(changed)
         self.reconstructions.append(result)
         self.progress.reconstructed(result)
+
+
+def _lean(group: Sequence[Stage], observed: Sequence[Observed]) -> None:
+    """Let the experts of each pool lean on all of them with the weight of one token an input: with fewer than that, an
+    expert's own Gram has no full rank."""
+    pools: dict[str, list[Statistic]] = {}
+    for stage, seen in zip(group, observed, strict=True):
+        if stage[0].pool:
+            pools.setdefault(stage[0].pool, []).append(seen.statistic)
+    columns = {stage[0].pool: stage[0].columns for stage in group}
+    for pool, statistics in pools.items():
+        lean_on_pool(statistics, columns[pool])
+
+
+def _weights(sites: Sequence[Site]) -> list[Tensor]:
+    """Float32 copies of the sites' weights.
+
+    Raises:
+        InputError: one is not finite.
+    """
+    dense = [site.weight.to(torch.float32, copy=True) for site in sites]
+    for site, w in zip(sites, dense, strict=True):
+        if not bool(torch.isfinite(w).all()):
+            raise InputError(f"the weights of {site.name} hold NaN or infinity")
+    return dense

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class Statistic(Protocol):
 
     def lean(self, pool: Self, tokens: int) -> None:
         """Count `tokens` more inputs that are distributed as those of `pool`."""
+        ...
+
+    @classmethod
+    def batch(cls, each: Sequence[Self]) -> Self:
+        """Several as one, for a solver that takes a batch of matrices."""
         ...
 
     def finite(self) -> bool: ...
@@ -69,12 +74,18 @@ class TokenCount:
     def lean(self, pool: Self, tokens: int) -> None:
         self.tokens += tokens
 
+    @classmethod
+    def batch(cls, each: Sequence[Self]) -> Self:
+        return each[0]
+
     def finite(self) -> bool:
         return True
 
 
 class Moments:
     """Sums of each input and of its square, (in,) in float64."""
+
+    _SUMS: ClassVar[tuple[str, ...]] = ("total", "squares")
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.tokens = 0
@@ -97,6 +108,14 @@ class Moments:
         self.tokens += tokens
         self.total += share * pool.total
         self.squares += share * pool.squares
+
+    @classmethod
+    def batch(cls, each: Sequence[Self]) -> Self:
+        one = cls(0, each[0].total.device)
+        one.tokens = 1
+        for name in one._SUMS:
+            setattr(one, name, torch.stack([getattr(own, name) / max(own.tokens, 1) for own in each]))
+        return one
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.squares).all())
@@ -123,6 +142,8 @@ class Gram(Moments):
 
     Its diagonal holds the squares, so that it serves every method that asks for `Moments`.
     """
+
+    _SUMS = ("total", "sum")
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.tokens = 0

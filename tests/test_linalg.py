@@ -78,6 +78,25 @@ def test_masked_least_squares_equals_lstsq(rows: int, columns: int) -> None:
     assert not torch.signbit(fit.weight[~mask]).any()
 
 
+def test_batches_are_computed_as_if_one_by_one() -> None:
+    problems = [problem(7, 20, seed) for seed in range(3)]
+    grams, ws, masks = (torch.stack(parts) for parts in zip(*((x.T @ x, w, mask) for x, w, mask in problems), strict=True))
+    grams[1, 4], grams[1, :, 4] = 0, 0
+    units = scaled(grams, 0.01)
+    fits = masked_least_squares(grams, ws, masks, ws, steps=6, tolerance=0.0)
+    for index, gram in enumerate(grams):
+        alone = scaled(gram, 0.01)
+        torch.testing.assert_close(units.matrix[index], alone.matrix)
+        torch.testing.assert_close(units.inverse(0.5)[index], alone.inverse(0.5))
+        torch.testing.assert_close(units.into(ws)[index], alone.into(ws[index]))
+        torch.testing.assert_close(alone.back(alone.into(ws[index]))[:, ~alone.dead], ws[index][:, ~alone.dead])
+        fit = masked_least_squares(gram, ws[index], masks[index], ws[index], steps=6, tolerance=0.0)
+        torch.testing.assert_close(fits.weight[index], fit.weight, rtol=1e-3, atol=1e-4)
+    grams[2] = 0
+    with pytest.raises(InputError, match="all zero"):
+        scaled(grams)
+
+
 def test_masked_least_squares_takes_its_twin_s_steps() -> None:
     """With inputs of one scale the preconditioner does nothing."""
     x, w, mask = problem(9, 40)

@@ -122,6 +122,22 @@ def test_stacked_matrices_are_solved_as_if_alone(name: str, pattern: Pattern) ->
         assert output_error(own, part.weight, x) == pytest.approx(output_error(own, alone.weight, x), rel=0.01)
 
 
+@pytest.mark.parametrize("pattern", [*PATTERNS, Stacked(NM(2, 4), (8, 16)), Stacked(Unstructured(0.5), (8, 16))], ids=str)
+@pytest.mark.parametrize("name", [name for name in solvers.names() if solvers.load(name).batched])
+def test_a_batch_is_solved_as_if_one_by_one(name: str, pattern: Pattern) -> None:
+    columns = 300 if pattern.period in (1, 3, 150) else 304
+    ws, xs = ([make(n, columns, seed) for seed in range(3)] for make, n in ((weights, 24), (correlated, 600)))
+    xs[1][:, ::5] = 0  # dead inputs in one of them
+    stats = [statistic(name, x) for x in xs]
+    batch = solvers.load(name).solve(torch.stack(ws), type(stats[0]).batch(stats), pattern).unbind()
+    for part, w, x, stat in zip(batch, ws, xs, stats, strict=True):
+        alone = solvers.load(name).solve(w, stat, pattern)
+        assert pattern.violation(part.weight) is None
+        assert int((~part.mask).sum()) == int((~alone.mask).sum())
+        assert (part.mask == alone.mask).float().mean() > 0.995  # float32 may turn near ties
+        assert output_error(w, part.weight, x) == pytest.approx(output_error(w, alone.weight, x), rel=0.01)
+
+
 def naive_magnitude(w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     return pattern.keep(w.abs())
 

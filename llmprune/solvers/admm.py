@@ -14,7 +14,7 @@ from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
 
 statistic = Gram
-stackable = True
+stackable = batched = True
 DAMPING = 0.1  # of the unit diagonal, as published
 RHO = 1.0
 ITERATIONS, CHOOSING = 20, 15
@@ -23,7 +23,7 @@ ITERATIONS, CHOOSING = 20, 15
 def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
     h = stat.unit
     inverse = h.inverse(RHO + DAMPING)
-    dense = (w * h.scale).masked_fill_(h.dead, 0)
+    dense = h.into(w)
     fitted, product = dense, (dense @ h.matrix).add_(dense, alpha=DAMPING)
     dual = dense.new_zeros(dense.shape)
     mask = pattern.keep(dense.abs())
@@ -34,5 +34,4 @@ def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
         projected.mul_(mask)
         dual = dual + fitted - projected
         fitted = (product + RHO * (projected - dual)) @ inverse
-    weight = (fitted + dual).masked_fill_(~mask, 0) / h.scale
-    return Solution(weight, mask)
+    return Solution(h.back((fitted + dual).masked_fill_(~mask, 0)), mask)

@@ -20,6 +20,7 @@ from llmprune.stats import Gram
 
 statistic = Gram
 stackable = False  # the penalty follows how much of the whole mask changed
+batched = False
 RHO, CHECK = 0.1, 3  # the first penalty; iterations between two changes of it
 ITERATIONS, EARLIEST, SETTLED = 300, 30, 3e-4  # at most; from which a nearly still mask ends it; how still, of those kept
 STEPS = 10  # of conjugate gradients
@@ -29,10 +30,10 @@ _RESTARTS = 5
 
 def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
     h = scaled(stat.mean(), DAMPING)
-    dense = (w * h.scale).masked_fill_(h.dead, 0)
+    dense = h.into(w)
     mask, iterations = _search(dense, h, pattern)
     fit = masked_least_squares(h.matrix, dense, mask, dense, steps=STEPS)
-    return Solution(fit.weight / h.scale, mask, {"iterations": iterations, "residual": fit.residual})
+    return Solution(h.back(fit.weight), mask, {"iterations": iterations, "residual": fit.residual})
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from llmprune.solvers.base import Solution
 from llmprune.stats import Gram
 
 statistic = Gram
-stackable = True
+stackable = batched = True
 FIRST, LAST, LEVELS = 0.1, 1.0, 6  # penalties, rising geometrically
 ITERATIONS = 5  # at each
 DAMPING = 0.01  # of the unit diagonal
@@ -27,7 +27,7 @@ STEPS = 10  # of conjugate gradients
 
 def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
     h = stat.unit
-    dense = (w * h.scale).masked_fill_(h.dead, 0)
+    dense = h.into(w)
     admm = Alternation(dense, (dense @ h.matrix).add_(dense, alpha=DAMPING), pattern)
     for level in range(LEVELS):
         rho = FIRST * (LAST / FIRST) ** (level / (LEVELS - 1))
@@ -35,4 +35,4 @@ def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
         for _ in range(ITERATIONS):
             admm.step(inverse, rho)
     fit = masked_least_squares(h.matrix, dense, admm.mask, admm.projected, steps=STEPS)
-    return Solution(fit.weight / h.scale, admm.mask, {"residual": fit.residual})
+    return Solution(h.back(fit.weight), admm.mask, {"residual": fit.residual})

@@ -26,6 +26,10 @@ class Solution:
     mask: Tensor
     notes: Mapping[str, float] = field(default_factory=dict)
 
+    def unbind(self) -> list[Solution]:
+        """The solutions of the matrices of a batch."""
+        return [Solution(*parts, self.notes) for parts in zip(self.weight, self.mask, strict=True)]
+
     def split(self, rows: Sequence[int]) -> list[Solution]:
         """The solutions of the matrices that were stacked, `rows` of each."""
         return [Solution(*parts, self.notes) for parts in zip(self.weight.split(rows), self.mask.split(rows), strict=True)]
@@ -36,6 +40,7 @@ class Solver(Protocol):
 
     statistic: type[Statistic]
     stackable: bool  # whether rows bear on each other through `pattern.keep` alone, so that matrices can be stacked
+    batched: bool  # whether it also takes several matrices at once, w (batch, out, in), each with a statistic of its own
 
     def solve(self, w: Tensor, stat: Any, pattern: Pattern) -> Solution:
         """Prune `w` (out, in), float32 and left unchanged, given `stat`, an instance of `statistic`."""

@@ -9,7 +9,7 @@ from llmprune.solvers.base import Solution, masked
 from llmprune.stats import TokenCount
 
 statistic = TokenCount
-stackable = True
+stackable = batched = True
 
 
 def solve(w: Tensor, stat: TokenCount, pattern: Pattern) -> Solution:

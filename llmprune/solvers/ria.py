@@ -13,6 +13,7 @@ from llmprune.stats import Moments
 
 statistic = Moments
 stackable = False  # a weight's share of its column
+batched = False
 
 
 def solve(w: Tensor, stat: Moments, pattern: Pattern) -> Solution:

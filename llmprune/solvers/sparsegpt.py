@@ -21,6 +21,7 @@ from llmprune.stats import Gram
 
 statistic = Gram
 stackable = True
+batched = False
 BLOCK = 128  # columns an unstructured mask is chosen over, as published
 _LEAF = 16  # columns swept one at a time
 

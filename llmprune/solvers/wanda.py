@@ -10,6 +10,7 @@ from llmprune.stats import Moments
 
 statistic = Moments
 stackable = True
+batched = False
 
 
 def solve(w: Tensor, stat: Moments, pattern: Pattern) -> Solution:
