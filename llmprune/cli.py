@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("llmprune: interrupted; nothing was written", file=sys.stderr)
+        print("llmprune: interrupted", file=sys.stderr)
         return 130
 
 

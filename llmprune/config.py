@@ -67,6 +67,7 @@ class PruneConfig:
     )  # fmt: skip
     output: str | None = _option("folder to write (default: auto, MODEL-SPARSITY-METHOD here)", None, metavar="DIR")
     overwrite: bool = _option("replace the output folder if it is not empty", False)
+    restart: bool = _option("begin anew where an unfinished run to the same output could be continued", False)
     device: str = _option("auto, cpu, cuda, cuda:1, ... (default: %(default)s)", "auto")
     dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is float32 on CPU, else the checkpoint's", "auto")
 

@@ -8,6 +8,7 @@ the whole split concatenated and cut into disjoint windows, a shorter rest left 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 import zlib
@@ -44,6 +45,11 @@ class Windows:
     ids: Tensor
     text: str
     mask: Tensor | None = None
+
+    def digest(self) -> str:
+        """Of the tokens; equal for equal windows."""
+        parts = [self.ids, *([] if self.mask is None else [self.mask])]
+        return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()[:16]
 
     def batches(self, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
         """Model inputs, `size` windows at a time, on `device`."""

@@ -15,6 +15,7 @@ from llmprune.models.sites import read_part
 from llmprune.patterns import Pattern, parse
 from llmprune.report.record import SCHEMA
 from llmprune.stream.publish import RECORD, sha256
+from llmprune.stream.resume import MANIFEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def _file_problems(folder: Path, files: dict[str, str]) -> Iterator[str]:
         elif sha256(folder / name) != expected:
             yield f"{name}: sha256 differs from the record"
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name != RECORD:
+        if path.name not in files and path.name not in (RECORD, MANIFEST):
             yield f"{path.name}: not in the record"
 
 

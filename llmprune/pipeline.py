@@ -32,10 +32,11 @@ from llmprune.recipes import Recipe, choose_recipe
 from llmprune.reconstruct import check_batches
 from llmprune.report.card import model_card
 from llmprune.report.console import Progress
-from llmprune.report.record import Clock, RunRecord, SiteRecord
+from llmprune.report.record import Clock, RunRecord, SiteRecord, versions
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import Sink, Source, stream
-from llmprune.stream.publish import RECORD, check_output, copy_extras, published, sha256, write_json
+from llmprune.stream.publish import RECORD, check_output, copy_extras, publish, published, sha256, write_json
+from llmprune.stream.resume import MANIFEST, Manifest, continued
 from llmprune.stream.shards import NoSink, ShardWriter
 from llmprune.stream.source import CheckpointSource, ModelSource
 from llmprune.texts import Texts, choose_texts
@@ -172,16 +173,46 @@ def _prune_folder(
         )
         texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
     record = _announce(job, work, texts, folder)
-    with published(output, overwrite=job.config.overwrite) as partial:
+    told = job.progress.note
+    with continued(output, _fingerprint(job, checkpoint, texts, record), restart=job.config.restart, tell=told) as manifest:
+        if manifest.blocks:
+            job.clock.add(manifest.blocks[-1]["seconds"])
+        partial = manifest.folder
         copy_extras(folder.path, partial)
         edited: set[str] = set()
         writer = ShardWriter(skeleton, partial, edited)
-        _run(job, work, texts, writer, record, edited)
+        _run(job, work, texts, writer, record, edited, _Resume(manifest, writer))
         with job.clock("write"):
             writer.finish()
             _write_record(partial, record, output.name)
+        publish(partial, output, overwrite=job.config.overwrite)
     job.progress.summary(record, output)
     return Result(record, None, output)
+
+
+@dataclass(frozen=True, slots=True)
+class _Resume:
+    """What an earlier run finished, and where this one commits what it does."""
+
+    manifest: Manifest
+    writer: ShardWriter
+
+    def finished(self, block: Block) -> bool:
+        return block.index < len(self.manifest.blocks)
+
+
+def _fingerprint(job: _Job, checkpoint: Checkpoint, texts: Texts, record: RunRecord) -> dict[str, Any]:
+    """All that decides the result, in terms that a message can show."""
+    passing = {"model", "output", "overwrite", "restart", "calibration", "eval_text"}
+    options = {f"--{name.replace('_', '-')}": value for name, value in asdict(job.config).items() if name not in passing}
+    windows = {"calibration text": texts.calibration, "evaluation text": texts.evaluation}
+    return {
+        **options,
+        **{f"version of {package}": version for package, version in versions().items()},
+        **{what: text.digest() if text else None for what, text in windows.items()},
+        "model": checkpoint.fingerprint(),
+        "compute": f"{record.compute['dtype']} on {record.compute['device']}",
+    }
 
 
 def _prune_in_memory(
@@ -222,7 +253,9 @@ def _on_disk(site: SiteRecord, names: Names) -> SiteRecord:
     return replace(site, tensor=place.disk, part=part_text(place.part))
 
 
-def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, edited: set[str]) -> None:
+def _run(
+    job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, edited: set[str], resume: _Resume | None = None
+) -> None:
     """Stream the model block by block, and fill in what was found; `edited` learns what was changed."""
     clock, blocks = job.clock, list(work.blocks.values())
 
@@ -253,16 +286,21 @@ def _run(job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, ed
         if dense is not None:
             with clock("evaluate"):
                 dense.advance(block)
-        pruner.prune(block)
+        if resume and resume.finished(block):
+            pruner.repeat(block, resume.manifest.blocks[block.index], resume.writer.restore)
+        else:
+            pruner.prune(block)
 
     job.progress.start(len(blocks), len(work.plan.patterns))
     with observable(work.model, all_tokens=job.config.all_experts):
-        stream(work.source, _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock), _TimedSink(sink, clock), visit)
+        stream(
+            work.source, _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock), _Keeper(sink, clock, pruner, resume), visit
+        )
     if thin := [site for site in pruner.records if site.notes.get("pool_share", 0) > 0.5]:
         least = min(thin, key=lambda site: site.tokens)
         job.progress.note(
-            f"{len(thin)} expert matrices saw fewer tokens than they have inputs ({least.name}: {least.tokens}) and lean "
-            "on all experts' statistics; more --samples or --all-experts give them their own"
+            f"{len(thin)} expert matrices saw fewer tokens than they have inputs ({least.name}: {least.tokens}) and lean on "
+            "all experts' statistics; more --samples or --all-experts give them their own"
         )
     if not pruner.records:
         raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
@@ -297,13 +335,22 @@ class _Feeds:
 
 
 @dataclass(frozen=True, slots=True)
-class _TimedSink:
+class _Keeper:
+    """Keeps each block, unless an earlier run did, and commits what came of it."""
+
     sink: Sink
     clock: Clock
+    pruner: Pruner
+    resume: _Resume | None
 
     def put(self, block: Block) -> None:
+        if self.resume and self.resume.finished(block):
+            return
         with self.clock("write"):
             self.sink.put(block)
+            if self.resume:
+                report = self.pruner.report(block) | {"seconds": self.clock.seconds}
+                self.resume.manifest.commit(self.resume.writer.shard(block), report)
 
 
 def _announce(job: _Job, work: _Work, texts: Texts, folder: ModelFolder | None) -> RunRecord:
@@ -347,7 +394,7 @@ def _write_record(folder: Path, record: RunRecord, name: str) -> None:
     """Add the model card, and last the record with the sums of all other files."""
     (folder / "README.md").write_text(model_card(record, name), encoding="utf-8")
     record.size["bytes_after"] = Checkpoint(folder).nbytes()
-    record.files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    record.files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     write_json(folder / RECORD, record.as_dict())
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,6 +126,27 @@ class Pruner:
                 self.dense.advance(reference)
         if masks and self.recipe.reconstruct:
             self._reconstruct(block, masks, self.dense)
+
+    def report(self, block: Block) -> dict[str, Any]:
+        """What came of a block that was pruned, for `repeat`."""
+        return {
+            "sites": [asdict(record) for record in self.records if record.block == block.index],
+            "reconstructions": [asdict(one) for one in self.reconstructions if one.block == block.index],
+            "uncalled": [site.name for site in block.sites if site.name in set(self.uncalled)],
+            "nonzero": self.nonzero,
+        }
+
+    def repeat(self, block: Block, report: Mapping[str, Any], restore: Callable[[Block], None]) -> None:
+        """Instead of `prune`, for a block that an earlier run has pruned: `restore` gives it the weights of then."""
+        reference = block.copy() if self.dense is not None else None
+        restore(block)
+        if self.dense is not None and reference is not None and (self.recipe.reconstruct or block.index < self.last):
+            with self.clock("forward"):
+                self.dense.advance(reference)
+        self.records += [SiteRecord(**{**site, "shape": tuple(site["shape"])}) for site in report["sites"]]
+        self.reconstructions += [Reconstruction(**one) for one in report["reconstructions"]]
+        self.uncalled += report["uncalled"]
+        self.nonzero = tuple(report["nonzero"])
 
     def _groups(self, block: Block) -> list[list[Stage]]:
         """The planned sites by stage; stages in one group are solved from one pass."""

@@ -225,26 +225,48 @@ def test_a_failed_overwrite_keeps_the_old_folder(folder: Path, text: Path, tmp_p
     assert (out / "precious").read_text() == "old"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "llmprune.cli", *MODEL, "--sparsity", "2:4", "--eval-text", "none", "--output", "out"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", "-m", "llmprune.cli", *MODEL, "--sparsity", "2:4", "--eval-text", "none", *arguments]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("block 1/"):
-            break
-    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
-    time.sleep(0.1)
+        if line.startswith(words):
+            return
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_before_the_first_block_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    process = start("--output", "out", cwd=tmp_path)
+    wait_for(process, "compute")
+    time.sleep(1)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 143)
     assert "Traceback" not in errors
+    assert "block 1/" not in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
+    process = start("--output", "out", cwd=tmp_path)
+    wait_for(process, "block 2/")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "blocks are finished: the same command goes on from there" in output
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    again = start("--output", "out", cwd=tmp_path)
+    wait_for(again, "note: going on after block")
+    second = start("--output", "out", cwd=tmp_path)
+    assert second.wait(timeout=60) == 2
+    assert second.stderr is not None
+    assert "another run is writing out" in second.stderr.read()
+    again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert main(["verify", str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize(("limit", "words"), [(20_000, "cannot copy"), (300_000, "cannot write the weights")])

@@ -6,6 +6,7 @@ and whole, every indexed tensor is in its file. Leaves out pickled checkpoints: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,14 @@ class Checkpoint:
             with opened(self.folder / file) as handle:
                 for name in members:
                     yield name, handle.get_tensor(name)
+
+    def fingerprint(self) -> str:
+        """Changes with the configuration, and with any file's size or date."""
+        files = sorted({info.file for info in self.tensors.values()})
+        stats = [(self.folder / file).stat() for file in files]
+        state = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
+        config = (self.folder / "config.json").read_bytes()
+        return hashlib.sha256(config + json.dumps(state).encode()).hexdigest()[:16]
 
     def largest(self) -> int:
         """Bytes of the largest tensor."""

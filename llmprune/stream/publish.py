@@ -100,14 +100,24 @@ def published(output: Path, *, overwrite: bool) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         yield partial
-        _settle(partial)
-        _rename(partial, target, overwrite)
+        publish(partial, output, overwrite=overwrite)
     except SafetensorError as error:
         raise InputError(f"cannot write the weights beside {output}: {reason(error)}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, output: Path, *, overwrite: bool) -> None:
+    """Give the folder `partial`, which stands beside `output`, the output's name, once all of it is on disk.
+
+    Raises:
+        InputError: `output` was filled meanwhile and `overwrite` is off.
+    """
+    target = output.resolve()
+    _settle(partial)
+    _rename(partial, target, overwrite)
     with suppress(OSError):  # it is published; not every parent can be opened
-        _fsync(target.parent)
+        fsync(target.parent)
 
 
 def _settle(folder: Path) -> None:
@@ -116,7 +126,7 @@ def _settle(folder: Path) -> None:
     os.umask(umask)
     for path in (*folder.iterdir(), folder):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        _fsync(path)
+        fsync(path)
 
 
 def _rename(partial: Path, target: Path, overwrite: bool) -> None:
@@ -137,7 +147,8 @@ def _rename(partial: Path, target: Path, overwrite: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

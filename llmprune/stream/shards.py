@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmprune.models.checkpoint import INDEX
-from llmprune.models.sites import Block
+from llmprune.models.checkpoint import INDEX, opened
+from llmprune.models.sites import Block, Part
 from llmprune.models.skeleton import Skeleton
 from llmprune.stream.publish import write_json
 
@@ -36,15 +36,28 @@ class ShardWriter:
         self._count = len(skeleton.blocks) + len(self._outside)
         self._weight_map: dict[str, str] = {}
 
+    def shard(self, block: Block) -> Path:
+        """The block's file."""
+        return self._file(block.index + 1)
+
     def put(self, block: Block) -> None:
         """Write the block's tensors."""
-        inside = self._skeleton.inside(block.name)
-        places = {piece.disk: (name, piece.part) for name in inside for piece in self._skeleton.names[name]}
+        places = self._places(block)
         tensors = {}
         for disk, tensor in self._skeleton.checkpoint.read(list(places)):
             name, part = places[disk]
             tensors[disk] = block.stored(name, part) if name in self._edited else tensor
         self._write(block.index + 1, tensors)
+
+    def restore(self, block: Block) -> None:
+        """Take the block's weights from its shard, which an earlier run wrote."""
+        places, own = self._places(block), dict(block.module.named_parameters())
+        with opened(self.shard(block)) as shard:
+            for disk, (name, part) in places.items():
+                parameter = own.get(name.removeprefix(f"{block.name}."))
+                if parameter is not None:
+                    parameter.data[part] = shard.get_tensor(disk).to(parameter.device, parameter.dtype)
+        self._weight_map |= dict.fromkeys(places, self.shard(block).name)
 
     def finish(self) -> None:
         """Write what is outside the blocks, and the index."""
@@ -53,6 +66,11 @@ class ShardWriter:
         total = self._skeleton.checkpoint.nbytes()
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self._weight_map.items()))}
         write_json(self._folder / INDEX, index)
+
+    def _places(self, block: Block) -> dict[str, tuple[str, Part]]:
+        """The block's tensors on disk -> the model's tensors, and the parts of those."""
+        inside = self._skeleton.inside(block.name)
+        return {piece.disk: (name, piece.part) for name in inside for piece in self._skeleton.names[name]}
 
     def _plan_outside(self) -> list[list[str]]:
         skeleton = self._skeleton
@@ -71,7 +89,9 @@ class ShardWriter:
         return shards
 
     def _write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        file = f"model-{number:05d}-of-{self._count:05d}.safetensors"
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, self._folder / file, metadata={"format": "pt"})
-        self._weight_map |= dict.fromkeys(tensors, file)
+        save_file(contiguous, self._file(number), metadata={"format": "pt"})
+        self._weight_map |= dict.fromkeys(tensors, self._file(number).name)
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"model-{number:05d}-of-{self._count:05d}.safetensors"
