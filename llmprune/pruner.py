@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,53 +12,19 @@ from torch import Tensor
 
 from llmprune import solvers
 from llmprune.errors import InputError
-from llmprune.linalg import masked_least_squares
 from llmprune.models.names import Names, Piece, locate
-from llmprune.models.sites import Block, Site, part_text
-from llmprune.patterns import Pattern, Stacked, verify
+from llmprune.models.sites import Block, Site, Stage, part_text
+from llmprune.patterns import Pattern, verify
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import reconstruct
 from llmprune.report.console import Progress
 from llmprune.report.record import Clock, Reconstruction, SiteRecord
 from llmprune.solvers.base import Solution
-from llmprune.stats import Cross, Gram, InputSample, Statistic, lean_on_pool
-from llmprune.stream.activations import Activations, Beside, Stage
+from llmprune.solving import Batch, Observed, lean, make_batches, solve
+from llmprune.stats import Cross, Gram, InputSample, Statistic
+from llmprune.stream.activations import Activations, Beside
 
 _ERROR_TOKENS = 2048  # calibration tokens that output errors are measured on
-_STACK = 4  # rows a column up to which a stage is solved as one matrix: beyond, only memory would grow
-# weights and Grams of experts that are solved at once: on a CPU as many as stay in its cache, beyond which it gets slower
-_BATCH_BYTES = {"cpu": 2**22, "cuda": 2**28}
-BLEND = 0.5  # how far the corrected target goes from the dense weights
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """What is kept of a stage's inputs: the solver's statistic, a sample to measure errors on, and the dense inputs'
-    product with them where the target is corrected."""
-
-    statistic: Statistic
-    sample: InputSample
-    cross: Cross | None
-    clock: Clock
-
-    def add(self, x: Tensor, dense: Tensor | None) -> None:
-        with self.clock("statistics"):
-            self.statistic.add(x)
-            self.sample.add(x)
-            if self.cross is not None:
-                if dense is None or dense.shape != x.shape:
-                    raise InputError("the dense and the pruned model send it different tokens (experts?); use --target dense")
-                self.cross.add(x, dense)
-
-    def aim(self, w: Tensor) -> Tensor:
-        """The weights to imitate on the pruned model's inputs."""
-        if self.cross is None:
-            return w
-        assert isinstance(self.statistic, Gram)
-        return self.cross.aim(w, self.statistic, BLEND)
-
-
-Batch = list[tuple[list[Site], Observed]]  # matrices of one shape and pattern; those of a list are stacked
 
 
 @dataclass(slots=True)
@@ -116,9 +82,9 @@ class Pruner:
                 if not seen.statistic.finite():
                     names = ", ".join(site.name for site in stage)
                     raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
-            _lean(group, observed)
-            for batch in self._batches(group, observed):
-                masks |= self._solve_batch(block, batch)
+            lean(group, observed)
+            for batch in make_batches(group, observed, self.patterns, self.recipe.method):
+                masks |= self._solve(block, batch)
         if self.dense is None or reference is None:
             return
         if onward and beside is None:
@@ -147,6 +113,7 @@ class Pruner:
         self.reconstructions += [Reconstruction(**one) for one in report["reconstructions"]]
         self.uncalled += report["uncalled"]
         self.nonzero = tuple(report["nonzero"])
+        self.progress.repeated(len(report["sites"]))
 
     def _groups(self, block: Block) -> list[list[Stage]]:
         """The planned sites by stage; stages in one group are solved from one pass."""
@@ -172,53 +139,24 @@ class Pruner:
         sample = InputSample(self.tokens // _ERROR_TOKENS)
         return Observed(kind(columns, device), sample, Cross(columns, device) if corrected else None, self.clock)
 
-    def _batches(self, group: Sequence[Stage], observed: Sequence[Observed]) -> list[Batch]:
-        """What is solved at once: a stage's small matrices as one, and experts' matrices of one shape in a batch."""
-        entries = [(stack, seen) for stage, seen in zip(group, observed, strict=True) for stack in self._stacks(stage)]
-        alike: dict[object, Batch] = {}
-        for stack, seen in entries:
-            alone = not (stack[0].pool and solvers.load(self.recipe.method).batched)
-            shapes = tuple((site.rows, self.patterns[site.name]) for site in stack)
-            alike.setdefault(stack[0].name if alone else (stack[0].pool, shapes), []).append((stack, seen))
-        batches = []
-        for batch in alike.values():
-            rows, columns = sum(site.rows for site in batch[0][0]), batch[0][0][0].columns
-            device = batch[0][0][0].weight.device.type
-            most = max(_BATCH_BYTES.get(device, 0) // (4 * columns * (columns + rows)), 1)
-            batches += [batch[first : first + most] for first in range(0, len(batch), most)]
-        return batches
-
-    def _stacks(self, stage: Stage) -> list[list[Site]]:
-        """The stage's sites, those that are solved as one matrix together."""
-        patterns = {self.patterns[site.name] for site in stage}
-        small = sum(site.rows for site in stage) <= _STACK * stage[0].columns
-        if small and len(patterns) == 1 and solvers.load(self.recipe.method).stackable:
-            return [list(stage)]
-        return [[site] for site in stage]
-
-    def _solve_batch(self, block: Block, batch: Batch) -> dict[str, Tensor]:
+    def _solve(self, block: Block, batch: Batch) -> dict[str, Tensor]:
         """Solve, write and record the sites of a batch; returns their masks."""
-        sites = [site for stack, _ in batch for site in stack]
-        more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
-        self.progress.solving(f"{sites[0].name}{more}")
-        masks = {}
+        sites = batch.sites()
+        self.progress.solving(sites[0].name + (f" and {len(sites) - 1} more" if len(sites) > 1 else ""))
         with self.clock("solve"):
             start = time.perf_counter()
-            dense = [_weights(stack) for stack, _ in batch]
-            rows = [len(w) for w in dense[0]]
-            try:
-                solutions = self._find([torch.cat(own) if len(own) > 1 else own[0] for own in dense], batch, rows)
-            except InputError as error:
-                names = ", ".join(site.name for site in sites)
-                raise InputError(f"{names}: {error}; another calibration text may help") from None
-            seconds = (time.perf_counter() - start) / (len(batch) * sum(rows))
-            for (stack, seen), own, solution in zip(batch, dense, solutions, strict=True):
-                for site, w, part in zip(stack, own, solution.split(rows), strict=True):
-                    masks[site.name] = part.mask
-                    self.records.append(self._write(block, site, w, part, seen, seconds * len(w)))
-        for record in self.records[-len(sites) :]:
-            self.progress.site(record)
+            dense = [[_weights(site) for site in stack] for stack in batch.stacks]
+            found = solve(batch, dense, self.recipe)
+            seconds = (time.perf_counter() - start) / sum(site.rows for site in sites)
+            masks, records = {}, []
+            for stack, seen, before, after in zip(batch.stacks, batch.seen, dense, found, strict=True):
+                for site, w, solution in zip(stack, before, after, strict=True):
+                    masks[site.name] = solution.mask
+                    records.append(self._write(block, site, w, solution, seen, seconds * len(w)))
+        self.records += records
         self.edited.update(site.parameter for site in sites)
+        for record in records:
+            self.progress.site(record)
         return masks
 
     def _write(self, block: Block, site: Site, dense: Tensor, found: Solution, seen: Observed, seconds: float) -> SiteRecord:
@@ -247,24 +185,6 @@ class Pruner:
             notes={**found.notes, **({"pool_share": site.columns / seen.statistic.tokens} if site.pool else {})},
         )
 
-    def _find(self, dense: Sequence[Tensor], batch: Batch, rows: Sequence[int]) -> list[Solution]:
-        """The method's solutions for the recipe's target, refitted where the recipe says so."""
-        pattern = self.patterns[batch[0][0][0].name]
-        stacked = Stacked(pattern, tuple(rows)) if len(rows) > 1 else pattern
-        statistics = [seen.statistic for _, seen in batch]
-        aims = [seen.aim(w) for w, (_, seen) in zip(dense, batch, strict=True)]
-        if len(batch) == 1:
-            return [self._solve(aims[0], statistics[0], stacked)]
-        return self._solve(torch.stack(aims), type(statistics[0]).batch(statistics), stacked).unbind()
-
-    def _solve(self, aim: Tensor, statistic: Statistic, pattern: Pattern) -> Solution:
-        solution = solvers.load(self.recipe.method).solve(aim, statistic, pattern)
-        if not self.recipe.refit:
-            return solution
-        assert isinstance(statistic, Gram)
-        fit = masked_least_squares(statistic.mean(), aim, solution.mask, solution.weight)
-        return replace(solution, weight=fit.weight, notes={**solution.notes, "residual": fit.residual, "steps": fit.steps})
-
     def _reconstruct(self, block: Block, masks: Mapping[str, Tensor], dense: Activations) -> None:
         with self.clock("reconstruct"):
             result, changed = reconstruct(block, masks, self.feed, dense.hidden)
@@ -273,26 +193,13 @@ class Pruner:
         self.progress.reconstructed(result)
 
 
-def _lean(group: Sequence[Stage], observed: Sequence[Observed]) -> None:
-    """Let the experts of each pool lean on all of them with the weight of one token an input: with fewer than that, an
-    expert's own Gram has no full rank."""
-    pools: dict[str, list[Statistic]] = {}
-    for stage, seen in zip(group, observed, strict=True):
-        if stage[0].pool:
-            pools.setdefault(stage[0].pool, []).append(seen.statistic)
-    columns = {stage[0].pool: stage[0].columns for stage in group}
-    for pool, statistics in pools.items():
-        lean_on_pool(statistics, columns[pool])
-
-
-def _weights(sites: Sequence[Site]) -> list[Tensor]:
-    """Float32 copies of the sites' weights.
+def _weights(site: Site) -> Tensor:
+    """A float32 copy of the site's weights.
 
     Raises:
-        InputError: one is not finite.
+        InputError: they are not finite.
     """
-    dense = [site.weight.to(torch.float32, copy=True) for site in sites]
-    for site, w in zip(sites, dense, strict=True):
-        if not bool(torch.isfinite(w).all()):
-            raise InputError(f"the weights of {site.name} hold NaN or infinity")
+    dense = site.weight.to(torch.float32, copy=True)
+    if not bool(torch.isfinite(dense).all()):
+        raise InputError(f"the weights of {site.name} hold NaN or infinity")
     return dense

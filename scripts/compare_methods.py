@@ -31,6 +31,12 @@ from llmprune.report.record import versions
 
 METHODS = ("magnitude", "ria", "dsnot", "wanda", "sparsegpt", "admm", "alps", *QUALITIES)
 PATTERNS = ("2:4", "4:8", "50%", "60%", "70%")
+_LABELS = {  # where the plot names a method, in points from its dot, so that names do not overlap
+    **dict.fromkeys(QUALITIES, ((-4, -13), "right")),
+    "ria": ((5, -11), "left"),
+    "dsnot": ((-5, 2), "right"),
+    "wanda": ((7, -3), "left"),
+}
 PRICED = "2:4"  # the pattern whose seconds and memory the short table and the plot show
 
 
@@ -126,9 +132,9 @@ def plot(cells: list[dict[str, Any]], file: Path) -> None:
         panel.plot(*zip(*(at[q] for q in QUALITIES if q in at), strict=True), "o-", color="#d9730d")
         panel.plot(*zip(*(xy for m, xy in at.items() if m not in QUALITIES), strict=True), "o", color=ink)
         for method, xy in at.items():
-            preset = method in QUALITIES
-            color, offset = ("#d9730d", (-4, -13)) if preset else (ink, (5, 4))
-            panel.annotate(method, xy, offset, textcoords="offset points", color=color, ha="right" if preset else "left")
+            color = "#d9730d" if method in QUALITIES else ink
+            offset, side = _LABELS.get(method, ((5, 4), "left"))
+            panel.annotate(method, xy, offset, textcoords="offset points", color=color, ha=side)
         panel.set(xscale="log", yscale="log", xlabel="seconds of pruning, one core", ylabel="excess loss")
         panel.set_title(f"{model}, {PRICED}")
         for axis, ticks in ((panel.xaxis, (20, 30, 50, 100, 200, 300)), (panel.yaxis, (0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2))):

@@ -12,7 +12,7 @@ from test_families import EXPERTS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
-from llmprune import pruner, solvers
+from llmprune import solvers, solving
 from llmprune.data import Windows
 from llmprune.errors import InputError
 from llmprune.integrity import verify
@@ -163,7 +163,7 @@ def test_experts_are_solved_in_batches_as_one_by_one(recipe: dict, monkeypatch: 
     options = {"sparsity": "2:4", "calibration": tokens(6, 32), "batch_size": 2, **recipe}
     together, apart = expert_model("qwen3_moe"), expert_model("qwen3_moe")
     records = {site.name: site for site in llmprune.prune(together, **options).record.sites}
-    monkeypatch.setattr(pruner, "_BATCH_BYTES", {"cpu": 1})
+    monkeypatch.setattr(solving, "_BATCH_BYTES", {"cpu": 1})
     for site in llmprune.prune(apart, **options).record.sites:
         if site.block == 0:  # later blocks see what float32 made of near ties, and route by it
             assert records[site.name].tokens == site.tokens

@@ -18,7 +18,7 @@ from llmprune.errors import InputError
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.sites import Block, Site
 from llmprune.patterns import NM, Stacked, parse
-from llmprune.pruner import BLEND
+from llmprune.solving import BLEND
 from llmprune.stats import Cross, Gram
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import Recorder, head

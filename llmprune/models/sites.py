@@ -67,6 +67,9 @@ class Site:
         return handle
 
 
+Stage = Sequence[Site]  # matrices that read one and the same input
+
+
 def show(module: nn.Module, where: tuple[int, str], x: Tensor, tokens: Tensor) -> None:
     """Show the inputs of an expert to those who `watch` it."""
     for watched, see in list(module.__dict__.get(_WATCHERS, {}).values()):

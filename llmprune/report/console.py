@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -33,6 +34,8 @@ class Progress:
 
     def reconstructed(self, result: Reconstruction) -> None: ...
 
+    def repeated(self, sites: int) -> None: ...
+
     def block(self, index: int) -> None: ...
 
     def summary(self, record: RunRecord, output: Path | None) -> None: ...
@@ -54,7 +57,7 @@ class Console(Progress):
             transient=True,
         )
         self._in_block: list[SiteRecord] = []
-        self._fit = ""
+        self._fit, self._came = "", ""
 
     def __enter__(self) -> Console:
         return self
@@ -100,10 +103,16 @@ class Console(Progress):
             f"{result.nbytes / 2**20:,.0f} MiB)"
         )
 
+    def repeated(self, sites: int) -> None:
+        self._sites -= sites
+        self._came = "finished by an earlier run"
+        if self._console.is_terminal:
+            self._live.update(self._task, total=self._sites)
+
     def block(self, index: int) -> None:
-        errors = "  ".join(f"{site.name.rsplit('.', 1)[-1]} {site.error:.2%}" for site in self._in_block)
-        line = f"block {index + 1}/{self._blocks}  output error: {errors or 'nothing pruned'}{self._fit}  ETA {self._eta()}"
-        self._in_block, self._fit = [], ""
+        came = self._came or f"output error: {_errors(self._in_block) or 'nothing pruned'}{self._fit}"
+        line = f"block {index + 1}/{self._blocks}  {came}  ETA {self._eta()}"
+        self._in_block, self._fit, self._came = [], "", ""
         self._console.print(line, markup=False)
         if self._console.is_terminal:
             self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
@@ -154,3 +163,12 @@ def _table(record: RunRecord) -> Table:
 def _next_steps(output: Path) -> str:
     load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({json.dumps(str(output))})"
     return f"  llmprune verify {shlex.quote(str(output))}\n  python -c {shlex.quote(load)}"
+
+
+def _errors(sites: Sequence[SiteRecord]) -> str:
+    """The sites of a block with their errors, those of one name (experts) together."""
+    by_name: dict[str, list[float]] = {}
+    for site in sites:
+        by_name.setdefault(site.name.rsplit(".", 1)[-1], []).append(site.error)
+    many = {name: f" (mean of {len(errors)})" if len(errors) > 1 else "" for name, errors in by_name.items()}
+    return "  ".join(f"{name} {sum(errors) / len(errors):.2%}{many[name]}" for name, errors in by_name.items())

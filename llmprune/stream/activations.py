@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from llmprune.data import Windows
 from llmprune.errors import InputError
-from llmprune.models.sites import Block, Site
+from llmprune.models.sites import Block, Site, Stage
 from llmprune.stream.capture import Call, Recorder
 
 
@@ -28,7 +28,6 @@ class Accumulator(Protocol):
 
 
 A = TypeVar("A", bound=Accumulator)
-Stage = Sequence[Site]  # matrices that read one and the same input
 
 
 class Activations:
