@@ -8,12 +8,16 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from llmprune import __version__, solvers
 from llmprune.config import PruneConfig, read_yaml
-from llmprune.errors import InputError, plain_errors, unknown, user_path
+from llmprune.errors import InputError, LostProcess, plain_errors, unknown, user_path
+
+_TURN = 2  # seconds that a process waits for the first one to tell
 
 _EPILOG = """\
 other commands:
@@ -35,11 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         with plain_errors():
             return _verify(arguments[1:]) if arguments[:1] == ["verify"] else _prune(arguments)
     except InputError as error:
-        print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if _should_tell(error):
+            print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("llmprune: interrupted", file=sys.stderr)
         return 130
+
+
+def _should_tell(error: InputError) -> bool:
+    """Of several processes one is enough: most mistakes are seen by all, and the launcher ends the others with the first."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    time.sleep(_TURN)
+    return not isinstance(error, LostProcess)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,9 +75,9 @@ def _prune(arguments: list[str]) -> int:
 
     _quiet_libraries()
     from llmprune import pipeline
-    from llmprune.report.console import Console
+    from llmprune.report.console import Console, Progress
 
-    with Console() as console:
+    with Console() if os.environ.get("RANK", "0") == "0" else nullcontext(Progress()) as console:
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         pipeline.prune(values.pop("model"), progress=console, **values)
     return 0

@@ -58,6 +58,19 @@ class Windows:
         for ids, mask in zip(self.ids.split(size), masks, strict=False):
             yield {"input_ids": ids.to(device)} | ({} if mask is None else {"attention_mask": mask.to(device)})
 
+    def share(self, rank: int, size: int) -> Windows:
+        """Those that fall to process `rank` of `size`: every so-manieth, so that a batch of all processes holds what it did.
+
+        Raises:
+            InputError: there are fewer windows than processes.
+        """
+        if len(self.ids) < size:
+            raise InputError(
+                f"{size} processes cannot share the {len(self.ids)} windows of text {self.text}: "
+                "start fewer, or ask for more --samples or a shorter --seqlen"
+            )
+        return Windows(self.ids[rank::size], self.text, None if self.mask is None else self.mask[rank::size])
+
     def tokens(self) -> int:
         """Real tokens."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())

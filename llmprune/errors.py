@@ -12,6 +12,10 @@ class InputError(ValueError):
     """Bad input: one line that says what is wrong, where, and what to do. The command exits with code 2 on it."""
 
 
+class LostProcess(InputError):
+    """Another of the processes that share the run has ended; the error that matters is its own."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a `name` that is not among the `known` ones, nearest first."""
     names = sorted(known)

@@ -15,13 +15,15 @@ from llmprune.errors import InputError, reason
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA where there is one, else the CPU.
+def pick_device(name: str, local: int = 0) -> torch.device:
+    """The device called `name`; `auto` is CUDA where there is one, else the CPU. Of several GPUs it is number `local`, unless
+    the name has a number.
 
     Raises:
         InputError: it cannot be used here.
     """
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    wanted = f"cuda:{local}" if wanted == "cuda" else wanted
     try:
         device = torch.zeros(1, device=wanted).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -30,6 +30,11 @@ class Pattern(Protocol):
         """Columns are decided in groups of this many."""
         ...
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether each row is decided on its own."""
+        ...
+
     def misfit(self, rows: int, columns: int) -> str | None:
         """Why no (rows, columns) matrix can have the pattern, or None."""
         ...
@@ -60,6 +65,7 @@ class Unstructured:
 
     sparsity: float
     period: ClassVar[int] = 1
+    rowwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:  # also rejects nan
@@ -104,6 +110,7 @@ class NM:
 
     n: int
     m: int
+    rowwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
@@ -153,6 +160,10 @@ class Stacked:
     @property
     def period(self) -> int:
         return self.pattern.period
+
+    @property
+    def rowwise(self) -> bool:
+        return self.pattern.rowwise
 
     def misfit(self, rows: int, columns: int) -> str | None:
         return next((why for own in self.rows if (why := self.pattern.misfit(own, columns))), None)

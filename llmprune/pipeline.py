@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from llmprune import solvers
 from llmprune.config import PruneConfig
-from llmprune.data import Given
+from llmprune.data import Given, Windows
 from llmprune.errors import InputError, plain_errors, reason, user_path
 from llmprune.evaluate.perplexity import streamed_perplexity
 from llmprune.hardware import map_large_allocations, peak_memory, pick_device, pick_dtype
@@ -28,6 +28,7 @@ from llmprune.models.skeleton import FOREIGN, Skeleton, load_config
 from llmprune.patterns import Pattern, parse
 from llmprune.plan import Plan, make_plan
 from llmprune.pruner import Pruner
+from llmprune.ranks import Ranks, joined
 from llmprune.recipes import Recipe, choose_recipe
 from llmprune.reconstruct import check_batches
 from llmprune.report.card import model_card
@@ -90,16 +91,17 @@ def prune(
         "model": type(model).__name__ if isinstance(model, PreTrainedModel) else str(model),
         "calibration": str(calibration) if given is None else "given tokens",
     }
-    job = _Job(PruneConfig.create({**options, **named}), given, progress or Progress())
-    with torch.no_grad(), plain_errors():
+    config = PruneConfig.create({**options, **named})
+    with torch.no_grad(), plain_errors(), joined() as ranks:
+        job = _Job(config, given, progress or Progress(), ranks)
         if isinstance(model, PreTrainedModel):
             return _prune_in_memory(job, model, None, tokenizer)
         folder = resolve(job.config.model)
-        config = load_config(folder.path)
+        model_config = load_config(folder.path)
         tokenizer = tokenizer or _load_tokenizer(folder.path)
         if job.config.output is not None:
-            return _prune_folder(job, folder, config, tokenizer)
-        return _prune_in_memory(job, _load_whole(folder, config, job.config), folder, tokenizer)
+            return _prune_folder(job, folder, model_config, tokenizer)
+        return _prune_in_memory(job, _load_whole(folder, model_config, job), folder, tokenizer)
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ class _Job:
     config: PruneConfig
     given: Given | None
     progress: Progress
+    ranks: Ranks
     clock: Clock = field(default_factory=Clock)
     recipe: Recipe = field(init=False)
     pattern: Pattern = field(init=False)
@@ -154,7 +157,7 @@ def _prune_folder(
     assert output is not None
     check_output(output, folder.path, job.config.overwrite)
     with job.clock("prepare"):
-        checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device)
+        checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device, job.ranks.local)
         if checkpoint.largest() > _LARGE_TENSOR:
             map_large_allocations()
         skeleton = Skeleton(checkpoint, config, device, pick_dtype(job.config.dtype, device, config))
@@ -173,32 +176,42 @@ def _prune_folder(
         )
         texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
     record = _announce(job, work, texts, folder)
-    told = job.progress.note
-    with continued(output, _fingerprint(job, checkpoint, texts, record), restart=job.config.restart, tell=told) as manifest:
-        if manifest.blocks:
-            job.clock.add(manifest.blocks[-1]["seconds"])
-        partial = manifest.folder
-        copy_extras(folder.path, partial)
+    with _continued(job, output, _fingerprint(job, checkpoint, texts, record)) as manifest:
+        partial, finished = job.ranks.agree((manifest.folder, manifest.blocks) if manifest else (output, []))
+        if finished:
+            job.clock.add(finished[-1]["seconds"])
+        if manifest:
+            copy_extras(folder.path, partial)
         edited: set[str] = set()
         writer = ShardWriter(skeleton, partial, edited)
-        _run(job, work, texts, writer, record, edited, _Resume(manifest, writer))
-        with job.clock("write"):
-            writer.finish()
-            _write_record(partial, record, output.name)
-        publish(partial, output, overwrite=job.config.overwrite)
+        _run(job, work, texts, writer if manifest else NoSink(), record, edited, _Resume(finished, writer, manifest))
+        if manifest:
+            with job.clock("write"):
+                writer.finish()
+                _write_record(partial, record, output.name)
+            publish(partial, output, overwrite=job.config.overwrite)
+    job.ranks.agree(None)  # the output is there when any process returns
     job.progress.summary(record, output)
     return Result(record, None, output)
 
 
+def _continued(job: _Job, output: Path, fingerprint: Mapping[str, Any]) -> AbstractContextManager[Manifest | None]:
+    """The manifest of the run, which the first process keeps; none on the others."""
+    if not job.ranks.first:
+        return nullcontext()
+    return continued(output, fingerprint, restart=job.config.restart, tell=job.progress.note)
+
+
 @dataclass(frozen=True, slots=True)
 class _Resume:
-    """What an earlier run finished, and where this one commits what it does."""
+    """What came of the blocks that an earlier run finished, where they are, and where to commit those that come."""
 
-    manifest: Manifest
+    finished: Sequence[Mapping[str, Any]]
     writer: ShardWriter
+    manifest: Manifest | None
 
-    def finished(self, block: Block) -> bool:
-        return block.index < len(self.manifest.blocks)
+    def has(self, block: Block) -> bool:
+        return block.index < len(self.finished)
 
 
 def _fingerprint(job: _Job, checkpoint: Checkpoint, texts: Texts, record: RunRecord) -> dict[str, Any]:
@@ -212,6 +225,7 @@ def _fingerprint(job: _Job, checkpoint: Checkpoint, texts: Texts, record: RunRec
         **{what: text.digest() if text else None for what, text in windows.items()},
         "model": checkpoint.fingerprint(),
         "compute": f"{record.compute['dtype']} on {record.compute['device']}",
+        "processes": job.ranks.size,
     }
 
 
@@ -235,7 +249,7 @@ def _prune_in_memory(
     record = _announce(job, work, texts, folder)
     with _evaluating(model):
         _run(job, work, texts, NoSink(), record, set())
-    if output is not None:
+    if output is not None and job.ranks.first:
         with published(output, overwrite=job.config.overwrite) as partial, job.clock("write"):
             model.save_pretrained(partial)
             if tokenizer is not None:
@@ -243,6 +257,7 @@ def _prune_in_memory(
             names = match_names(model, Checkpoint(partial))
             record.sites = [_on_disk(site, names) for site in record.sites]
             _write_record(partial, record, output.name)
+    job.ranks.agree(None)
     job.progress.summary(record, output)
     return Result(record, model, output)
 
@@ -257,17 +272,19 @@ def _run(
     job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, edited: set[str], resume: _Resume | None = None
 ) -> None:
     """Stream the model block by block, and fill in what was found; `edited` learns what was changed."""
-    clock, blocks = job.clock, list(work.blocks.values())
+    clock, ranks, blocks = job.clock, job.ranks, list(work.blocks.values())
+    batch = max(job.config.batch_size // ranks.size, 1)
 
-    def record_activations(windows: Any) -> Activations:
-        return Activations.record(work.model, blocks, windows, batch=job.config.batch_size, device=work.device)
+    def record_activations(windows: Windows) -> Activations:
+        return Activations.record(work.model, blocks, windows, batch=batch, device=work.device)
 
+    evaluation = texts.evaluation.share(ranks.rank, ranks.size) if texts.evaluation else None
     with work.outside(), clock("capture"):
-        feed = record_activations(texts.calibration)
-        dense = record_activations(texts.evaluation) if texts.evaluation else None
+        feed = record_activations(texts.calibration.share(ranks.rank, ranks.size))
+        dense = record_activations(evaluation) if evaluation else None
     pruned = dense.fork() if dense else None
     if job.recipe.reconstruct:
-        check_batches(len(feed.hidden))
+        check_batches(feed, ranks)
     pruner = Pruner(
         work.plan.patterns,
         job.recipe,
@@ -278,6 +295,7 @@ def _run(
         len(blocks) - 1,
         job.progress,
         clock,
+        ranks,
         work.names,
         edited,
     )
@@ -286,8 +304,8 @@ def _run(
         if dense is not None:
             with clock("evaluate"):
                 dense.advance(block)
-        if resume and resume.finished(block):
-            pruner.repeat(block, resume.manifest.blocks[block.index], resume.writer.restore)
+        if resume and resume.has(block):
+            pruner.repeat(block, resume.finished[block.index], resume.writer.restore)
         else:
             pruner.prune(block)
 
@@ -304,10 +322,10 @@ def _run(
         )
     if not pruner.records:
         raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
-    if texts.evaluation and dense and pruned:
+    if evaluation and dense and pruned:
         with work.outside(), clock("evaluate"):
-            record.dense = streamed_perplexity(work.model, blocks, dense, texts.evaluation, work.device)
-            record.pruned = streamed_perplexity(work.model, blocks, pruned, texts.evaluation, work.device)
+            record.dense = streamed_perplexity(work.model, blocks, dense, evaluation, work.device, ranks)
+            record.pruned = streamed_perplexity(work.model, blocks, pruned, evaluation, work.device, ranks)
     record.sites, record.reconstructions = pruner.records, pruner.reconstructions
     record.skipped |= dict.fromkeys(pruner.uncalled, "the model's forward never runs it")
     record.size["nonzero_before"], record.size["nonzero_after"] = pruner.nonzero
@@ -344,11 +362,11 @@ class _Keeper:
     resume: _Resume | None
 
     def put(self, block: Block) -> None:
-        if self.resume and self.resume.finished(block):
+        if self.resume and self.resume.has(block):
             return
         with self.clock("write"):
             self.sink.put(block)
-            if self.resume:
+            if self.resume and self.resume.manifest:
                 report = self.pruner.report(block) | {"seconds": self.clock.seconds}
                 self.resume.manifest.commit(self.resume.writer.shard(block), report)
 
@@ -373,7 +391,11 @@ def _announce(job: _Job, work: _Work, texts: Texts, folder: ModelFolder | None) 
             "tokens": windows.tokens(),
             "seed": config.seed,
         },
-        compute={"device": str(work.device), "dtype": str(work.dtype).removeprefix("torch.")},
+        compute={
+            "device": str(work.device),
+            "dtype": str(work.dtype).removeprefix("torch."),
+            "processes": job.ranks.size,
+        },
         skipped=work.plan.skipped,
         seconds=job.clock.seconds,
         size={"bytes_before": work.nbytes},
@@ -420,8 +442,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _load_whole(folder: ModelFolder, model_config: PretrainedConfig, config: PruneConfig) -> PreTrainedModel:
-    checkpoint, device = Checkpoint(folder.path), pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, model_config)
+def _load_whole(folder: ModelFolder, model_config: PretrainedConfig, job: _Job) -> PreTrainedModel:
+    checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device, job.ranks.local)
+    dtype = pick_dtype(job.config.dtype, device, model_config)
     Skeleton(checkpoint, model_config, torch.device("cpu"), dtype)  # raises unless tensors and configuration fit together
     return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, device_map={"": device}, trust_remote_code=False)

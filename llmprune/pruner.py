@@ -15,12 +15,13 @@ from llmprune.errors import InputError
 from llmprune.models.names import Names, Piece, locate
 from llmprune.models.sites import Block, Site, Stage, part_text
 from llmprune.patterns import Pattern, verify
+from llmprune.ranks import Ranks
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import reconstruct
 from llmprune.report.console import Progress
 from llmprune.report.record import Clock, Reconstruction, SiteRecord
 from llmprune.solvers.base import Solution
-from llmprune.solving import Batch, Observed, lean, make_batches, solve
+from llmprune.solving import Observed, Round, lean, make_batches, make_rounds, solve
 from llmprune.stats import Cross, Gram, InputSample, Statistic
 from llmprune.stream.activations import Activations, Beside
 
@@ -38,6 +39,7 @@ class Pruner:
         tokens: calibration tokens in `feed`.
         true_sequential: solve each stage on inputs that the stages before it, already pruned, put out.
         last: index of the model's last block: what it puts out is only needed where the recipe fits it.
+        ranks: the processes that share the run; each feeds its own windows.
         names: where on disk the model's tensors are; those that are not in it are called there as here.
         edited: parameters that were changed, by full name in the model.
         records: one a pruned matrix, in the order solved.
@@ -55,6 +57,7 @@ class Pruner:
     last: int
     progress: Progress
     clock: Clock
+    ranks: Ranks
     names: Names
     edited: set[str]
     records: list[SiteRecord] = field(default_factory=list)
@@ -79,12 +82,15 @@ class Pruner:
             with self.clock("forward"):
                 observed = self.feed.collect(block, group, self._observe, beside)
             for stage, seen in zip(group, observed, strict=True):
+                with self.clock("statistics"):
+                    seen.add_up(self.ranks)
                 if not seen.statistic.finite():
                     names = ", ".join(site.name for site in stage)
                     raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
             lean(group, observed)
-            for batch in make_batches(group, observed, self.patterns, self.recipe.method):
-                masks |= self._solve(block, batch)
+            batches = make_batches(group, observed, self.patterns, self.recipe.method)
+            for work in make_rounds(batches, self.recipe.method, self.ranks.size):
+                masks |= self._solve(block, work)
         if self.dense is None or reference is None:
             return
         if onward and beside is None:
@@ -119,6 +125,8 @@ class Pruner:
         """The planned sites by stage; stages in one group are solved from one pass."""
         with self.clock("forward"):
             traced = self.feed.stages(block)
+        sites = {site.name: site for site in block.sites}
+        traced = [[sites[name] for name in stage] for stage in self.ranks.agree([[s.name for s in stage] for stage in traced])]
         called = {site.name for stage in traced for site in stage}
         self.uncalled += [site.name for site in block.sites if site.name not in called]
         planned = ([site for site in stage if site.name in self.patterns] for stage in traced)
@@ -139,20 +147,25 @@ class Pruner:
         sample = InputSample(self.tokens // _ERROR_TOKENS)
         return Observed(kind(columns, device), sample, Cross(columns, device) if corrected else None, self.clock)
 
-    def _solve(self, block: Block, batch: Batch) -> dict[str, Tensor]:
-        """Solve, write and record the sites of a batch; returns their masks."""
-        sites = batch.sites()
+    def _solve(self, block: Block, work: Round) -> dict[str, Tensor]:
+        """Solve, write and record the sites of a round; returns their masks."""
+        batches = list(dict.fromkeys(share.batch for share in work))
+        sites = [site for batch in batches for site in batch.sites()]
         self.progress.solving(sites[0].name + (f" and {len(sites) - 1} more" if len(sites) > 1 else ""))
+        masks: dict[str, Tensor] = {}
         with self.clock("solve"):
             start = time.perf_counter()
-            dense = [[_weights(site) for site in stack] for stack in batch.stacks]
-            found = solve(batch, dense, self.recipe)
+            dense = {batch: [_weights(stack) for stack in batch.stacks] for batch in batches}
+            found = solve(work, dense, self.recipe, self.ranks)
             seconds = (time.perf_counter() - start) / sum(site.rows for site in sites)
-            masks, records = {}, []
-            for stack, seen, before, after in zip(batch.stacks, batch.seen, dense, found, strict=True):
-                for site, w, solution in zip(stack, before, after, strict=True):
-                    masks[site.name] = solution.mask
-                    records.append(self._write(block, site, w, solution, seen, seconds * len(w)))
+            records = []
+            for batch, solution in found.items():
+                each = solution.unbind() if len(batch.stacks) > 1 else [solution]
+                for stack, seen, before, after in zip(batch.stacks, batch.seen, dense[batch], each, strict=True):
+                    rows = [site.rows for site in stack]
+                    for site, w, own in zip(stack, before.split(rows), after.split(rows), strict=True):
+                        masks[site.name] = own.mask
+                        records.append(self._write(block, site, w, own, seen, seconds * len(w)))
         self.records += records
         self.edited.update(site.parameter for site in sites)
         for record in records:
@@ -168,6 +181,7 @@ class Pruner:
             raise InputError(f"{site.name}: the pruned weights overflow {site.storage}; try --method wanda")
         verify(after, pattern)
         left = int((after != 0).sum())
+        lost, whole = self.ranks.totals(*seen.sample.errors(dense, after))
         self.nonzero = (self.nonzero[0] + int((dense != 0).sum()), self.nonzero[1] + left)
         place = locate(self.names.get(site.parameter, [Piece(site.parameter)]), site.part)
         return SiteRecord(
@@ -179,7 +193,7 @@ class Pruner:
             shape=(after.shape[0], after.shape[1]),
             transposed=site.transposed,
             sparsity=1 - left / after.numel(),
-            error=seen.sample.relative_error(dense, after),
+            error=lost / whole if whole > 0 else 0.0,
             tokens=seen.sample.tokens,
             seconds=seconds,
             notes={**found.notes, **({"pool_share": site.columns / seen.statistic.tokens} if site.pool else {})},
@@ -187,19 +201,21 @@ class Pruner:
 
     def _reconstruct(self, block: Block, masks: Mapping[str, Tensor], dense: Activations) -> None:
         with self.clock("reconstruct"):
-            result, changed = reconstruct(block, masks, self.feed, dense.hidden)
+            result, changed = reconstruct(block, masks, self.feed, dense.hidden, self.ranks)
         self.edited.update(changed)
         self.reconstructions.append(result)
         self.progress.reconstructed(result)
 
 
-def _weights(site: Site) -> Tensor:
-    """A float32 copy of the site's weights.
+def _weights(stack: Stage) -> Tensor:
+    """A float32 copy of the weights, those of several sites one below the other.
 
     Raises:
         InputError: they are not finite.
     """
-    dense = site.weight.to(torch.float32, copy=True)
-    if not bool(torch.isfinite(dense).all()):
-        raise InputError(f"the weights of {site.name} hold NaN or infinity")
-    return dense
+    for site in stack:
+        if not bool(torch.isfinite(site.weight).all()):
+            raise InputError(f"the weights of {site.name} hold NaN or infinity")
+    if len(stack) == 1:
+        return stack[0].weight.to(torch.float32, copy=True)
+    return torch.cat([site.weight.float() for site in stack])

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from llmprune.errors import InputError
 from llmprune.models.sites import Block
+from llmprune.ranks import Ranks
 from llmprune.report.record import Reconstruction
 from llmprune.stream.activations import Activations
 
@@ -25,21 +26,30 @@ RATE = 0.02  # Adam's first learning rate, relative to a parameter's root mean s
 HELD_OUT = 8  # one batch in so many
 
 
-def check_batches(batches: int) -> None:
+def check_batches(feed: Activations, ranks: Ranks) -> None:
     """There must be a batch to fit and one to hold out.
 
     Raises:
         InputError: there is one batch only.
     """
-    if batches < 2:
+    if max(ranks.all(len(feed.hidden))) < 2:
         raise InputError("reconstruction holds calibration windows out: give more samples than batch_size, or --no-reconstruct")
 
 
 class BlockFit:
-    """Float32 copies of a block's kept weights, norms and biases, by their names within the block."""
+    """Float32 copies of a block's kept weights, norms and biases, by their names within the block.
 
-    def __init__(self, block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor]) -> None:
-        self._block, self._feed, self._targets = block, feed, targets
+    A batch is the batches of that number of all processes together; its error and gradients are the same on each.
+
+    Attributes:
+        batches: how many there are.
+    """
+
+    def __init__(
+        self, block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor], ranks: Ranks
+    ) -> None:
+        self._block, self._feed, self._targets, self._ranks = block, feed, targets, ranks
+        self.batches = max(ranks.all(len(targets)))
         self._dropped: dict[str, Tensor] = {}
         self.masters: dict[str, Tensor] = {}
         for path, parameter in block.module.named_parameters():
@@ -61,25 +71,37 @@ class BlockFit:
         master = self.masters[path]
         return master.masked_fill(self._dropped[path], 0) if path in self._dropped else master
 
-    def loss(self, index: int, parameters: dict[str, Tensor]) -> Tensor:
-        """Relative squared error of the block's output on batch `index`."""
+    def _lost(self, index: int, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Squared error of the block's output on this process's batch `index`, and the square of the target."""
         module = self._block.module
         out = self._feed.call(self._block, index, lambda *args, **kwargs: functional_call(module, parameters, args, kwargs))
         target = self._feed.real_tokens(self._targets[index].to(out.device), index).float()
-        return (self._feed.real_tokens(out, index).float() - target).square().sum() / target.square().sum()
+        return (self._feed.real_tokens(out, index).float() - target).square().sum(), target.square().sum()
 
     def differentiate(self, index: int) -> None:
-        """Set the copies' gradients; the model's own parameters get none."""
+        """Set the copies' gradients of the relative error on batch `index`; the model's own parameters get none."""
         masters = list(self.masters.values())
+        gradients: Sequence[Tensor | None] = [None] * len(masters)
+        lost = whole = torch.zeros(())
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self.loss(index, self.parameters()), masters, allow_unused=True)
+            if index < len(self._targets):
+                lost, whole = self._lost(index, self.parameters())
+            if self._ranks.size > 1:
+                whole = whole.new_tensor(self._ranks.totals(float(whole))[0])
+            if lost.requires_grad:
+                gradients = torch.autograd.grad(lost / whole, masters, allow_unused=True)
         for master, gradient in zip(masters, gradients, strict=True):
-            master.grad = gradient
+            master.grad = torch.zeros_like(master) if gradient is None else gradient
+            self._ranks.add_up(master.grad)
 
     def error(self, indices: Sequence[int]) -> float:
+        """Mean relative squared error of the block's output on the batches `indices`."""
         with torch.no_grad():
-            parameters = self.parameters()
-            return sum(float(self.loss(index, parameters)) for index in indices) / len(indices)
+            parameters, numbers = self.parameters(), []
+            for index in indices:
+                numbers += [float(x) for x in self._lost(index, parameters)] if index < len(self._targets) else [0.0, 0.0]
+        numbers = list(self._ranks.totals(*numbers))
+        return sum(lost / whole for lost, whole in zip(numbers[::2], numbers[1::2], strict=True)) / len(indices)
 
     def state(self) -> dict[str, Tensor]:
         return {path: master.detach().clone() for path, master in self.masters.items()}
@@ -104,7 +126,7 @@ class BlockFit:
 
 
 def reconstruct(
-    block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor]
+    block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor], ranks: Ranks
 ) -> tuple[Reconstruction, list[str]]:
     """Fit `block` in place; returns what came of it and the full names of the parameters that changed.
 
@@ -114,9 +136,9 @@ def reconstruct(
         targets: the dense block's outputs, one a batch of `feed`.
     """
     start = time.perf_counter()
-    held = range(len(targets))[HELD_OUT // 2 :: HELD_OUT] or range(len(targets))[-1:]
-    train = [index for index in range(len(targets)) if index not in held]
-    fit = BlockFit(block, masks, feed, targets)
+    fit = BlockFit(block, masks, feed, targets, ranks)
+    held = range(fit.batches)[HELD_OUT // 2 :: HELD_OUT] or range(fit.batches)[-1:]
+    train = [index for index in range(fit.batches) if index not in held]
     before = best = fit.error(held)
     kept = fit.state()
     groups = [{"params": [p], "lr": RATE * float(p.detach().square().mean().sqrt())} for p in fit.masters.values()]

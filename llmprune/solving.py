@@ -1,9 +1,15 @@
-"""What a method is given at once, and what it finds: a stage's small matrices as one, experts' matrices in a batch."""
+"""What a method is given at once, and what it finds: a stage's small matrices as one, experts' matrices in a batch.
+
+Where several processes share a run, each solves a part: a batch of its own or, where rows do not bear on each other, its
+rows of every batch.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +19,7 @@ from llmprune.errors import InputError
 from llmprune.linalg import masked_least_squares
 from llmprune.models.sites import Site, Stage
 from llmprune.patterns import Pattern, Stacked
+from llmprune.ranks import Ranks
 from llmprune.recipes import Recipe
 from llmprune.report.record import Clock
 from llmprune.solvers.base import Solution
@@ -43,6 +50,16 @@ class Observed:
                     raise InputError("the dense and the pruned model send it different tokens; use --target dense")
                 self.cross.add(x, dense)
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Count what the other processes counted. The sample stays this one's."""
+        for tensor in self.statistic.sums():
+            ranks.add_up(tensor)
+        counts = ranks.totals(self.statistic.tokens, self.sample.tokens)
+        self.statistic.tokens, self.sample.tokens = (int(count) for count in counts)
+        if self.cross is not None:
+            ranks.add_up(self.cross.sum)
+            self.cross.tokens = self.statistic.tokens
+
     def aim(self, w: Tensor) -> Tensor:
         """The weights to imitate on the pruned model's inputs."""
         if self.cross is None:
@@ -51,7 +68,7 @@ class Observed:
         return self.cross.aim(w, self.statistic, BLEND)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Matrices of one shape and pattern, to be solved at once.
 
@@ -76,6 +93,11 @@ class Batch:
         """How many matrices are best solved at once."""
         columns, device = self.stacks[0][0].columns, self.stacks[0][0].weight.device.type
         return max(_BATCH_BYTES.get(device, 0) // (4 * columns * (columns + sum(self.rows()))), 1)
+
+    def cost(self) -> int:
+        """Of solving it, in no unit."""
+        columns = self.stacks[0][0].columns
+        return len(self.stacks) * columns**2 * (columns + sum(self.rows()))
 
     def parts(self) -> list[Batch]:
         """The same in batches of at most `most` matrices."""
@@ -120,25 +142,97 @@ def lean(group: Sequence[Stage], observed: Sequence[Observed]) -> None:
         lean_on_pool(statistics, columns[pool])
 
 
-def solve(batch: Batch, dense: Sequence[Sequence[Tensor]], recipe: Recipe) -> list[list[Solution]]:
-    """The recipe's solutions for the weights `dense`, (out, in) each, as `batch.stacks` has their sites.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Rows of the matrices of a batch, for one process to solve."""
+
+    batch: Batch
+    start: int
+    stop: int
+
+    def solve(self, dense: Sequence[Tensor], recipe: Recipe) -> Solution:
+        """The recipe's solution for these rows of the weights `dense`, (out, in) each."""
+        rows, seen = self.batch.rows(), self.batch.seen
+        pattern: Pattern = self.batch.pattern
+        if len(rows) > 1 and self.stop - self.start == sum(rows):
+            pattern = Stacked(pattern, tuple(rows))
+        aims = [one.aim(w[self.start : self.stop]) for w, one in zip(dense, seen, strict=True)]
+        statistics = [one.statistic for one in seen]
+        if len(aims) == 1:
+            return _solve(aims[0], statistics[0], pattern, recipe)
+        return _solve(torch.stack(aims), type(statistics[0]).batch(statistics), pattern, recipe)
+
+    def blank(self, notes: Mapping[str, float]) -> Solution:
+        """Room for what another process finds."""
+        first = self.batch.stacks[0][0]
+        count = len(self.batch.stacks)
+        shape = (*((count,) if count > 1 else ()), self.stop - self.start, first.columns)
+        weight = torch.empty(shape, device=first.weight.device)
+        return Solution(weight, torch.empty_like(weight, dtype=torch.bool), notes)
+
+
+Round: TypeAlias = list[Share]  # what the processes solve at the same time: the first process the first share, and so on
+
+
+def make_rounds(batches: Sequence[Batch], method: str, size: int) -> list[Round]:
+    """Divide the work among `size` processes: rows where they can be divided, else batches that cost much the same."""
+    solver = solvers.load(method)
+    rounds: list[Round] = []
+    whole: list[Share] = []
+    for batch in batches:
+        rows = sum(batch.rows())
+        if size > 1 and solver.stackable and batch.pattern.rowwise and rows >= size:
+            cuts = [rank * rows // size for rank in range(size + 1)]
+            rounds.append([Share(batch, *cut) for cut in itertools.pairwise(cuts)])
+        else:
+            whole.append(Share(batch, 0, rows))
+    if size > 1:
+        whole.sort(key=lambda share: share.batch.cost(), reverse=True)
+    return rounds + [whole[i : i + size] for i in range(0, len(whole), size)]
+
+
+def solve(work: Round, dense: Mapping[Batch, Sequence[Tensor]], recipe: Recipe, ranks: Ranks) -> dict[Batch, Solution]:
+    """The recipe's solution of each batch in `work`, of which this process finds its share.
+
+    Args:
+        dense: the weights (out, in) of a batch's stacks, each the sites one below the other.
 
     Raises:
         InputError: the method cannot work with what the sites are fed; they are named.
     """
-    rows = batch.rows()
-    pattern = Stacked(batch.pattern, tuple(rows)) if len(rows) > 1 else batch.pattern
+    own, told = None, None
+    if ranks.rank < len(work):
+        own, told = _attempt(work[ranks.rank], dense, recipe)
+    answers = ranks.all(told)
+    if errors := [answer for answer in answers if isinstance(answer, str)]:
+        raise InputError(errors[0])
+    notes = [answer if isinstance(answer, Mapping) else {} for answer in answers]
+    parts: dict[Batch, list[Solution]] = {}
+    for rank, share in enumerate(work):
+        found = own if own is not None and rank == ranks.rank else share.blank(notes[rank])
+        part = Solution(ranks.of(rank, found.weight), ranks.of(rank, found.mask), found.notes)
+        parts.setdefault(share.batch, []).append(part)
+    return {batch: _joined(own) for batch, own in parts.items()}
+
+
+def _attempt(
+    share: Share, dense: Mapping[Batch, Sequence[Tensor]], recipe: Recipe
+) -> tuple[Solution | None, Mapping[str, float] | str]:
+    """The solution and its notes; or none, and why, for all processes to hear."""
     try:
-        aims = [seen.aim(torch.cat(list(w)) if len(w) > 1 else w[0]) for w, seen in zip(dense, batch.seen, strict=True)]
-        statistics = [seen.statistic for seen in batch.seen]
-        if len(aims) == 1:
-            found = [_solve(aims[0], statistics[0], pattern, recipe)]
-        else:
-            found = _solve(torch.stack(aims), type(statistics[0]).batch(statistics), pattern, recipe).unbind()
+        found = share.solve(dense[share.batch], recipe)
     except InputError as error:
-        names = ", ".join(site.name for site in batch.sites())
-        raise InputError(f"{names}: {error}; another calibration text may help") from None
-    return [solution.split(rows) for solution in found]
+        names = ", ".join(site.name for site in share.batch.sites())
+        return None, f"{names}: {error}; another calibration text may help"
+    return found, found.notes
+
+
+def _joined(parts: Sequence[Solution]) -> Solution:
+    """The rows of a batch, put together again; of each note the largest."""
+    if len(parts) == 1:
+        return parts[0]
+    notes = {name: max(part.notes[name] for part in parts) for name in parts[0].notes}
+    return Solution(torch.cat([p.weight for p in parts], dim=-2), torch.cat([p.mask for p in parts], dim=-2), notes)
 
 
 def _solve(aim: Tensor, statistic: Statistic, pattern: Pattern, recipe: Recipe) -> Solution:

@@ -44,6 +44,10 @@ class Statistic(Protocol):
         """Several as one, for a solver that takes a batch of matrices."""
         ...
 
+    def sums(self) -> list[Tensor]:
+        """What adds up over processes, apart from the tokens; changed in place."""
+        ...
+
     def finite(self) -> bool: ...
 
 
@@ -77,6 +81,9 @@ class TokenCount:
     @classmethod
     def batch(cls, each: Sequence[Self]) -> Self:
         return each[0]
+
+    def sums(self) -> list[Tensor]:
+        return []
 
     def finite(self) -> bool:
         return True
@@ -116,6 +123,9 @@ class Moments:
         for name in one._SUMS:
             setattr(one, name, torch.stack([getattr(own, name) / max(own.tokens, 1) for own in each]))
         return one
+
+    def sums(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._SUMS]
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.squares).all())
@@ -223,9 +233,8 @@ class InputSample:
         self._parts.append(x[self._next :: self._stride].float())
         self._next = (self._next - len(x)) % self._stride
 
-    def relative_error(self, dense: Tensor, pruned: Tensor) -> float:
-        """‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² for W, Ŵ (out, in); 0 where the dense output is zero."""
+    def errors(self, dense: Tensor, pruned: Tensor) -> tuple[float, float]:
+        """‖X(W - Ŵ)ᵀ‖² and ‖XWᵀ‖² for W, Ŵ (out, in): what is lost of a matrix's outputs, and what there was."""
         x = torch.cat(self._parts)
         lost = (x @ (dense - pruned).T).square().sum(dtype=torch.float64)
-        whole = (x @ dense.T).square().sum(dtype=torch.float64)
-        return float(lost / whole) if whole > 0 else 0.0
+        return float(lost), float((x @ dense.T).square().sum(dtype=torch.float64))

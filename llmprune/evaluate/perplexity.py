@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmprune.data import Windows
+from llmprune.ranks import Ranks
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
 
@@ -34,26 +35,34 @@ class Perplexity:
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Windows) -> Perplexity:
     """Perplexity of a whole model in memory."""
-    return _measure(windows, lambda inputs: model(**inputs, use_cache=False, return_dict=True).logits, model.device)
+    return _measure(windows, lambda inputs: model(**inputs, use_cache=False, return_dict=True).logits, model.device, Ranks())
 
 
 @torch.no_grad()
 def streamed_perplexity(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], last: Activations, windows: Windows, device: torch.device
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    last: Activations,
+    windows: Windows,
+    device: torch.device,
+    ranks: Ranks,
 ) -> Perplexity:
-    """Perplexity of a model whose blocks have already run: `last` holds the last block's outputs for `windows`."""
+    """Perplexity of a model whose blocks have already run: `last` holds the last block's outputs for `windows`, which are
+    this process's share of the text.
+    """
     outputs = iter(row for hidden in last.hidden for row in hidden.split(1))
-    return _measure(windows, lambda inputs: head(model, blocks, next(outputs).to(device), **inputs), device)
+    return _measure(windows, lambda inputs: head(model, blocks, next(outputs).to(device), **inputs), device, ranks)
 
 
-def _measure(windows: Windows, logits: Callable[[dict[str, Tensor]], Tensor], device: torch.device) -> Perplexity:
+def _measure(windows: Windows, logits: Callable[[dict[str, Tensor]], Tensor], device: torch.device, ranks: Ranks) -> Perplexity:
     loss = torch.zeros((), dtype=torch.float64)
     for inputs in windows.batches(1, device):  # logits are large: one window at a time
         loss += _loss(logits(inputs), inputs["input_ids"]).cpu()
-    count, length = windows.ids.shape
-    tokens = count * (length - 1)
-    mean = float(loss) / tokens
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.text, tokens, count, length)
+    length = windows.ids.shape[1]
+    total, count = ranks.totals(float(loss), len(windows.ids))
+    tokens = int(count) * (length - 1)
+    mean = total / tokens
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.text, tokens, int(count), length)
 
 
 def _loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Console(Progress):
             "pattern": f"{pattern} in {matrices} matrices, {len(record.skipped)} left out",
             "method": f"{record.recipe['text']}, {order}",
             "calibration": f"{text['text']}, {text['samples']} windows x {text['seqlen']} tokens, seed {text['seed']}",
-            "compute": f"{record.compute['dtype']} on {record.compute['device']}",
+            "compute": f"{record.compute['dtype']} on {record.compute['device']}{_shared(record.compute['processes'])}",
         }.items():
             self._console.print(f"{what:<11}  {value}", markup=False)
 
@@ -163,6 +163,10 @@ def _table(record: RunRecord) -> Table:
 def _next_steps(output: Path) -> str:
     load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({json.dumps(str(output))})"
     return f"  llmprune verify {shlex.quote(str(output))}\n  python -c {shlex.quote(load)}"
+
+
+def _shared(processes: int) -> str:
+    return f", {processes} processes" if processes > 1 else ""
 
 
 def _errors(sites: Sequence[SiteRecord]) -> str:

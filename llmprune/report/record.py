@@ -78,7 +78,7 @@ class RunRecord:
     recipe: dict[str, Any]
     model: dict[str, Any]
     calibration: dict[str, Any]
-    compute: dict[str, str]
+    compute: dict[str, Any]
     sites: list[SiteRecord] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)

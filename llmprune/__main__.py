@@ -1,0 +1,8 @@
+"""`python -m llmprune`, and what launchers of several processes start: `accelerate launch -m llmprune ...`."""
+
+import sys
+
+from llmprune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

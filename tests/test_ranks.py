@@ -1,0 +1,187 @@
+"""Several processes that share a run find what one finds, from the data of all of them, and none waits for a dead one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, tokens
+from safetensors.torch import load_file
+from test_families import EXPERTS
+from test_resume import weights
+
+import llmprune
+from llmprune.data import Windows
+from llmprune.demo.text import documents
+from llmprune.errors import InputError
+from llmprune.integrity import verify
+
+TESTS = Path(__file__).parent
+CASES = {
+    "wanda": {"method": "wanda", "sparsity": "2:4"},
+    "unstructured": {"method": "sparsegpt", "sparsity": "50%"},
+    "one_pass": {"method": "sparsegpt", "sparsity": "2:4", "true_sequential": False},
+    "balanced": {"quality": "balanced", "sparsity": "2:4"},
+    "best": {"quality": "best", "sparsity": "50%"},
+}
+WINDOWS = tokens(13, 40)  # no multiple of 2 or 4: the shares differ
+OPTIONS = {"calibration": WINDOWS, "batch_size": 4}
+
+_RUN = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import llmprune
+from llmprune.errors import InputError
+from llmprune.report.console import Progress
+from test_ranks import CASES, OPTIONS
+
+class Dies(Progress):
+    def site(self, site):
+        if site.block == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+source, out, dies = sys.argv[2], sys.argv[3], sys.argv[4] == "dies"
+try:
+    for name in sys.argv[5:]:
+        progress = Dies() if dies else None
+        llmprune.prune(source, output=f"{out}/{name}", progress=progress, **OPTIONS, **CASES[name])
+except InputError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def start(size: int, *arguments: object) -> list[subprocess.Popen]:
+    """The processes of one run, started as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _RUN, str(TESTS), *map(str, arguments)]
+    return [
+        subprocess.Popen(
+            command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit codes and errors."""
+    return [(process.wait(timeout=120), process.stderr.read().decode()) for process in processes]
+
+
+def together(size: int, *arguments: object) -> None:
+    for code, errors in finish(start(size, *arguments)):
+        assert code == 0, errors
+
+
+def by_name(sites: Iterable[dict]) -> list[dict]:
+    return sorted(sites, key=lambda site: site["name"] + site["part"])
+
+
+def masks(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= {name: w != 0 for name, w in load_file(path).items() if (w == 0).float().mean() > 0.3}
+    return found
+
+
+def unlike(a: Path, b: Path) -> float:
+    """The share of weights that one keeps and the other drops."""
+    one, other = masks(a), masks(b)
+    assert one.keys() == other.keys()
+    return sum(int((one[name] != other[name]).sum()) for name in one) / sum(mask.numel() for mask in one.values())
+
+
+@pytest.mark.parametrize(("family", "size", "cases"), [
+    ("llama", 2, list(CASES)),
+    ("llama", 4, ["unstructured", "one_pass"]),
+    ("mixtral", 2, ["unstructured", "balanced"]),
+])  # fmt: skip
+def test_processes_find_what_one_finds(family: str, size: int, cases: list[str], saved, tmp_path: Path) -> None:
+    """Sums in another order move near ties, and later blocks follow: by no more than another batch size moves them."""
+    source = saved(tiny_model(family, **EXPERTS.get(family, {})))
+    together(size, source, tmp_path / "many", "lives", *cases)
+    for name in cases:
+        case = CASES[name]
+        many, one = tmp_path / "many" / name, tmp_path / f"{name}.one"
+        record = llmprune.prune(source, output=one, **OPTIONS, **case).record
+        assert verify(many).problems == ()
+        assert {p.name for p in many.iterdir()} == {p.name for p in one.iterdir()}
+        again = tmp_path / f"{name}.again"
+        llmprune.prune(source, output=again, **(OPTIONS | {"batch_size": 3}), **case)
+        noise = unlike(one, again) if name != "best" else 0.1  # there the batch size is the fit's as well
+        assert unlike(one, many) <= 1.5 * noise + 1e-3, name
+        shared = json.loads((many / "llmprune.json").read_text())
+        assert shared["compute"]["processes"] == size
+        pairs = list(zip(by_name(shared["sites"]), by_name(map(asdict, record.sites)), strict=True))
+        for mine, other in pairs:
+            assert (mine["name"], mine["sparsity"]) == (other["name"], other["sparsity"])
+            assert mine["tokens"] == other["tokens"] or mine["block"]  # what is pruned moves the routing in later blocks
+            assert mine["error"] == pytest.approx(other["error"], rel=0.2, abs=1e-4)
+        assert sum(mine["tokens"] for mine, _ in pairs) == sum(other["tokens"] for _, other in pairs)
+
+
+def test_every_process_adds_its_own_windows(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only the second process sees changes the result, to what one process finds from all of it."""
+    source = saved(tiny_model("llama"))
+    together(2, source, tmp_path / "many", "lives", "wanda")
+    one = llmprune.prune(source, output=tmp_path / "one", **OPTIONS, **CASES["wanda"]).record
+    other = WINDOWS.clone()
+    other[1::2] = 7  # the second process's
+    llmprune.prune(source, output=tmp_path / "other", **(OPTIONS | {"calibration": other}), **CASES["wanda"])
+    assert unlike(tmp_path / "one", tmp_path / "many" / "wanda") == 0
+    assert unlike(tmp_path / "other", tmp_path / "many" / "wanda") > 0.01
+    assert {site.tokens for site in one.sites} == {WINDOWS.numel()}
+
+
+def test_a_process_that_dies_ends_the_run_and_it_goes_on_later(saved, tmp_path: Path) -> None:
+    source = saved(tiny_model("llama"))
+    together(2, source, tmp_path / "whole", "lives", "balanced")
+    (first, told), (second, _) = finish(start(2, source, tmp_path / "out", "dies", "balanced"))
+    assert second == -9
+    assert first == 1
+    assert told.strip().splitlines()[-1].startswith("error: another process of this run has ended")
+    assert not (tmp_path / "out" / "balanced").exists()
+    with pytest.raises(InputError, match=r"processes 2 \(now 1\)"):
+        llmprune.prune(source, output=tmp_path / "out" / "balanced", **OPTIONS, **CASES["balanced"])
+    together(2, source, tmp_path / "out", "lives", "balanced")
+    assert weights(tmp_path / "out" / "balanced") == weights(tmp_path / "whole" / "balanced")
+
+
+def test_the_command_under_a_launcher(tmp_path: Path) -> None:
+    """The bundled model: the same perplexity to three digits, shown once; a mistake is told once."""
+    (tmp_path / "text.txt").write_text("\n\n".join(documents("evaluation"))[:40_000])
+    run = ["-m", "llmprune", "--model", "llama", "--sparsity", "2:4", "--samples", "16", "--seqlen", "128"]
+    run += ["--method", "wanda", "--eval-text", "text.txt"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *run, "--output", "two"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("float32 on cpu, 2 processes") == 1
+    alone = subprocess.run([sys.executable, *run, "--output", "one"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    shown = [re.search(r"perplexity .*?│ +([\d.]+) │ +([\d.]+) │", text) for text in (done.stdout, alone.stdout)]
+    assert all(shown), alone.stdout
+    for two, one in zip(*(found.groups() for found in shown if found), strict=True):
+        assert float(two) == pytest.approx(float(one), rel=5e-4)
+    wrong = subprocess.run(
+        [*launch, *run, "--output", "two"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode != 0
+    assert wrong.stderr.count("llmprune: error: output two is not empty") == 1
+
+
+def test_fewer_windows_than_processes() -> None:
+    with pytest.raises(InputError, match="4 processes cannot share the 3 windows"):
+        Windows(tokens(3, 8), "given tokens").share(0, 4)
