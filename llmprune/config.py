@@ -13,6 +13,7 @@ import yaml
 from llmprune.errors import InputError, reason, unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PLACES = ("memory", "disk")
 
 
 def _option(help: str, default: Any = dataclasses.MISSING, *, metavar: str | None = None) -> Any:
@@ -47,6 +48,9 @@ class PruneConfig:
     )  # fmt: skip
     samples: int = _option("calibration windows (default: %(default)s)", 128)
     seqlen: int = _option("tokens a window, capped at the model's positions (default: %(default)s)", 2048)
+    activations: str = _option(
+        "where hidden states rest: memory, or disk, which takes room beside the output (default: %(default)s)", "memory"
+    )
     batch_size: int = _option("windows run at once (default: %(default)s)", 8)
     seed: int = _option("seed of the calibration draw (default: %(default)s)", 0)
     true_sequential: bool = _option(
@@ -77,8 +81,9 @@ class PruneConfig:
                 raise InputError(f"{name} {getattr(self, name)} is impossible: give at least 1")
         if self.seqlen < 2:
             raise InputError("seqlen 1 is impossible: a window needs a token to predict")
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        for name, known in (("dtype", DTYPES), ("activations", PLACES)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
 
     @classmethod
     def create(cls, options: Mapping[str, Any], *, where: str = "") -> PruneConfig:

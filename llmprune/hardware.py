@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -37,6 +38,26 @@ def pick_dtype(name: str, device: torch.device, config: PretrainedConfig) -> tor
     """The compute dtype called `name`; `auto` is float32 on the CPU, else the checkpoint's."""
     chosen = getattr(torch, name) if name != "auto" else torch.float32 if device.type == "cpu" else config.dtype
     return chosen if isinstance(chosen, torch.dtype) else torch.float32
+
+
+def operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a product of matrices, measured now: the better of two."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(3):  # the first warms up
+        _finished(device)
+        start = time.perf_counter()
+        a @ a
+        _finished(device)
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
+
+
+def _finished(device: torch.device) -> None:
+    """Wait for what the device has been told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def map_large_allocations() -> None:

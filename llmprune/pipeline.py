@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune import solvers
 from llmprune.config import PruneConfig
-from llmprune.data import Given, Windows
-from llmprune.errors import InputError, plain_errors, reason, user_path
-from llmprune.evaluate.perplexity import streamed_perplexity
-from llmprune.hardware import map_large_allocations, peak_memory, pick_device, pick_dtype
+from llmprune.data import Given
+from llmprune.errors import InputError, plain_errors, reason
+from llmprune.hardware import map_large_allocations, pick_device, pick_dtype
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
-from llmprune.models.experts import observable
 from llmprune.models.names import Names, locate, match_names
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
-from llmprune.models.sites import Block, part_text, read_part
+from llmprune.models.sites import part_text, read_part
 from llmprune.models.skeleton import FOREIGN, Skeleton, load_config
-from llmprune.patterns import Pattern, parse
-from llmprune.plan import Plan, make_plan
-from llmprune.pruner import Pruner
-from llmprune.ranks import Ranks, joined
-from llmprune.recipes import Recipe, choose_recipe
-from llmprune.reconstruct import check_batches
+from llmprune.plan import make_plan
+from llmprune.preflight import check_room, describe, estimate, shortage
+from llmprune.ranks import joined
 from llmprune.report.card import model_card
 from llmprune.report.console import Progress
-from llmprune.report.record import Clock, RunRecord, SiteRecord, versions
-from llmprune.stream.activations import Activations
-from llmprune.stream.engine import Sink, Source, stream
-from llmprune.stream.publish import RECORD, check_output, copy_extras, publish, published, sha256, write_json
-from llmprune.stream.resume import MANIFEST, Manifest, continued
+from llmprune.report.record import RunRecord, SiteRecord, versions
+from llmprune.run import Job, Resume, Work, run
+from llmprune.stream.publish import RECORD, check_output, copy_extras, existing_parent, publish, published, sha256, write_json
+from llmprune.stream.resume import MANIFEST, Manifest, continued, partial_folder
 from llmprune.stream.shards import NoSink, ShardWriter
 from llmprune.stream.source import CheckpointSource, ModelSource
 from llmprune.texts import Texts, choose_texts
@@ -93,7 +86,7 @@ def prune(
     }
     config = PruneConfig.create({**options, **named})
     with torch.no_grad(), plain_errors(), joined() as ranks:
-        job = _Job(config, given, progress or Progress(), ranks)
+        job = Job(config, given, progress or Progress(), ranks)
         if isinstance(model, PreTrainedModel):
             return _prune_in_memory(job, model, None, tokenizer)
         folder = resolve(job.config.model)
@@ -104,65 +97,20 @@ def prune(
         return _prune_in_memory(job, _load_whole(folder, model_config, job), folder, tokenizer)
 
 
-@dataclass(slots=True)
-class _Job:
-    """What was asked. Method and pattern are looked up at once, so that a mistake costs no work."""
-
-    config: PruneConfig
-    given: Given | None
-    progress: Progress
-    ranks: Ranks
-    clock: Clock = field(default_factory=Clock)
-    recipe: Recipe = field(init=False)
-    pattern: Pattern = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.recipe, self.pattern = choose_recipe(self.config), parse(self.config.sparsity)
-        solvers.load(self.recipe.method)
-
-    def output(self, model: str) -> Path | None:
-        """The folder to write; `auto` names it after the model, the pattern and the method."""
-        if self.config.output != "auto":
-            return None if self.config.output is None else user_path(self.config.output, "output")
-        pattern = str(self.pattern).replace(":", "of").replace("%", "pct")
-        return Path(f"{model}-{pattern}-{self.recipe.name}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """The model that a job works on, on disk or in memory alike.
-
-    Attributes:
-        outside: makes what is outside the blocks (embeddings, head) available for a while.
-        names: where on disk the model's tensors are; nothing for a model in memory.
-    """
-
-    model: PreTrainedModel
-    blocks: Mapping[str, nn.Module]
-    device: torch.device
-    dtype: torch.dtype
-    parameters: int
-    nbytes: int
-    source: Source
-    plan: Plan
-    outside: Callable[[], AbstractContextManager[None]] = nullcontext
-    names: Names = field(default_factory=dict)
-
-
-def _prune_folder(
-    job: _Job, folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> Result:
+def _prune_folder(job: Job, folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Result:
     """Stream a checkpoint folder to the output folder."""
     output = job.output(folder.name)
     assert output is not None
     check_output(output, folder.path, job.config.overwrite)
+    mapped = job.config.activations == "disk"
     with job.clock("prepare"):
         checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device, job.ranks.local)
         if checkpoint.largest() > _LARGE_TENSOR:
             map_large_allocations()
         skeleton = Skeleton(checkpoint, config, device, pick_dtype(job.config.dtype, device, config))
 
-        work = _Work(
+        blocks = skeleton.describe()
+        work = Work(
             skeleton.model,
             skeleton.blocks,
             device,
@@ -170,12 +118,28 @@ def _prune_folder(
             skeleton.parameters(),
             checkpoint.nbytes(),
             CheckpointSource(skeleton),
-            make_plan(skeleton.describe(), job.pattern, only=job.config.only, skip=job.config.skip),
+            make_plan(blocks, job.pattern, only=job.config.only, skip=job.config.skip),
             skeleton.outside,
             skeleton.names,
+            existing_parent(output) if mapped else None,
         )
         texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
-    record = _announce(job, work, texts, folder)
+        needs = estimate(
+            config,
+            blocks,
+            texts,
+            job.recipe,
+            dtype=work.dtype,
+            batch=max(job.config.batch_size // job.ranks.size, 1),
+            checkpoint=work.nbytes,
+            processes=job.ranks.size,
+        )
+        kept = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))  # by an earlier run
+        check_room(output, needs.output - kept + (needs.activations * job.ranks.size if mapped else 0))
+        predicted = asdict(needs) | {"seconds": needs.seconds(device, work.dtype)}
+    record = _announce(job, work, texts, folder, predicted | {"text": describe(needs, predicted["seconds"], mapped=mapped)})
+    if short := shortage(needs, device, mapped=mapped):
+        job.progress.note(short)
     with _continued(job, output, _fingerprint(job, checkpoint, texts, record)) as manifest:
         partial, finished = job.ranks.agree((manifest.folder, manifest.blocks) if manifest else (output, []))
         if finished:
@@ -184,7 +148,7 @@ def _prune_folder(
             copy_extras(folder.path, partial)
         edited: set[str] = set()
         writer = ShardWriter(skeleton, partial, edited)
-        _run(job, work, texts, writer if manifest else NoSink(), record, edited, _Resume(finished, writer, manifest))
+        run(job, work, texts, writer if manifest else NoSink(), record, edited, Resume(finished, writer, manifest))
         if manifest:
             with job.clock("write"):
                 writer.finish()
@@ -195,28 +159,16 @@ def _prune_folder(
     return Result(record, None, output)
 
 
-def _continued(job: _Job, output: Path, fingerprint: Mapping[str, Any]) -> AbstractContextManager[Manifest | None]:
+def _continued(job: Job, output: Path, fingerprint: Mapping[str, Any]) -> AbstractContextManager[Manifest | None]:
     """The manifest of the run, which the first process keeps; none on the others."""
     if not job.ranks.first:
         return nullcontext()
     return continued(output, fingerprint, restart=job.config.restart, tell=job.progress.note)
 
 
-@dataclass(frozen=True, slots=True)
-class _Resume:
-    """What came of the blocks that an earlier run finished, where they are, and where to commit those that come."""
-
-    finished: Sequence[Mapping[str, Any]]
-    writer: ShardWriter
-    manifest: Manifest | None
-
-    def has(self, block: Block) -> bool:
-        return block.index < len(self.finished)
-
-
-def _fingerprint(job: _Job, checkpoint: Checkpoint, texts: Texts, record: RunRecord) -> dict[str, Any]:
+def _fingerprint(job: Job, checkpoint: Checkpoint, texts: Texts, record: RunRecord) -> dict[str, Any]:
     """All that decides the result, in terms that a message can show."""
-    passing = {"model", "output", "overwrite", "restart", "calibration", "eval_text"}
+    passing = {"model", "output", "overwrite", "restart", "activations", "calibration", "eval_text"}
     options = {f"--{name.replace('_', '-')}": value for name, value in asdict(job.config).items() if name not in passing}
     windows = {"calibration text": texts.calibration, "evaluation text": texts.evaluation}
     return {
@@ -230,7 +182,7 @@ def _fingerprint(job: _Job, checkpoint: Checkpoint, texts: Texts, record: RunRec
 
 
 def _prune_in_memory(
-    job: _Job, model: PreTrainedModel, folder: ModelFolder | None, tokenizer: PreTrainedTokenizerBase | None
+    job: Job, model: PreTrainedModel, folder: ModelFolder | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Result:
     """Prune a model in place, and save it where an output folder is named."""
     output = job.output(folder.name if folder else job.config.model)
@@ -244,11 +196,21 @@ def _prune_in_memory(
         source = ModelSource(model)
         plan = make_plan(list(source.blocks()), job.pattern, only=job.config.only, skip=job.config.skip)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        work = _Work(model, find_blocks(model), model.device, model.dtype, model.num_parameters(), size, source, plan)
+        work = Work(
+            model,
+            find_blocks(model),
+            model.device,
+            model.dtype,
+            model.num_parameters(),
+            size,
+            source,
+            plan,
+            scratch=Path(tempfile.gettempdir()) if job.config.activations == "disk" else None,
+        )
         texts = choose_texts(job.config, model.config, tokenizer, given=job.given, bundled=bool(folder and folder.bundled))
-    record = _announce(job, work, texts, folder)
+    record = _announce(job, work, texts, folder, {})
     with _evaluating(model):
-        _run(job, work, texts, NoSink(), record, set())
+        run(job, work, texts, NoSink(), record, set())
     if output is not None and job.ranks.first:
         with published(output, overwrite=job.config.overwrite) as partial, job.clock("write"):
             model.save_pretrained(partial)
@@ -268,110 +230,7 @@ def _on_disk(site: SiteRecord, names: Names) -> SiteRecord:
     return replace(site, tensor=place.disk, part=part_text(place.part))
 
 
-def _run(
-    job: _Job, work: _Work, texts: Texts, sink: Sink, record: RunRecord, edited: set[str], resume: _Resume | None = None
-) -> None:
-    """Stream the model block by block, and fill in what was found; `edited` learns what was changed."""
-    clock, ranks, blocks = job.clock, job.ranks, list(work.blocks.values())
-    batch = max(job.config.batch_size // ranks.size, 1)
-
-    def record_activations(windows: Windows) -> Activations:
-        return Activations.record(work.model, blocks, windows, batch=batch, device=work.device)
-
-    evaluation = texts.evaluation.share(ranks.rank, ranks.size) if texts.evaluation else None
-    with work.outside(), clock("capture"):
-        feed = record_activations(texts.calibration.share(ranks.rank, ranks.size))
-        dense = record_activations(evaluation) if evaluation else None
-    pruned = dense.fork() if dense else None
-    if job.recipe.reconstruct:
-        check_batches(feed, ranks)
-    pruner = Pruner(
-        work.plan.patterns,
-        job.recipe,
-        feed,
-        feed.fork() if job.recipe.reconstruct or job.recipe.target == "corrected" else None,
-        texts.calibration.tokens(),
-        job.config.true_sequential,
-        len(blocks) - 1,
-        job.progress,
-        clock,
-        ranks,
-        work.names,
-        edited,
-    )
-
-    def visit(block: Block) -> None:
-        if dense is not None:
-            with clock("evaluate"):
-                dense.advance(block)
-        if resume and resume.has(block):
-            pruner.repeat(block, resume.finished[block.index], resume.writer.restore)
-        else:
-            pruner.prune(block)
-
-    job.progress.start(len(blocks), len(work.plan.patterns))
-    with observable(work.model, all_tokens=job.config.all_experts):
-        stream(
-            work.source, _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock), _Keeper(sink, clock, pruner, resume), visit
-        )
-    if thin := [site for site in pruner.records if site.notes.get("pool_share", 0) > 0.5]:
-        least = min(thin, key=lambda site: site.tokens)
-        job.progress.note(
-            f"{len(thin)} expert matrices saw fewer tokens than they have inputs ({least.name}: {least.tokens}) and lean on "
-            "all experts' statistics; more --samples or --all-experts give them their own"
-        )
-    if not pruner.records:
-        raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
-    if evaluation and dense and pruned:
-        with work.outside(), clock("evaluate"):
-            record.dense = streamed_perplexity(work.model, blocks, dense, evaluation, work.device, ranks)
-            record.pruned = streamed_perplexity(work.model, blocks, pruned, evaluation, work.device, ranks)
-    record.sites, record.reconstructions = pruner.records, pruner.reconstructions
-    record.skipped |= dict.fromkeys(pruner.uncalled, "the model's forward never runs it")
-    record.size["nonzero_before"], record.size["nonzero_after"] = pruner.nonzero
-    record.peak_memory = peak_memory(work.device)
-
-
-@dataclass(frozen=True, slots=True)
-class _Feeds:
-    """Advances the calibration stream, up to the inputs of the `last` block, and the pruned evaluation stream, if any."""
-
-    calibration: Activations
-    evaluation: Activations | None
-    last: int
-    progress: Progress
-    clock: Clock
-
-    def advance(self, block: Block) -> None:
-        if block.index < self.last:
-            with self.clock("forward"):
-                self.calibration.advance(block)
-        if self.evaluation is not None:
-            with self.clock("evaluate"):
-                self.evaluation.advance(block)
-        self.progress.block(block.index)
-
-
-@dataclass(frozen=True, slots=True)
-class _Keeper:
-    """Keeps each block, unless an earlier run did, and commits what came of it."""
-
-    sink: Sink
-    clock: Clock
-    pruner: Pruner
-    resume: _Resume | None
-
-    def put(self, block: Block) -> None:
-        if self.resume and self.resume.has(block):
-            return
-        with self.clock("write"):
-            self.sink.put(block)
-            if self.resume and self.resume.manifest:
-                report = self.pruner.report(block) | {"seconds": self.clock.seconds}
-                self.resume.manifest.commit(self.resume.writer.shard(block), report)
-
-
-def _announce(job: _Job, work: _Work, texts: Texts, folder: ModelFolder | None) -> RunRecord:
+def _announce(job: Job, work: Work, texts: Texts, folder: ModelFolder | None, predicted: dict[str, Any]) -> RunRecord:
     """Start the record, and show what is about to be done."""
     windows, config = texts.calibration, job.config
     record = RunRecord(
@@ -396,6 +255,7 @@ def _announce(job: _Job, work: _Work, texts: Texts, folder: ModelFolder | None) 
             "dtype": str(work.dtype).removeprefix("torch."),
             "processes": job.ranks.size,
         },
+        predicted=predicted,
         skipped=work.plan.skipped,
         seconds=job.clock.seconds,
         size={"bytes_before": work.nbytes},
@@ -442,7 +302,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _load_whole(folder: ModelFolder, model_config: PretrainedConfig, job: _Job) -> PreTrainedModel:
+def _load_whole(folder: ModelFolder, model_config: PretrainedConfig, job: Job) -> PreTrainedModel:
     checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device, job.ranks.local)
     dtype = pick_dtype(job.config.dtype, device, model_config)
     Skeleton(checkpoint, model_config, torch.device("cpu"), dtype)  # raises unless tensors and configuration fit together

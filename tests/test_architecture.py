@@ -34,6 +34,8 @@ ALLOWED = {
     "solving": {"linalg", "models", "patterns", "ranks", "recipes", "report", "solvers", "stats"},
     "pruner": {"models", "patterns", "ranks", "recipes", "reconstruct", "report", "solvers", "solving", "stats", "stream"},
     "integrity": {"models", "patterns", "report", "stream"},
+    "preflight": {"hardware", "models", "recipes", "reconstruct", "solvers", "stats", "stream", "texts"},
+    "run": None,
     "pipeline": None,
     "__main__": {"cli"},
     "cli": {"config", "solvers", "pipeline", "integrity", "report"},

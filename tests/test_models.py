@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from llmprune.errors import InputError
 from llmprune.models.checkpoint import INDEX, SINGLE, Checkpoint
@@ -204,3 +205,56 @@ def test_routers_are_no_sites() -> None:
     made = make_block(0, "model.layers.0", block, {n: p.dtype for n, p in model.named_parameters()})
     assert "model.layers.0.mlp.gate" not in {site.name for site in made.sites}
     assert unreached(made) == {"model.layers.0.mlp.gate.weight": "router"}
+
+
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("on_disk", ["embeddings", "head", "both", "both, different"])
+def test_a_tied_head_is_what_transformers_makes_of_it(on_disk: str, tmp_path: Path) -> None:
+    """Loaded twice, as a run loads it: for the embeddings first, for the head at the end."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    embeddings = model.model.embed_tokens.weight.detach()
+    state = {name: w.clone() for name, w in model.state_dict().items() if name not in TIED}
+    if on_disk != "head":
+        state["model.embed_tokens.weight"] = embeddings.clone()
+    if on_disk != "embeddings":
+        state["lm_head.weight"] = embeddings + 1 if on_disk == "both, different" else embeddings.clone()
+    model.config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = skeleton(tmp_path)
+    for _ in range(2):
+        with found.outside():
+            for name in TIED:
+                assert torch.equal(found.model.get_parameter(name), expected.get_parameter(name))
+        assert found.model.lm_head.weight.is_meta
+
+
+def test_neither_of_two_tied_tensors_is_an_error(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    state = {name: w.clone() for name, w in model.state_dict().items() if name not in TIED}
+    model.config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"lacks tensors of LlamaForCausalLM: model.embed_tokens.weight"):
+        skeleton(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_an_error(saved) -> None:
+    folder = saved(tiny_model("llama"))
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: tensor}, last)
+    with pytest.raises(InputError, match=f"holds tensor {name} twice, in {first.name} and in {last.name}"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"), [(2, "holds unexpected tensors"), (5, "lacks tensors"), (0, "found no decoder blocks")]
+)
+def test_a_layer_count_that_the_tensors_contradict_is_an_error(layers: int, words: str, saved) -> None:
+    folder = saved(tiny_model("llama"))
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=words):
+        skeleton(folder)

@@ -51,7 +51,11 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         wanted = _weight_map(folder)
         for file in sorted(set(wanted.values())) or [SINGLE]:
-            self.tensors.update(_read_header(folder, file))
+            found = _read_header(folder, file)
+            if twice := found.keys() & self.tensors.keys():
+                name = min(twice)
+                raise InputError(f"{folder} holds tensor {name} twice, in {self.tensors[name].file} and in {file}")
+            self.tensors.update(found)
         if wanted:
             self._match_index(wanted)
 

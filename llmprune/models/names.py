@@ -81,8 +81,9 @@ def _place(disk: str, source: str, converters: Sequence[WeightConverter], checkp
 
 def _compare(model: PreTrainedModel, state: dict[str, Tensor], found: dict[str, list[Piece]], checkpoint: Checkpoint) -> None:
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()] + [re.compile(r"rotary_emb\.inv_freq$")]
-    tied = model.all_tied_weights_keys
-    missing = [name for name in state if name not in found and name not in tied]
+    tied = model.all_tied_weights_keys.items()
+    there = {name for pair in tied if any(one in found for one in pair) for name in pair}  # of tied tensors one is enough
+    missing = [name for name in state if name not in found and name not in there]
     foreign = [name for name in found if name not in state and not any(p.search(name) for p in ignored)]
     unexpected = [piece.disk for name in foreign for piece in found[name]]
     for what, wrong in (("lacks", missing), ("holds unexpected", unexpected)):

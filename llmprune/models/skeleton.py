@@ -125,20 +125,27 @@ class Skeleton:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Have all that is outside the blocks in memory for a while, the head tied where the model ties it."""
+        """Have all that is outside the blocks in memory for a while, the head tied where the model ties it.
+
+        As in transformers, tensors that both are on disk and differ are not tied, whatever the configuration says.
+        """
         names = self.outside_blocks()
         self.load(names)
-        self.model.tie_weights()
+        self._tie()
         try:
             yield
         finally:
             self.release(names)
-            self.model.tie_weights()
+            self._tie()
 
     def release(self, names: Iterable[str]) -> None:
         """Give back the memory of tensors that `load` read."""
         for name in names:
             set_module_tensor_to_device(self.model, name, "meta")
+
+    def _tie(self) -> None:
+        absent = {name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in self.names}
+        self.model.tie_weights(missing_keys=absent, recompute_mapping=False)
 
     def _move_buffers(self) -> None:
         for module in self.model.modules():

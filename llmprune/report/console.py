@@ -74,6 +74,7 @@ class Console(Progress):
             "method": f"{record.recipe['text']}, {order}",
             "calibration": f"{text['text']}, {text['samples']} windows x {text['seqlen']} tokens, seed {text['seed']}",
             "compute": f"{record.compute['dtype']} on {record.compute['device']}{_shared(record.compute['processes'])}",
+            **({"needs": record.predicted["text"]} if record.predicted else {}),
         }.items():
             self._console.print(f"{what:<11}  {value}", markup=False)
 

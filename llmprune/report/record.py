@@ -71,7 +71,7 @@ class RunRecord:
     """A whole run. Sizes, seconds and perplexities are measured in it; `None` stands for what was not.
 
     `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after. `recipe` is
-    what the arguments came to: method, refit, target, reconstruction.
+    what the arguments came to: method, refit, target, reconstruction. `predicted` is what the preflight expected.
     """
 
     arguments: dict[str, Any]
@@ -79,6 +79,7 @@ class RunRecord:
     model: dict[str, Any]
     calibration: dict[str, Any]
     compute: dict[str, Any]
+    predicted: dict[str, Any] = field(default_factory=dict)
     sites: list[SiteRecord] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """The hidden states of a set of token windows as they move through the model, block by block.
 
-They rest on the host and visit the compute device one batch at a time.
+They rest on the host, in memory or in a mapped file, and visit the compute device one batch at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from llmprune.data import Windows
 from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.stream.capture import Call, Recorder
+from llmprune.stream.mapped import MappedTensors
 
 
 class Accumulator(Protocol):
@@ -27,6 +29,7 @@ class Accumulator(Protocol):
     def add(self, x: Tensor, dense: Tensor | None) -> None: ...
 
 
+Hidden: TypeAlias = list[Tensor] | MappedTensors
 A = TypeVar("A", bound=Accumulator)
 
 
@@ -37,16 +40,26 @@ class Activations:
         hidden: one (batch, tokens, width) tensor a batch, the inputs of the next block.
     """
 
-    def __init__(self, hidden: list[Tensor], calls: list[list[Call]], real: list[Tensor | None], device: torch.device) -> None:
+    def __init__(self, hidden: Hidden, calls: list[list[Call]], real: list[Tensor | None], device: torch.device) -> None:
         self.hidden, self._calls, self._real, self._device = hidden, calls, real, device
 
     @classmethod
     def record(
-        cls, model: PreTrainedModel, blocks: Sequence[nn.Module], windows: Windows, *, batch: int, device: torch.device
+        cls,
+        model: PreTrainedModel,
+        blocks: Sequence[nn.Module],
+        windows: Windows,
+        *,
+        batch: int,
+        device: torch.device,
+        folder: Path | None = None,
     ) -> Activations:
-        """Run the model's embeddings on `windows`, `batch` at a time, up to its first block."""
+        """Run the model's embeddings on `windows`, `batch` at a time, up to its first block. The hidden states rest in memory
+        or, if a folder is named, on its disk.
+        """
         recorder = Recorder()
-        hidden, calls, real = [], [], []
+        hidden: Hidden = [] if folder is None else MappedTensors(folder)
+        calls, real = [], []
         for inputs in windows.batches(batch, device):
             first, called = recorder.record(model, blocks, **inputs)
             mask = inputs.get("attention_mask")
@@ -57,7 +70,7 @@ class Activations:
 
     def fork(self) -> Activations:
         """The same hidden states, to go another way from here."""
-        return Activations(list(self.hidden), self._calls, self._real, self._device)
+        return Activations(self.hidden.copy(), self._calls, self._real, self._device)
 
     def advance(self, block: Block) -> None:
         """Replace the hidden states by the block's outputs for them.

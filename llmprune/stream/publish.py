@@ -85,9 +85,14 @@ def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
             raise InputError(f"output {output} is not empty: choose another, or pass --overwrite to replace it")
         if not (target / RECORD).is_file():
             raise InputError(f"output {output} holds no {RECORD}, so llmprune did not write it and will not replace it")
-    parent = next(p for p in target.parents if p.exists())
+    parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write output {output}: {parent} is {'read-only' if parent.is_dir() else 'a file'}")
+
+
+def existing_parent(output: Path) -> Path:
+    """The nearest folder above `output` that there is: the new files will be on its disk."""
+    return next(folder for folder in output.resolve().parents if folder.exists())
 
 
 @contextmanager

@@ -91,8 +91,7 @@ def continued(
     Raises:
         InputError: another run works in it, or it cannot be continued.
     """
-    target = output.resolve()
-    partial = target.parent / f".{target.name}.partial"
+    target, partial = output.resolve(), partial_folder(output)
     partial.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(partial, output):
         if restart or not (partial / MANIFEST).exists():
@@ -111,6 +110,12 @@ def continued(
             else:
                 shutil.rmtree(partial, ignore_errors=True)
         (target / MANIFEST).unlink(missing_ok=True)
+
+
+def partial_folder(output: Path) -> Path:
+    """Where an unfinished run to `output` keeps what is finished."""
+    target = output.resolve()
+    return target.parent / f".{target.name}.partial"
 
 
 @contextmanager

@@ -1,0 +1,84 @@
+"""Project what pruning large models needs, by the formulas of the preflight: memory, disk, hours. Nothing is run or loaded.
+
+    python scripts/project.py [--output eval/results/projection.md]
+
+Assumed, not measured: 128 calibration windows of 2048 tokens, no evaluation, batches of 8, bf16 on one GPU whose products
+reach 500 TFLOP/s in bf16 and 40 in float32 (about half of an H200's peaks of 989 and 67, by its data sheet), activations on
+the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from llmprune.config import PruneConfig
+from llmprune.data import Windows
+from llmprune.models.discover import find_blocks, make_block
+from llmprune.preflight import Needs, estimate, size
+from llmprune.recipes import choose_recipe
+from llmprune.texts import Texts
+
+SAMPLES, SEQLEN, BATCH = 128, 2048, 8
+BF16, FLOAT32 = 500e12, 40e12  # operations a second
+SHAPES = {  # Llama 3.1: hidden, intermediate, blocks, heads
+    "8B": (4096, 14336, 32, 32),
+    "70B": (8192, 28672, 80, 64),
+    "405B": (16384, 53248, 126, 128),
+}
+RECIPES = ({"method": "sparsegpt"}, {"quality": "balanced"}, {"quality": "best"})
+
+
+def project(shape: tuple[int, int, int, int], options: dict[str, str]) -> Needs:
+    """What pruning a Llama of this shape to 2:4 needs."""
+    hidden, intermediate, blocks, heads = shape
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    storage = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    found = [make_block(i, name, module, storage) for i, (name, module) in enumerate(find_blocks(model).items())]
+    texts = Texts(Windows(torch.zeros(SAMPLES, SEQLEN, dtype=torch.long), "-"), None, ())
+    recipe = choose_recipe(PruneConfig.create({"model": "-", "sparsity": "2:4"} | options))
+    nbytes = sum(p.nbytes for p in model.parameters())
+    return estimate(config, found, texts, recipe, dtype=torch.bfloat16, batch=BATCH, checkpoint=nbytes)
+
+
+def table() -> str:
+    rows = [
+        "| Llama 3.1 | method | GPU memory | host memory | or on disk, activations | output on disk | hours |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, shape in SHAPES.items():
+        for options in RECIPES:
+            needs = project(shape, options)
+            hours = (needs.forward / BF16 + needs.solve / FLOAT32) / 3600
+            method = next(iter(options.values()))
+            inside, rest = size(needs.weights + needs.solving), size(needs.activations)
+            rows.append(f"| {name} | {method} | {inside} | {rest} | {rest} | {size(needs.output)} | {hours:.1f} |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    args = parser.parse_args()
+    text = table()
+    print(text, end="")
+    if args.output:
+        args.output.write_text(
+            "".join(line + "\n" for line in (__doc__ or "").splitlines() if "python" not in line) + "\n" + text
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What a run is predicted to need, and hidden states that rest on the disk."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, tokens
+from test_families import EXPERTS
+from test_resume import weights
+
+import llmprune
+from llmprune import preflight
+from llmprune.config import PruneConfig
+from llmprune.data import Windows
+from llmprune.errors import InputError
+from llmprune.models.discover import find_blocks
+from llmprune.recipes import choose_recipe
+from llmprune.stream.activations import Activations
+from llmprune.stream.mapped import MappedTensors
+from llmprune.stream.source import ModelSource
+from llmprune.texts import Texts
+
+OPTIONS = {"sparsity": "2:4", "calibration": tokens(6, 24), "batch_size": 4}
+
+
+def needs(family: str = "llama", windows: int = 6, processes: int = 1, **options: object) -> preflight.Needs:
+    model = tiny_model(family, **EXPERTS.get(family, {}))
+    texts = Texts(Windows(tokens(windows, 24), "t"), Windows(tokens(4, 24), "e"), ())
+    recipe = choose_recipe(PruneConfig.create({"model": "-", "sparsity": "2:4"} | options))
+    return preflight.estimate(
+        model.config,
+        list(ModelSource(model).blocks()),
+        texts,
+        recipe,
+        dtype=torch.float32,
+        batch=4,
+        checkpoint=1000,
+        processes=processes,
+    )
+
+
+@pytest.mark.parametrize(("options", "streams"), [({"method": "wanda"}, 1), ({"quality": "balanced"}, 2)])
+def test_activations_are_counted_exactly(options: dict, streams: int) -> None:
+    model = tiny_model("llama")
+    blocks = list(find_blocks(model).values())
+    each = [
+        Activations.record(model, blocks, Windows(tokens(count, 24), "t"), batch=4, device=torch.device("cpu"))
+        for count in [6] * streams + [4, 4]
+    ]
+    assert needs(**options).activations == sum(hidden.nbytes for one in each for hidden in one.hidden)
+
+
+def test_more_work_needs_more() -> None:
+    wanda, balanced, best = (needs(**o) for o in ({"method": "wanda"}, {"quality": "balanced"}, {"quality": "best"}))
+    assert wanda.solve == 0 < balanced.solve == best.solve
+    assert wanda.solving < balanced.solving
+    assert wanda.forward < balanced.forward < best.forward
+    assert wanda.weights < balanced.weights < best.weights
+    two = needs(quality="balanced", processes=2)
+    assert two.activations * 2 == balanced.activations
+    assert balanced.solve / 2 < two.solve < balanced.solve
+    assert needs("mixtral", quality="balanced").solving > balanced.solving
+    assert needs(windows=12).forward > 1.5 * needs().forward
+
+
+def test_operations_of_a_plain_run() -> None:
+    """By hand: 3 blocks; each of q, o is 32x32, k, v 16x32, gate, up 48x32, down 32x48; two passes over 144 tokens."""
+    block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
+    evaluated = 4 * 24
+    head = 2 * 2 * evaluated * 32 * 96
+    assert needs(method="wanda").forward == 2 * 3 * block * (2 * 144 + 2 * evaluated) + head
+    gram = 2 * 6 * 32**2 + 2 * 48**2  # six matrices are fed 32 inputs, one 48
+    sweeps = 2 * (2 * 32 + 2 * 16 + 2 * 48) * 32**2 + 2 * 32 * 48**2
+    inverses = 2 * 6 * (6 * 32**3 + 48**3)
+    assert needs(method="sparsegpt").solve == 3 * (144 * gram + sweeps + inverses)
+
+
+def test_the_record_holds_what_was_predicted(saved, tmp_path: Path) -> None:
+    record = llmprune.prune(saved(tiny_model("llama")), output=tmp_path / "out", method="wanda", **OPTIONS).record
+    assert record.predicted["seconds"] > 0
+    assert record.predicted["text"].startswith("about ")
+
+
+def test_too_little_disk_is_an_error_before_any_work(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=60_000))
+    source = saved(tiny_model("llama"))
+    with pytest.raises(InputError, match=r"output .*out needs \d+ KiB of disk, where 59 KiB are free: make room"):
+        llmprune.prune(source, output=tmp_path / "out", method="wanda", **OPTIONS)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.parametrize(("free", "mapped", "words"), [
+    (10**12, False, None),
+    (100, False, "--activations disk"),
+    (100, True, "memory free here: fewer --samples"),
+])  # fmt: skip
+def test_too_little_memory_is_told(free: int, mapped: bool, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = preflight.psutil.virtual_memory()
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: real._replace(available=free))
+    told = preflight.shortage(needs(), torch.device("cpu"), mapped=mapped)
+    assert told is None if words is None else told is not None and words in told
+
+
+def test_mapped_tensors_are_a_list(tmp_path: Path) -> None:
+    expected = [torch.randn(2, 3), torch.randn(7).bfloat16(), torch.randn(1, 5, 4)]
+    held = MappedTensors(tmp_path, expected)
+    copy = held.copy()
+    held[1] = torch.ones(7, dtype=torch.bfloat16)
+    assert [torch.equal(a, b) for a, b in zip(held, expected, strict=True)] == [True, False, True]
+    assert all(torch.equal(a, b) for a, b in zip(copy, expected, strict=True))
+    assert held[1].sum() == 7
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="--activations memory"):
+        held[0] = torch.zeros(3, 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
+def test_mapped_tensors_take_no_memory(tmp_path: Path) -> None:
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssFile", "RssShmem")))
+
+    before, each = resident(), 2**22
+    held = MappedTensors(tmp_path, (torch.full((each // 4,), float(i)) for i in range(16)))
+    assert [float(one.sum()) for one in held] == [float(i * each // 4) for i in range(16)]
+    assert resident() - before < 3 * each // 1024
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_same_result_with_activations_on_disk(family: str, saved, tmp_path: Path) -> None:
+    source = saved(tiny_model(family, **EXPERTS.get(family, {})))
+    for place in ("memory", "disk"):
+        llmprune.prune(source, output=tmp_path / place, quality="best", activations=place, **OPTIONS)
+    assert weights(tmp_path / "memory") == weights(tmp_path / "disk")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "memory", "disk"}
+
+
+def test_no_room_for_activations_is_one_line(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(InputError, match="no room for the activations in"):
+            MappedTensors(tmp_path, [torch.zeros(10_000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
