@@ -1,22 +1,26 @@
 """Measure the main job and the memory of streaming; print a table and write JSON.
 
-    python scripts/bench_prune.py [job] [memory] [--output eval/results/NAME.json]
+    python scripts/bench_prune.py [job] [memory] [processes] [--output eval/results/NAME.json]
 
 job:     `llmprune --model llama --sparsity 2:4` as a process of its own: wall seconds, seconds by phase, peak memory.
 memory:  a synthetic checkpoint of 8 blocks and one of 32, turn about, each time pruned by SparseGPT in a process of its
          own: peak resident memory, median of three.
+processes: a synthetic checkpoint of 2 blocks pruned by `fast` to 2:4 in one process and in two, one thread each, turn about:
+         seconds of running and counting (collect) and of solving, median of three.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,13 +35,17 @@ from llmprune.models.resolve import BUNDLED
 from llmprune.report.record import versions
 
 
-def run_command(*arguments: str) -> dict[str, Any]:
+def run_command(*arguments: str, launcher: Sequence[str] = (), threads: int | None = None) -> dict[str, Any]:
     """Run llmprune in a process of its own; returns its record and the wall seconds of the whole process."""
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "out"
         start = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "llmprune.cli", *arguments, "--output", str(output)], check=True, stdout=subprocess.DEVNULL
+            [sys.executable, *launcher, "-m", "llmprune", *arguments, "--output", str(output)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=env,
         )
         wall = time.perf_counter() - start
         return {"wall_seconds": wall, **json.loads((output / "llmprune.json").read_text())}
@@ -122,6 +130,28 @@ def bench_memory(depths: tuple[int, ...] = (8, 32), repeats: int = 3) -> list[di
     ]
 
 
+def bench_processes(sizes: tuple[int, ...] = (1, 2), repeats: int = 3) -> list[dict[str, Any]]:
+    settings = ["--quality", "fast", "--calibration", "pydoc", "--samples", "16", "--seqlen", "512"]
+    runs: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    with tempfile.TemporaryDirectory() as scratch:
+        synthetic_llama(Path(scratch), 2)
+        for size in sizes * repeats:
+            launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+            arguments = ["--model", scratch, "--sparsity", "2:4", *settings]
+            runs[size].append(run_command(*arguments, launcher=launcher, threads=1)["seconds"])
+    return [
+        {
+            "processes": size,
+            "collect_seconds": statistics.median(run["forward"] + run["statistics"] for run in runs[size]),
+            "solve_seconds": statistics.median(run["solve"] for run in runs[size]),
+        }
+        for size in sizes
+    ]
+
+
+PARTS: dict[str, Callable[[], Any]] = {"job": bench_job, "memory": bench_memory, "processes": bench_processes}
+
+
 def show(results: dict[str, Any]) -> None:
     if job := results.get("job"):
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in job["seconds"].items())
@@ -130,25 +160,24 @@ def show(results: dict[str, Any]) -> None:
         size, peak = row["checkpoint_bytes"] / 2**20, row["peak_memory_bytes"] / 2**20
         each = ", ".join(f"{peak / 2**20:.0f}" for peak in row["peaks_bytes"])
         print(f"streaming {row['blocks']} blocks ({size:.0f} MiB): peak {peak:.0f} MiB, median of {each}")
+    for row in results.get("processes", []):
+        print(f"{row['processes']} processes: collect {row['collect_seconds']:.1f} s, solve {row['solve_seconds']:.1f} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="job|memory", help="what to measure (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="what to measure (default: all)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    parts = set(args.parts) or {"job", "memory"}
-    if unknown := parts - {"job", "memory"}:
-        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose job or memory")
+    parts = args.parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         "versions": versions(),
     }
-    if "job" in parts:
-        results["job"] = bench_job()
-    if "memory" in parts:
-        results["memory"] = bench_memory()
+    results |= {part: PARTS[part]() for part in parts}
     show(results)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")
