@@ -176,7 +176,13 @@ def describe(needs: Needs, seconds: float, *, mapped: bool) -> str:
     """In one line."""
     memory = needs.weights + needs.solving + (0 if mapped else needs.activations)
     disk = needs.output + (needs.activations if mapped else 0)
-    took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    took = (
+        f"{max(seconds, 1):.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
     where = " on disk" if mapped else ""
     return (
         f"about {size(memory)} of memory (activations {size(needs.activations)}{where}, weights {size(needs.weights)}, "

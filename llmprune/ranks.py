@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from llmprune.errors import LostProcess, reason
+from llmprune.errors import InputError, LostProcess, reason
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=1)  # a process that has died is noticed at once, by its closed connections
+_PATIENCE = timedelta(hours=2)  # for one to solve alone; a process that has died is noticed at once, by its connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,12 @@ def joined() -> Iterator[Ranks]:
 
 def _launched(variables: Sequence[str]) -> bool:
     """Whether a launcher has told this process who it is, and that it is not alone."""
-    return all(name in os.environ for name in variables) and int(os.environ["WORLD_SIZE"]) > 1
+    if not all(name in os.environ for name in variables):
+        return False
+    try:
+        return int(os.environ["WORLD_SIZE"]) > 1
+    except ValueError:
+        raise InputError(f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']}, which is no number: unset it") from None
 
 
 @contextmanager

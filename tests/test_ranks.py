@@ -24,6 +24,7 @@ from llmprune.data import Windows
 from llmprune.demo.text import documents
 from llmprune.errors import InputError
 from llmprune.integrity import verify
+from llmprune.ranks import joined
 
 TESTS = Path(__file__).parent
 CASES = {
@@ -180,6 +181,14 @@ def test_the_command_under_a_launcher(tmp_path: Path) -> None:
     )
     assert wrong.returncode != 0
     assert wrong.stderr.count("llmprune: error: output two is not empty") == 1
+
+
+def test_a_world_size_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="WORLD_SIZE=two, which is no number"), joined():
+        pass
 
 
 def test_fewer_windows_than_processes() -> None:
