@@ -16,7 +16,9 @@ from typing import Any, NoReturn
 from llmprune import __version__, solvers
 from llmprune.config import PruneConfig, read_yaml
 from llmprune.errors import InputError, LostProcess, plain_errors, unknown, user_path
+from llmprune.structured import scores
 
+_NAMES = {"method": solvers.names, "score": scores.names}
 _TURN = 2  # seconds that a process waits for the first one to tell
 
 _EPILOG = """\
@@ -123,15 +125,15 @@ def _prune_parser() -> _Parser:
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; flags win over it")
     for field in dataclasses.fields(PruneConfig):
         flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%(default)s", str(field.default))
-        if field.name == "method":
-            text += f": {', '.join(solvers.names())}"
+        if field.name in _NAMES:
+            text += f": {', '.join(_NAMES[field.name]())}"
         common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": field.name}
         if str(field.type).startswith("bool"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif str(field.type).startswith("tuple"):
             parser.add_argument(flag, nargs="+", action="extend", metavar=field.metadata["metavar"], **common)
         else:
-            kind = int if field.type == "int" else str
+            kind = int if str(field.type).startswith("int") else str
             parser.add_argument(flag, type=kind, metavar=field.metadata["metavar"] or field.name[0].upper(), **common)
     return parser
 

@@ -29,7 +29,14 @@ class PruneConfig:
     """
 
     model: str = _option("bundled name (llama), local folder, or Hub id such as meta-llama/Llama-3.2-1B")
-    sparsity: str = _option("0.5 or 50%% (unstructured), or N:M such as 2:4, which keeps N of every M weights")
+    sparsity: str | None = _option(
+        "0.5 or 50%% (unstructured), or N:M such as 2:4, which keeps N of every M weights; after heads, neurons, layers", None
+    )
+    heads: str | None = _option("attention heads to remove, such as 25%% or 8, in each layer", None, metavar="AMOUNT")
+    neurons: str | None = _option("neurons (MLP channels) to remove, such as 25%%, in each layer", None, metavar="AMOUNT")
+    layers: str | None = _option("layers to remove, such as 4 or 12%%: those that change least", None, metavar="AMOUNT")
+    score: str = _option("what chooses heads and neurons (default: %(default)s)", "second_order")
+    round_to: int | None = _option("neurons stay in multiples of this (default: 64, or 8 below 1024)", None, metavar="N")
     quality: str | None = _option("preset: fast, balanced or best (default: balanced, unless --method is given)", None)
     method: str | None = _option("instead of a preset, one method alone", None)
     refit: bool | None = _option("solve least squares on the chosen mask (default: off with --method, on in presets)", None)
@@ -79,11 +86,20 @@ class PruneConfig:
         for name in ("samples", "seqlen", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} is impossible: give at least 1")
+        if self.sparsity is None and not self.structured:
+            raise InputError("sparsity is required: pass --sparsity, or --heads, --neurons or --layers (in YAML, Python alike)")
+        if self.round_to is not None and self.round_to < 1:
+            raise InputError(f"round_to {self.round_to} is impossible: give at least 1")
         if self.seqlen < 2:
             raise InputError("seqlen 1 is impossible: a window needs a token to predict")
         for name, known in (("dtype", DTYPES), ("activations", PLACES)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
+
+    @property
+    def structured(self) -> bool:
+        """Whether heads, neurons or layers are to be removed."""
+        return not self.heads is self.neurons is self.layers is None
 
     @classmethod
     def create(cls, options: Mapping[str, Any], *, where: str = "") -> PruneConfig:
@@ -141,18 +157,22 @@ class _NoDuplicates(yaml.SafeLoader):
 def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
     """`value` as the field's type; annotations are strings here."""
     at = f"{where}: " if where else ""
-    if name == "sparsity":
+    if name == "sparsity" and value is not None:
         return _sparsity(value, at)
-    if kind.startswith("bool") and (isinstance(value, bool) or (value is None and "None" in kind)):
+    if name in ("heads", "neurons", "layers") and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if kind.startswith("bool") and isinstance(value, bool):
         return value
-    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+    if kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if value is None and "None" in kind:
         return value
     if kind.startswith("tuple"):
         items = [value] if isinstance(value, str) else value
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
             return tuple(items)
-    if kind.startswith("str") and (isinstance(value, (str, Path)) or (value is None and "None" in kind)):
-        return None if value is None else str(value)
+    if kind.startswith("str") and isinstance(value, (str, Path)):
+        return str(value)
     text = "text" if kind.startswith("str") else "a list of text"
     wanted = {"bool": "true or false", "int": "a whole number"}.get(kind.split(" ")[0], text)
     raise InputError(f"{at}{name} must be {wanted}, not {value!r}")

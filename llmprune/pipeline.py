@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,20 +16,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from llmprune.config import PruneConfig
 from llmprune.data import Given
 from llmprune.errors import InputError, plain_errors, reason
-from llmprune.hardware import map_large_allocations, pick_device, pick_dtype
+from llmprune.hardware import map_large_allocations, peak_memory, pick_device, pick_dtype
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
 from llmprune.models.names import Names, locate, match_names
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
 from llmprune.models.sites import part_text, read_part
 from llmprune.models.skeleton import FOREIGN, Skeleton, load_config
-from llmprune.plan import make_plan
+from llmprune.plan import Plan, make_plan
 from llmprune.preflight import check_room, describe, estimate, shortage
 from llmprune.ranks import joined
 from llmprune.report.card import model_card
 from llmprune.report.console import Progress
 from llmprune.report.record import RunRecord, SiteRecord, versions
 from llmprune.run import Job, Resume, Work, run
+from llmprune.shrinking import Shrinking, structure
 from llmprune.stream.publish import RECORD, check_output, copy_extras, existing_parent, publish, published, sha256, write_json
 from llmprune.stream.resume import MANIFEST, Manifest, continued, partial_folder
 from llmprune.stream.shards import NoSink, ShardWriter
@@ -92,37 +94,115 @@ def prune(
         folder = resolve(job.config.model)
         model_config = load_config(folder.path)
         tokenizer = tokenizer or _load_tokenizer(folder.path)
+        if job.config.structured:
+            return _make_smaller(job, folder, model_config, tokenizer)
         if job.config.output is not None:
             return _prune_folder(job, folder, model_config, tokenizer)
         return _prune_in_memory(job, _load_whole(folder, model_config, job), folder, tokenizer)
 
 
-def _prune_folder(job: Job, folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Result:
-    """Stream a checkpoint folder to the output folder."""
+def _make_smaller(job: Job, folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Result:
+    """Remove heads, neurons and layers; prune weights of what is left, if a pattern is asked for."""
+    output = job.output(folder.name)
+    if output is None:
+        raise InputError("heads, neurons and layers are removed from folder to folder: name an output folder")
+    check_output(output, folder.path, job.config.overwrite)
+    if job.pattern is None:
+        record = _shrink_folder(job, folder, config, tokenizer, output, overwrite=job.config.overwrite)
+        job.progress.summary(record, output)
+        return Result(record, None, output)
+    between = partial_folder(output).with_suffix(".smaller")
+    if job.ranks.first:
+        shutil.rmtree(between, ignore_errors=True)
+    try:
+        record = _shrink_folder(job, folder, config, tokenizer, between, overwrite=False)
+        rest = replace(job.config, output=str(output), heads=None, neurons=None, layers=None)
+        then = Job(rest, job.given, job.progress, job.ranks, job.clock)
+        return _prune_folder(then, replace(folder, path=between), load_config(between), tokenizer, earlier=record)
+    finally:
+        job.ranks.agree(None)
+        if job.ranks.first:
+            shutil.rmtree(between, ignore_errors=True)
+
+
+def _shrink_folder(
+    job: Job,
+    folder: ModelFolder,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output: Path,
+    *,
+    overwrite: bool,
+) -> RunRecord:
+    """Stream a checkpoint folder to a smaller model's."""
+    with job.clock("prepare"):
+        skeleton = _skeleton(job, folder, config)
+        work = _streamed(job, skeleton, Plan({}, {}), output)
+        texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
+        shrinking = Shrinking(job, skeleton, texts, work.scratch)
+        check_room(output, work.nbytes)
+    record = _announce(job, work, texts, folder, {}, str(shrinking))
+    scouted = shrinking.scout()
+    decision = shrinking.decide(scouted)
+    with published(output, overwrite=overwrite) if job.ranks.first else nullcontext() as partial:
+        writer = ShardWriter(decision.target, partial, set(decision.target.names)) if partial else None
+        record.dense, record.pruned = scouted.dense, shrinking.stream(decision, writer or NoSink())
+        record.removals = shrinking.removals
+        record.structure = structure(decision, scouted, skeleton)
+        record.peak_memory = peak_memory(skeleton.device)
+        if writer and partial:
+            with job.clock("write"):
+                writer.finish()
+                copy_extras(folder.path, partial)
+                smaller = decision.target.config
+                smaller.dtype, smaller.architectures = load_config(folder.path).dtype, [record.structure["architecture"]]
+                smaller.save_pretrained(partial)
+                _write_record(partial, record, output.name)
+    job.ranks.agree(None)
+    return record
+
+
+def _skeleton(job: Job, folder: ModelFolder, config: PretrainedConfig) -> Skeleton:
+    checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device, job.ranks.local)
+    if checkpoint.largest() > _LARGE_TENSOR:
+        map_large_allocations()
+    return Skeleton(checkpoint, config, device, pick_dtype(job.config.dtype, device, config))
+
+
+def _streamed(job: Job, skeleton: Skeleton, plan: Plan, output: Path) -> Work:
+    return Work(
+        skeleton.model,
+        skeleton.blocks,
+        skeleton.device,
+        skeleton.dtype,
+        skeleton.parameters(),
+        skeleton.checkpoint.nbytes(),
+        CheckpointSource(skeleton),
+        plan,
+        skeleton.outside,
+        skeleton.names,
+        existing_parent(output) if job.config.activations == "disk" else None,
+    )
+
+
+def _prune_folder(
+    job: Job,
+    folder: ModelFolder,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    earlier: RunRecord | None = None,
+) -> Result:
+    """Stream a checkpoint folder to the output folder. `earlier` is the record of what made it smaller before."""
     output = job.output(folder.name)
     assert output is not None
+    assert job.pattern is not None
     check_output(output, folder.path, job.config.overwrite)
     mapped = job.config.activations == "disk"
     with job.clock("prepare"):
-        checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device, job.ranks.local)
-        if checkpoint.largest() > _LARGE_TENSOR:
-            map_large_allocations()
-        skeleton = Skeleton(checkpoint, config, device, pick_dtype(job.config.dtype, device, config))
-
-        blocks = skeleton.describe()
-        work = Work(
-            skeleton.model,
-            skeleton.blocks,
-            device,
-            skeleton.dtype,
-            skeleton.parameters(),
-            checkpoint.nbytes(),
-            CheckpointSource(skeleton),
-            make_plan(blocks, job.pattern, only=job.config.only, skip=job.config.skip),
-            skeleton.outside,
-            skeleton.names,
-            existing_parent(output) if mapped else None,
-        )
+        skeleton = _skeleton(job, folder, config)
+        checkpoint, device, blocks = skeleton.checkpoint, skeleton.device, skeleton.describe()
+        plan = make_plan(blocks, job.pattern, only=job.config.only, skip=job.config.skip)
+        work = _streamed(job, skeleton, plan, output)
         texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
         needs = estimate(
             config,
@@ -137,7 +217,8 @@ def _prune_folder(job: Job, folder: ModelFolder, config: PretrainedConfig, token
         kept = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))  # by an earlier run
         check_room(output, needs.output - kept + (needs.activations * job.ranks.size if mapped else 0))
         predicted = asdict(needs) | {"seconds": needs.seconds(device, work.dtype)}
-    record = _announce(job, work, texts, folder, predicted | {"text": describe(needs, predicted["seconds"], mapped=mapped)})
+    told = predicted | {"text": describe(needs, predicted["seconds"], mapped=mapped)}
+    record = _announce(job, work, texts, folder, told, _pattern(job, work))
     if short := shortage(needs, device, mapped=mapped):
         job.progress.note(short)
     with _continued(job, output, _fingerprint(job, checkpoint, texts, record)) as manifest:
@@ -152,11 +233,20 @@ def _prune_folder(job: Job, folder: ModelFolder, config: PretrainedConfig, token
         if manifest:
             with job.clock("write"):
                 writer.finish()
+                if earlier:
+                    _continue(record, earlier)
                 _write_record(partial, record, output.name)
             publish(partial, output, overwrite=job.config.overwrite)
     job.ranks.agree(None)  # the output is there when any process returns
     job.progress.summary(record, output)
     return Result(record, None, output)
+
+
+def _continue(record: RunRecord, earlier: RunRecord) -> None:
+    """Let the record start where `earlier`, of what made the model smaller, did."""
+    record.dense, record.removals, record.structure = earlier.dense, earlier.removals, earlier.structure
+    record.arguments, record.model = earlier.arguments, earlier.model
+    record.size["bytes_before"] = earlier.size["bytes_before"]
 
 
 def _continued(job: Job, output: Path, fingerprint: Mapping[str, Any]) -> AbstractContextManager[Manifest | None]:
@@ -185,6 +275,8 @@ def _prune_in_memory(
     job: Job, model: PreTrainedModel, folder: ModelFolder | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Result:
     """Prune a model in place, and save it where an output folder is named."""
+    if job.config.structured or job.pattern is None:
+        raise InputError("heads, neurons and layers are removed from folder to folder: pass the model's folder or Hub id")
     output = job.output(folder.name if folder else job.config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("part of the model is offloaded: pass its folder or Hub id instead, with an output folder")
@@ -208,7 +300,7 @@ def _prune_in_memory(
             scratch=Path(tempfile.gettempdir()) if job.config.activations == "disk" else None,
         )
         texts = choose_texts(job.config, model.config, tokenizer, given=job.given, bundled=bool(folder and folder.bundled))
-    record = _announce(job, work, texts, folder, {})
+    record = _announce(job, work, texts, folder, {}, _pattern(job, work))
     with _evaluating(model):
         run(job, work, texts, NoSink(), record, set())
     if output is not None and job.ranks.first:
@@ -230,12 +322,18 @@ def _on_disk(site: SiteRecord, names: Names) -> SiteRecord:
     return replace(site, tensor=place.disk, part=part_text(place.part))
 
 
-def _announce(job: Job, work: Work, texts: Texts, folder: ModelFolder | None, predicted: dict[str, Any]) -> RunRecord:
+def _pattern(job: Job, work: Work) -> str:
+    return f"{job.pattern} in {len(work.plan.patterns)} matrices, {len(work.plan.skipped)} left out"
+
+
+def _announce(
+    job: Job, work: Work, texts: Texts, folder: ModelFolder | None, predicted: dict[str, Any], asked: str
+) -> RunRecord:
     """Start the record, and show what is about to be done."""
     windows, config = texts.calibration, job.config
     record = RunRecord(
         arguments=asdict(config),
-        recipe=asdict(job.recipe) | {"text": str(job.recipe)},
+        recipe=asdict(job.recipe) | {"text": job.method()},
         model={
             "name": folder.name if folder else config.model,
             "hub_id": folder.hub_id if folder else None,
@@ -260,7 +358,7 @@ def _announce(job: Job, work: Work, texts: Texts, folder: ModelFolder | None, pr
         seconds=job.clock.seconds,
         size={"bytes_before": work.nbytes},
     )
-    job.progress.header(record, str(job.pattern), len(work.plan.patterns))
+    job.progress.header(record, asked)
     if folder and folder.bundled:
         size = f"{work.parameters / 1e6:.0f}M-parameter demo"
         shadowed = " (a folder here of that name is ./llama)" if Path(config.model).is_dir() else ""

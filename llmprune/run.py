@@ -33,6 +33,7 @@ from llmprune.stream.activations import Activations
 from llmprune.stream.engine import Sink, Source, stream
 from llmprune.stream.resume import Manifest
 from llmprune.stream.shards import ShardWriter
+from llmprune.structured import scores
 from llmprune.texts import Texts
 
 
@@ -46,18 +47,28 @@ class Job:
     ranks: Ranks
     clock: Clock = field(default_factory=Clock)
     recipe: Recipe = field(init=False)
-    pattern: Pattern = field(init=False)
+    pattern: Pattern | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.recipe, self.pattern = choose_recipe(self.config), parse(self.config.sparsity)
+        self.recipe = choose_recipe(self.config)
+        self.pattern = parse(self.config.sparsity) if self.config.sparsity is not None else None
         solvers.load(self.recipe.method)
+        scores.load(self.config.score)
+
+    def method(self) -> str:
+        """In words."""
+        shrunk = f"{self.config.score}{'' if self.config.refit is False else ' + least squares'}"
+        steps = ([shrunk] if self.config.structured else []) + ([str(self.recipe)] if self.pattern else [])
+        return ", then ".join(steps)
 
     def output(self, model: str) -> Path | None:
-        """The folder to write; `auto` names it after the model, the pattern and the method."""
+        """The folder to write; `auto` names it after the model, what is removed, the pattern and the method."""
         if self.config.output != "auto":
             return None if self.config.output is None else user_path(self.config.output, "output")
-        pattern = str(self.pattern).replace(":", "of").replace("%", "pct")
-        return Path(f"{model}-{pattern}-{self.recipe.name}")
+        asked = {what: getattr(self.config, what) for what in ("heads", "neurons", "layers")}
+        parts = [f"{what}{amount}" for what, amount in asked.items() if amount]
+        parts += [str(self.pattern), self.recipe.name] if self.pattern else []
+        return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
 
 
 @dataclass(frozen=True, slots=True)

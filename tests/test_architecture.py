@@ -34,11 +34,13 @@ ALLOWED = {
     "solving": {"linalg", "models", "patterns", "ranks", "recipes", "report", "solvers", "stats"},
     "pruner": {"models", "patterns", "ranks", "recipes", "reconstruct", "report", "solvers", "solving", "stats", "stream"},
     "integrity": {"models", "patterns", "report", "stream"},
+    "structured": {"linalg", "models", "ranks", "report", "solving", "stats", "stream", "structured"},
     "preflight": {"hardware", "models", "recipes", "reconstruct", "solvers", "stats", "stream", "texts"},
     "run": None,
+    "shrinking": None,
     "pipeline": None,
     "__main__": {"cli"},
-    "cli": {"config", "solvers", "pipeline", "integrity", "report"},
+    "cli": {"config", "solvers", "structured", "pipeline", "integrity", "report"},
 }
 
 

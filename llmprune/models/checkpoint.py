@@ -51,7 +51,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         wanted = _weight_map(folder)
         for file in sorted(set(wanted.values())) or [SINGLE]:
-            found = _read_header(folder, file)
+            found = read_header(folder, file)
             if twice := found.keys() & self.tensors.keys():
                 name = min(twice)
                 raise InputError(f"{folder} holds tensor {name} twice, in {self.tensors[name].file} and in {file}")
@@ -134,7 +134,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
+def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
+    """What a file holds, by name."""
     with opened(folder / file) as handle:
         return {name: _info(file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118
 

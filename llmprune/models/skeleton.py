@@ -71,7 +71,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.model = _empty_model(checkpoint.folder, config, dtype)
+        self.model = empty_model(checkpoint.folder, config, dtype)
         self.blocks = find_blocks(self.model)
         self.names = match_names(self.model, checkpoint)
         self._move_buffers()
@@ -88,6 +88,11 @@ class Skeleton:
     def outside_blocks(self) -> list[str]:
         """Tensors that belong to no block: embeddings, final norm, head."""
         return [name for name in self.names if self.block_of(name) is None]
+
+    def outside_on_disk(self) -> dict[str, int]:
+        """Tensors on disk that belong to no block, and their bytes."""
+        inside = {piece.disk for name in self.names if self.block_of(name) for piece in self.names[name]}
+        return {name: info.nbytes for name, info in self.checkpoint.tensors.items() if name not in inside}
 
     def inside(self, block: str) -> list[str]:
         """Tensors of one block."""
@@ -153,7 +158,12 @@ class Skeleton:
                 module._buffers[name] = buffer.to(self.device)
 
 
-def _empty_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of `config`, in eval mode; parameters on the meta device, buffers real.
+
+    Raises:
+        InputError: transformers cannot build it.
+    """
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -9,7 +9,9 @@ from llmprune.report.record import RunRecord
 
 def model_card(record: RunRecord, name: str) -> str:
     """Markdown with Hub metadata: what was done, what was measured, how to load it."""
-    return "\n".join([_front_matter(record), f"# {name}", "", _summary(record), "", *_numbers(record), "", _usage(name), ""])
+    return "\n".join(
+        [_front_matter(record), f"# {name}", "", _summary(record), "", *_numbers(record), "", _usage(name, record), ""]
+    )
 
 
 def _front_matter(record: RunRecord) -> str:
@@ -21,21 +23,30 @@ def _front_matter(record: RunRecord) -> str:
 
 
 def _summary(record: RunRecord) -> str:
-    arguments, calibration = record.arguments, record.calibration
+    calibration, asked = record.calibration, _asked(record)
     return (
-        f"`{record.model['name']}` pruned to **{arguments['sparsity']}** by `{record.recipe['text']}` with llmprune, one shot, "
+        f"`{record.model['name']}` pruned to **{asked}** by `{record.recipe['text']}` with llmprune, one shot, "
         f"block by block. Calibration: {calibration['samples']} windows of {calibration['seqlen']} tokens of "
         f"{calibration['text']}, seed {calibration['seed']}."
     )
 
 
+def _asked(record: RunRecord) -> str:
+    arguments = record.arguments
+    gone = [f"{arguments[what]} fewer {what}" for what in ("heads", "neurons", "layers") if arguments[what]]
+    return ", ".join(gone + ([arguments["sparsity"]] if arguments["sparsity"] else []))
+
+
 def _numbers(record: RunRecord) -> list[str]:
     weights = record.weights()
-    rows = [
-        ("pruned matrices", f"{len(record.sites)}"),
-        ("zeros in them", f"{record.zeros() / weights:.4%} of {weights:,} weights"),
-        ("parameters, all", f"{record.model['parameters']:,}"),
-    ]
+    rows = [("parameters of the dense model", f"{record.model['parameters']:,}")]
+    for what, before in record.structure.get("before", {}).items():
+        rows.append((what.replace("_", " ") + ", before and after", f"{before:,} and {record.structure['after'][what]:,}"))
+    if record.sites:
+        rows += [
+            ("pruned matrices", f"{len(record.sites)}"),
+            ("zeros in them", f"{record.zeros() / weights:.4%} of {weights:,} weights"),
+        ]
     if record.dense and record.pruned:
         protocol = f"{record.pruned.text}, {record.pruned.windows} windows of {record.pruned.length} tokens"
         rows += [
@@ -45,9 +56,16 @@ def _numbers(record: RunRecord) -> list[str]:
     return ["| measured in this run | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
 
 
-def _usage(name: str) -> str:
+def _usage(name: str, record: RunRecord) -> str:
+    stored = "The zeros are stored: the files are as large as the dense model's and load as one.\n\n"
+    other = ""
+    if record.structure and record.structure["architecture"] != record.model["class"]:
+        other = (
+            f"It is saved as a `{record.structure['architecture']}`: a `{record.model['class']}` refuses this number of heads. "
+            "Without biases and sliding windows the two are the same mathematics.\n\n"
+        )
     return (
-        "The zeros are stored: the files are as large as the dense model's and load as one.\n\n"
+        f"{stored if record.sites else ''}{other}"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'

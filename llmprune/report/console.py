@@ -16,13 +16,13 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llmprune.evaluate.perplexity import excess_loss
-from llmprune.report.record import Reconstruction, RunRecord, SiteRecord
+from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord
 
 
 class Progress:
     """What the pipeline tells as it works. This one shows nothing; subclasses show what they like."""
 
-    def header(self, record: RunRecord, pattern: str, matrices: int) -> None: ...
+    def header(self, record: RunRecord, asked: str) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -33,6 +33,8 @@ class Progress:
     def site(self, site: SiteRecord) -> None: ...
 
     def reconstructed(self, result: Reconstruction) -> None: ...
+
+    def removed(self, removal: Removal) -> None: ...
 
     def repeated(self, sites: int) -> None: ...
 
@@ -57,6 +59,7 @@ class Console(Progress):
             transient=True,
         )
         self._in_block: list[SiteRecord] = []
+        self._gone: list[str] = []
         self._fit, self._came = "", ""
 
     def __enter__(self) -> Console:
@@ -65,12 +68,12 @@ class Console(Progress):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
-    def header(self, record: RunRecord, pattern: str, matrices: int) -> None:
+    def header(self, record: RunRecord, asked: str) -> None:
         model, text, arguments = record.model, record.calibration, record.arguments
         order = "stage by stage" if arguments["true_sequential"] else "one pass a block"
         for what, value in {
             "model": f"{model['name']} ({model['class']}, {model['parameters']:,} parameters, {model['blocks']} blocks)",
-            "pattern": f"{pattern} in {matrices} matrices, {len(record.skipped)} left out",
+            "pattern": asked,
             "method": f"{record.recipe['text']}, {order}",
             "calibration": f"{text['text']}, {text['samples']} windows x {text['seqlen']} tokens, seed {text['seed']}",
             "compute": f"{record.compute['dtype']} on {record.compute['device']}{_shared(record.compute['processes'])}",
@@ -104,6 +107,10 @@ class Console(Progress):
             f"{result.nbytes / 2**20:,.0f} MiB)"
         )
 
+    def removed(self, removal: Removal) -> None:
+        name = removal.site.rsplit(".", 1)[-1]
+        self._gone.append(f"{removal.kept} of {removal.count} {removal.kind}, {name} error {removal.error:.2%}")
+
     def repeated(self, sites: int) -> None:
         self._sites -= sites
         self._came = "finished by an earlier run"
@@ -111,9 +118,10 @@ class Console(Progress):
             self._live.update(self._task, total=self._sites)
 
     def block(self, index: int) -> None:
-        came = self._came or f"output error: {_errors(self._in_block) or 'nothing pruned'}{self._fit}"
+        pruned = f"output error: {_errors(self._in_block) or 'nothing pruned'}{self._fit}"
+        came = self._came or "  ".join(self._gone) or pruned
         line = f"block {index + 1}/{self._blocks}  {came}  ETA {self._eta()}"
-        self._in_block, self._fit, self._came = [], "", ""
+        self._in_block, self._gone, self._fit, self._came = [], [], "", ""
         self._console.print(line, markup=False)
         if self._console.is_terminal:
             self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
@@ -143,15 +151,18 @@ def _table(record: RunRecord) -> Table:
         protocol = f"{escape(record.pruned.text)}, {record.pruned.windows} windows x {record.pruned.length} tokens"
         table.add_row(f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{record.pruned.value:.3f}")
         table.add_row("loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}")
-    weights, zeros = record.weights(), record.zeros()
-    asked = str(record.arguments["sparsity"])
-    table.add_row(f"zeros in {len(record.sites)} pruned matrices (asked: {asked})", "", f"{zeros / weights:.2%}")
-    table.add_row("nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}")
+    for what, before in record.structure.get("before", {}).items():
+        table.add_row(what.replace("_", " "), f"{before:,}", f"{record.structure['after'][what]:,}")
+    if record.sites:
+        asked = str(record.arguments["sparsity"])
+        share = record.zeros() / record.weights()
+        table.add_row(f"zeros in {len(record.sites)} pruned matrices (asked: {asked})", "", f"{share:.2%}")
+        table.add_row("nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}")
+        mean = sum(site.error for site in record.sites) / len(record.sites)
+        table.add_row("output error of a matrix, mean", "", f"{mean:.2%}")
     if "bytes_after" in record.size:
         before, after = record.size["bytes_before"], record.size["bytes_after"]
-        table.add_row("weight bytes (zeros are stored)", f"{before:,}", f"{after:,}")
-    mean = sum(site.error for site in record.sites) / len(record.sites)
-    table.add_row("output error of a matrix, mean", "", f"{mean:.2%}")
+        table.add_row(f"weight bytes{' (zeros are stored)' if record.sites else ''}", f"{before:,}", f"{after:,}")
     for phase, seconds in record.seconds.items():
         table.add_row(f"seconds: {phase}", "", f"{seconds:.1f}")
     if overhead := record.overhead():

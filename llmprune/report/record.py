@@ -66,12 +66,33 @@ class Reconstruction:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What was removed from one block.
+
+    Attributes:
+        kind: heads (or groups of them) or neurons.
+        site: the matrix that reads them, fitted again.
+        count: how many there were; `kept` stayed.
+        error: relative squared error of what it puts out, on a sample of calibration tokens.
+    """
+
+    block: int
+    kind: str
+    site: str
+    count: int
+    kept: int
+    error: float
+    seconds: float
+
+
 @dataclass(slots=True)
 class RunRecord:
     """A whole run. Sizes, seconds and perplexities are measured in it; `None` stands for what was not.
 
     `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after. `recipe` is
-    what the arguments came to: method, refit, target, reconstruction. `predicted` is what the preflight expected.
+    what the arguments came to: method, refit, target, reconstruction. `structure` says what was removed and what that made
+    smaller, before and after. `predicted` is what the preflight expected.
     """
 
     arguments: dict[str, Any]
@@ -82,6 +103,8 @@ class RunRecord:
     predicted: dict[str, Any] = field(default_factory=dict)
     sites: list[SiteRecord] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
+    structure: dict[str, Any] = field(default_factory=dict)
+    removals: list[Removal] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     dense: Perplexity | None = None
     pruned: Perplexity | None = None

@@ -53,9 +53,10 @@ class Activations:
         batch: int,
         device: torch.device,
         folder: Path | None = None,
+        layers: Sequence[int] | None = None,
     ) -> Activations:
         """Run the model's embeddings on `windows`, `batch` at a time, up to its first block. The hidden states rest in memory
-        or, if a folder is named, on its disk.
+        or, if a folder is named, on its disk. Only the blocks numbered in `layers` will be run, if any are.
         """
         recorder = Recorder()
         hidden: Hidden = [] if folder is None else MappedTensors(folder)
@@ -64,7 +65,7 @@ class Activations:
             first, called = recorder.record(model, blocks, **inputs)
             mask = inputs.get("attention_mask")
             hidden.append(first.cpu())
-            calls.append(called)
+            calls.append(called if layers is None else [called[layer] for layer in layers])
             real.append(None if mask is None else mask.bool().flatten())
         return cls(hidden, calls, real, device)
 
@@ -72,14 +73,17 @@ class Activations:
         """The same hidden states, to go another way from here."""
         return Activations(self.hidden.copy(), self._calls, self._real, self._device)
 
-    def advance(self, block: Block) -> None:
-        """Replace the hidden states by the block's outputs for them.
+    def advance(self, block: Block, see: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Replace the hidden states by the block's outputs for them; `see(before, after)` is shown those of real tokens.
 
         Raises:
             InputError: an output is not finite.
         """
         for index in range(len(self.hidden)):
+            before = self.real_tokens(self.hidden[index], index).clone() if see is not None else None
             self._advance(block, index)
+            if see is not None and before is not None:
+                see(before, self.real_tokens(self.hidden[index], index))
 
     def _advance(self, block: Block, index: int) -> None:
         out = self.call(block, index, block.module)

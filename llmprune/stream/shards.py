@@ -4,16 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from llmprune.models.checkpoint import INDEX, opened
+from llmprune.models.checkpoint import INDEX, Checkpoint, opened, read_header
+from llmprune.models.names import Names
 from llmprune.models.sites import Block, Part
-from llmprune.models.skeleton import Skeleton
 from llmprune.stream.publish import write_json
 
 _OUTSIDE_BYTES = 2**30  # a shard of tensors outside the blocks holds at most this, or one tensor
+
+
+class Layout(Protocol):
+    """What is written: the blocks of a model, where on disk their tensors go, and what is copied as it is."""
+
+    @property
+    def blocks(self) -> Mapping[str, nn.Module]: ...
+
+    @property
+    def names(self) -> Names: ...
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Holds what is copied."""
+        ...
+
+    def inside(self, block: str) -> list[str]:
+        """The model's tensors of one block."""
+        ...
+
+    def outside_on_disk(self) -> dict[str, int]:
+        """Tensors on disk that belong to no block, and their bytes."""
+        ...
 
 
 class NoSink:
@@ -30,10 +54,10 @@ class ShardWriter:
     copied from the source, bit for bit.
     """
 
-    def __init__(self, skeleton: Skeleton, folder: Path, edited: Collection[str]) -> None:
-        self._skeleton, self._folder, self._edited = skeleton, folder, edited
+    def __init__(self, layout: Layout, folder: Path, edited: Collection[str]) -> None:
+        self._layout, self._folder, self._edited = layout, folder, edited
         self._outside = self._plan_outside()
-        self._count = len(skeleton.blocks) + len(self._outside)
+        self._count = len(layout.blocks) + len(self._outside)
         self._weight_map: dict[str, str] = {}
 
     def shard(self, block: Block) -> Path:
@@ -43,10 +67,9 @@ class ShardWriter:
     def put(self, block: Block) -> None:
         """Write the block's tensors."""
         places = self._places(block)
-        tensors = {}
-        for disk, tensor in self._skeleton.checkpoint.read(list(places)):
-            name, part = places[disk]
-            tensors[disk] = block.stored(name, part) if name in self._edited else tensor
+        copied = [disk for disk, (name, _) in places.items() if name not in self._edited]
+        tensors = dict(self._layout.checkpoint.read(copied))
+        tensors |= {disk: block.stored(*place) for disk, place in places.items() if disk not in tensors}
         self._write(block.index + 1, tensors)
 
     def restore(self, block: Block) -> None:
@@ -61,31 +84,27 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Write what is outside the blocks, and the index."""
-        for number, names in enumerate(self._outside, len(self._skeleton.blocks) + 1):
-            self._write(number, dict(self._skeleton.checkpoint.read(names)))
-        total = self._skeleton.checkpoint.nbytes()
+        for number, names in enumerate(self._outside, len(self._layout.blocks) + 1):
+            self._write(number, dict(self._layout.checkpoint.read(names)))
+        files = set(self._weight_map.values())
+        total = sum(info.nbytes for file in files for info in read_header(self._folder, file).values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self._weight_map.items()))}
         write_json(self._folder / INDEX, index)
 
     def _places(self, block: Block) -> dict[str, tuple[str, Part]]:
         """The block's tensors on disk -> the model's tensors, and the parts of those."""
-        inside = self._skeleton.inside(block.name)
-        return {piece.disk: (name, piece.part) for name in inside for piece in self._skeleton.names[name]}
+        inside = self._layout.inside(block.name)
+        return {piece.disk: (name, piece.part) for name in inside for piece in self._layout.names[name]}
 
     def _plan_outside(self) -> list[list[str]]:
-        skeleton = self._skeleton
-        inside = (name for block in skeleton.blocks for name in skeleton.inside(block))
-        blocks = {piece.disk for name in inside for piece in skeleton.names[name]}
         shards: list[list[str]] = []
         room = 0
-        for name, info in skeleton.checkpoint.tensors.items():
-            if name in blocks:
-                continue
-            if info.nbytes > room:
+        for name, nbytes in self._layout.outside_on_disk().items():
+            if nbytes > room:
                 shards.append([])
                 room = _OUTSIDE_BYTES
             shards[-1].append(name)
-            room -= info.nbytes
+            room -= nbytes
         return shards
 
     def _write(self, number: int, tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
@@ -27,11 +28,14 @@ class ModelSource:
 class CheckpointSource:
     """Blocks of a checkpoint: read when asked for, released when the next one is."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self._skeleton = skeleton
+    def __init__(self, skeleton: Skeleton, layers: Sequence[int] | None = None) -> None:
+        """Of the blocks numbered in `layers` only, which are numbered anew, if any are named."""
+        self._skeleton, self._layers = skeleton, layers
 
     def blocks(self) -> Iterator[Block]:
-        for block in self._skeleton.describe():
+        blocks = self._skeleton.describe()
+        for index, layer in enumerate(range(len(blocks)) if self._layers is None else self._layers):
+            block = replace(blocks[layer], index=index)
             return_free_memory()
             self._skeleton.load(self._skeleton.inside(block.name))
             yield block

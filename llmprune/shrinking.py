@@ -1,0 +1,295 @@
+"""A run that makes a model smaller: scout the dense model, decide what goes, and stream what stays into the smaller one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from llmprune.config import PruneConfig
+from llmprune.data import Windows
+from llmprune.errors import InputError
+from llmprune.evaluate.perplexity import Perplexity, streamed_perplexity
+from llmprune.models.discover import find_blocks
+from llmprune.models.experts import observable
+from llmprune.models.sites import Block
+from llmprune.models.skeleton import Skeleton
+from llmprune.report.record import Removal
+from llmprune.run import Job
+from llmprune.stream.activations import Activations
+from llmprune.stream.engine import Sink, stream
+from llmprune.stream.source import CheckpointSource
+from llmprune.structured.groups import Heads, neurons
+from llmprune.structured.plan import Amount, kept_layers, kept_neurons, smaller_config, ways_to_keep_heads
+from llmprune.structured.shrink import Shrinker, Sizes, check_fit, removal_error
+from llmprune.structured.target import Target
+from llmprune.texts import Texts
+
+_WIDE, _ROUND, _ROUND_TINY = 1024, 64, 8  # neurons from which multiples of 64 stay; else of 8
+
+
+@dataclass(slots=True)
+class Scouted:
+    """What the dense model shows.
+
+    Attributes:
+        dense: its perplexity, where a text to evaluate on is named.
+        influence: of each block, 1 - mean cosine of a token's hidden state before and after it (Men et al., "ShortGPT", 2024).
+        losses: by way of removing heads, the sum over blocks of the relative error that would leave.
+    """
+
+    dense: Perplexity | None = None
+    influence: list[float] = field(default_factory=list)
+    losses: dict[bool, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What stays: the layers, by number, the sizes of each, and the model to fill."""
+
+    layers: list[int]
+    sizes: Sizes
+    target: Target
+
+
+class Shrinking:
+    """Makes the model of `skeleton` smaller, as `job` asks.
+
+    Args:
+        scratch: a folder whose disk is to hold the hidden states; None: memory holds them.
+
+    Attributes:
+        removals: what was removed, in order.
+
+    Raises:
+        InputError: what is asked for cannot be removed.
+    """
+
+    def __init__(self, job: Job, skeleton: Skeleton, texts: Texts, scratch: Path | None) -> None:
+        self.job, self.skeleton, self.texts, self.scratch = job, skeleton, texts, scratch
+        self.removals: list[Removal] = []
+        config, blocks = job.config, skeleton.describe()
+        self._layout = Heads.of(self.skeleton.model.config) if config.heads else None
+        count = len(blocks)
+        self._layers = kept_layers(Amount.parse("layers", config.layers), count) if config.layers else count
+        self._width = _widths(blocks, config) if config.neurons else None
+        self._ways = self._loadable(Amount.parse("heads", config.heads)) if config.heads else {}
+
+    def __str__(self) -> str:
+        """In words, such as `6 of 8 heads, 528 of 704 neurons`."""
+        parts = []
+        if self._layout:
+            parts.append(f"{next(iter(self._ways.values()))} of {self._layout.query} heads")
+        if self._width:
+            parts.append(f"{self._width[1]} of {self._width[0]} neurons")
+        if self._layers < len(self.skeleton.blocks):
+            parts.append(f"{self._layers} of {len(self.skeleton.blocks)} layers")
+        return "keep " + ", ".join(parts)
+
+    def _loadable(self, amount: Amount) -> dict[bool, int]:
+        """How many heads stay, by way of removing them: the number nearest to what is asked for that transformers load."""
+        assert self._layout is not None
+        ways, problem = ways_to_keep_heads(amount, self._layout), InputError("")
+        for kept in dict.fromkeys(kept for kept, _ in ways):
+            found = {whole: kept for own, whole in ways if own == kept}
+            try:
+                for whole in found:
+                    self._target(list(range(self._layers)), self._sizes(found, whole=whole))
+            except InputError as error:
+                problem = problem if str(problem) else error
+                continue
+            if str(problem):
+                self.job.progress.note(f"{ways[0][0]} heads would not load ({problem}); {kept} stay")
+            return found
+        raise problem
+
+    def _sizes(self, ways: dict[bool, int], *, whole: bool) -> Sizes:
+        return Sizes(self._width[1] if self._width else None, ways.get(whole), self._layout, whole)
+
+    def _target(self, layers: list[int], sizes: Sizes) -> Target:
+        """The model of that size, empty.
+
+        Raises:
+            InputError: transformers do not load it.
+        """
+        heads = None
+        if self._layout and sizes.heads:
+            value = sizes.heads * self._layout.value // self._layout.query if sizes.whole else self._layout.value
+            heads = replace(self._layout, query=sizes.heads, value=value)
+        every = len(layers) == len(self.skeleton.blocks)
+        config = smaller_config(self.skeleton.model.config, neurons=self._width, heads=heads, layers=None if every else layers)
+        target = Target(self.skeleton, config, layers)
+        for block, smaller in zip(self.skeleton.describe(), target.describe(), strict=False):
+            check_fit(block, smaller, sizes)
+        return target
+
+    def scout(self) -> Scouted:
+        """Run the dense model."""
+        found = Scouted()
+        feed, evaluated = self._record(self.texts.calibration), self._record(self.texts.evaluation)
+        assert feed is not None
+        tokens = self.texts.calibration.tokens()
+        with self._observable():
+            for block in CheckpointSource(self.skeleton).blocks():
+                if len(self._ways) > 1 and self._layout:
+                    for whole, kept in self._ways.items():
+                        sizes = Sizes(None, kept, self._layout, whole)
+                        error = removal_error(block, sizes, self.job.config.score, feed, tokens, self.job.clock, self.job.ranks)
+                        found.losses[whole] = found.losses.get(whole, 0.0) + error
+                similar: list[tuple[float, int]] = []
+                with self.job.clock("forward"):
+                    feed.advance(block, _into(similar))
+                total, seen = self.job.ranks.totals(*(sum(column) for column in zip(*similar, strict=True)))
+                found.influence.append(1 - total / seen)
+                if evaluated is not None:
+                    with self.job.clock("evaluate"):
+                        evaluated.advance(block)
+        found.dense = self._perplexity(evaluated)
+        return found
+
+    def decide(self, scouted: Scouted) -> Decision:
+        """What stays. Layers that change the hidden states least go; heads go in the way that loses less."""
+        order = sorted(range(len(scouted.influence)), key=lambda layer: scouted.influence[layer], reverse=True)
+        layers = sorted(order[: self._layers])
+        sizes = self._sizes(self._ways, whole=min(self._ways, key=lambda way: scouted.losses.get(way, 0.0), default=False))
+        return Decision(layers, sizes, self._target(layers, sizes))
+
+    def stream(self, decision: Decision, sink: Sink) -> Perplexity | None:
+        """Put the smaller model's blocks into `sink`; returns its perplexity, where a text to evaluate on is named."""
+        job = self.job
+        feed = self._record(self.texts.calibration, decision.layers)
+        evaluated = self._record(self.texts.evaluation, decision.layers)
+        assert feed is not None
+        refit = job.config.refit is not False
+        shrinker = Shrinker(
+            CheckpointSource(self.skeleton, decision.layers),
+            decision.target,
+            decision.sizes,
+            job.config.score,
+            refit,
+            feed,
+            feed.fork() if refit and job.recipe.target == "corrected" else None,
+            self.texts.calibration.tokens(),
+            job.clock,
+            job.ranks,
+            job.progress.removed,
+            self.removals,
+        )
+        job.progress.start(len(decision.layers), len(decision.layers))
+        with self._observable(), observable(decision.target.model, all_tokens=job.config.all_experts):
+            stream(shrinker, _Feeds(job, feed, evaluated), _Timed(job, sink), lambda block: None)
+        return self._perplexity(evaluated)
+
+    def _observable(self) -> AbstractContextManager[None]:
+        return observable(self.skeleton.model, all_tokens=self.job.config.all_experts)
+
+    def _record(self, windows: Windows | None, layers: Sequence[int] | None = None) -> Activations | None:
+        if windows is None:
+            return None
+        ranks, skeleton = self.job.ranks, self.skeleton
+        with ExitStack() as stack:
+            stack.enter_context(skeleton.outside())
+            stack.enter_context(self.job.clock("capture"))
+            return Activations.record(
+                skeleton.model,
+                list(skeleton.blocks.values()),
+                windows.share(ranks.rank, ranks.size),
+                batch=max(self.job.config.batch_size // ranks.size, 1),
+                device=skeleton.device,
+                folder=self.scratch,
+                layers=layers,
+            )
+
+    def _perplexity(self, last: Activations | None) -> Perplexity | None:
+        ranks, skeleton = self.job.ranks, self.skeleton
+        if last is None or self.texts.evaluation is None:
+            return None
+        share = self.texts.evaluation.share(ranks.rank, ranks.size)
+        with skeleton.outside(), self.job.clock("evaluate"):
+            return streamed_perplexity(skeleton.model, list(skeleton.blocks.values()), last, share, skeleton.device, ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Feeds:
+    """Moves the calibration and evaluation streams on."""
+
+    job: Job
+    calibration: Activations
+    evaluation: Activations | None
+
+    def advance(self, block: Block) -> None:
+        with self.job.clock("forward"):
+            self.calibration.advance(block)
+        if self.evaluation is not None:
+            with self.job.clock("evaluate"):
+                self.evaluation.advance(block)
+        self.job.progress.block(block.index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    job: Job
+    sink: Sink
+
+    def put(self, block: Block) -> None:
+        with self.job.clock("write"):
+            self.sink.put(block)
+
+
+def footprint(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters, multiplications a token (attention's own left out), and bytes of keys and values a token."""
+    text = model.config.get_text_config()
+    blocks = list(find_blocks(model).values())
+    inside = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)
+    tied = model.all_tied_weights_keys
+    found = {
+        "parameters": sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in tied),
+        "macs_a_token": inside + text.vocab_size * text.hidden_size,
+    }
+    try:
+        layout = Heads.of(model.config)
+    except InputError:
+        return found
+    return found | {"kv_bytes_a_token": 2 * len(blocks) * layout.value * layout.width * model.dtype.itemsize}
+
+
+def _into(similar: list[tuple[float, int]]) -> Callable[[Tensor, Tensor], None]:
+    return lambda before, after: similar.append(_similarity(before, after))
+
+
+def _similarity(before: Tensor, after: Tensor) -> tuple[float, int]:
+    """Sum of the cosines of tokens' hidden states, and how many tokens there are."""
+    return float(functional.cosine_similarity(before.float(), after.float(), dim=-1).sum()), len(before)
+
+
+def _widths(blocks: Sequence[Block], config: PruneConfig) -> tuple[int, int]:
+    """How many neurons each feed-forward part has, and how many stay.
+
+    Raises:
+        InputError: their numbers differ, or none or all would stay.
+    """
+    counts = {group.count for block in blocks for group in neurons(block)}
+    if len(counts) > 1:
+        raise InputError(f"feed-forward parts of {', '.join(map(str, sorted(counts)))} neurons cannot be made smaller alike")
+    count = counts.pop()
+    multiple = config.round_to or (_ROUND if count >= _WIDE else _ROUND_TINY)
+    return count, kept_neurons(Amount.parse("neurons", config.neurons or ""), count, multiple)
+
+
+def structure(decision: Decision, scouted: Scouted, source: Skeleton) -> dict[str, Any]:
+    """For the record: what was removed, and what that made smaller."""
+    gone = sorted(set(range(len(source.blocks))) - set(decision.layers))
+    return {
+        "removed_layers": gone,
+        "block_influence": scouted.influence,
+        "whole_groups_of_heads": decision.sizes.whole if decision.sizes.heads else None,
+        "architecture": type(decision.target.model).__name__,
+        "before": footprint(source.model),
+        "after": footprint(decision.target.model),
+    }

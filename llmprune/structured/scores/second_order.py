@@ -1,0 +1,50 @@
+"""Second order: what the output loses when a group goes and all others make up for it.
+
+For the inputs S of a group and the inverse Gram P, the loss is Tr(W_S (P_SS)^-1 W_Sᵀ), the optimal brain surgeon's, for
+columns (Hassibi & Stork, 1993; ZipLM, Kurtic et al., 2023). Groups go in rounds, the least first; after each round the
+weights and P are those of the inputs that are left.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmprune.linalg import damped
+from llmprune.structured.scores.base import Coupled
+
+_ROUNDS = 16  # at most; in each, the groups' losses are taken to be independent
+
+
+def select(coupled: Coupled, keep: int) -> Tensor:
+    w, inverse = coupled.consumer.clone(), torch.cholesky_inverse(torch.linalg.cholesky(damped(coupled.gram.mean())))
+    columns = torch.arange(w.shape[1], device=w.device).view(coupled.groups, -1)
+    bundle = torch.arange(coupled.groups, device=w.device) // (coupled.groups // coupled.bundles)
+    alive = torch.ones(coupled.groups, dtype=torch.bool, device=w.device)
+    left = torch.full((coupled.bundles,), (coupled.groups - keep) // coupled.bundles, device=w.device)  # to go, a bundle
+    while bool(left.any()):
+        loss = losses(w, inverse, columns).masked_fill(~alive | (left == 0)[bundle], torch.inf)
+        each = torch.minimum(left, torch.full_like(left, max(-(-(coupled.groups - keep) // (_ROUNDS * coupled.bundles)), 1)))
+        order = loss.view(coupled.bundles, -1).argsort(dim=1, stable=True)
+        going = torch.cat([own[:count] + i * len(own) for i, (own, count) in enumerate(zip(order, each.tolist(), strict=True))])
+        gone = columns[going].flatten()
+        within = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+        w -= w[:, gone] @ within
+        inverse -= inverse[:, gone] @ within
+        alive[going] = False
+        left -= each
+    return alive.nonzero().squeeze(1)
+
+
+def losses(w: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
+    """Of each group of `columns` (groups, width): the loss in output error of removing it, (groups,).
+
+    `inverse` is the inverse of the Gram (in, in) of the inputs of `w` (out, in). A group that is gone already has none
+    that means anything.
+    """
+    if columns.shape[1] == 1:
+        return w.square().sum(0) / inverse.diagonal().clamp_min(torch.finfo(w.dtype).tiny)
+    blocks = torch.stack([inverse[group][:, group] for group in columns])
+    parts = w[:, columns].permute(1, 2, 0)  # (groups, width, out)
+    solved, info = torch.linalg.solve_ex(blocks, parts)
+    return (parts * solved).sum((1, 2)).masked_fill(info != 0, 0)

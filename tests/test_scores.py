@@ -1,0 +1,134 @@
+"""Which heads and neurons stay: against brute force, and against refitting each choice."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmprune.errors import InputError
+from llmprune.linalg import damped, kept_least_squares
+from llmprune.stats import Gram
+from llmprune.structured import scores
+from llmprune.structured.scores.base import Coupled, highest
+from llmprune.structured.scores.second_order import losses
+
+CPU = torch.device("cpu")
+
+
+def coupled(groups: int, width: int, seed: int = 0, bundles: int = 1, outputs: int = 5) -> tuple[Coupled, Tensor]:
+    """Correlated inputs (tokens, groups * width), and what reads them."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = groups * width
+    x = torch.randn(400, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    gram = Gram(columns, CPU)
+    gram.add(x)
+    consumer = torch.randn(outputs, columns, generator=generator)
+    producers = [torch.randn(groups * rows, 7, generator=generator) for rows in (width, 2)]
+    return Coupled(consumer, producers, gram, groups, bundles), x
+
+
+def refit_loss(w: Tensor, h: Tensor, kept: Tensor) -> float:
+    """What is lost by the best weights on the kept inputs, in float64."""
+    w, h = w.double(), h.double()
+    best = torch.zeros_like(w)
+    best[:, kept] = torch.linalg.solve(h[kept][:, kept], h[kept] @ w.T).T
+    return float((((w - best) @ h) * (w - best)).sum())
+
+
+@pytest.mark.parametrize(("groups", "width"), [(6, 1), (5, 3)])
+def test_second_order_loss_is_what_refitting_loses(groups: int, width: int) -> None:
+    one, _ = coupled(groups, width)
+    h = damped(one.gram.mean())
+    columns = torch.arange(groups * width).view(groups, width)
+    found = losses(one.consumer.double(), torch.linalg.inv(h.double()), columns)
+    for group in range(groups):
+        kept = torch.cat([columns[:group], columns[group + 1 :]]).flatten()
+        assert float(found[group]) == pytest.approx(refit_loss(one.consumer, h, kept), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("groups", "width"), [(8, 1), (6, 2)])
+def test_second_order_comes_near_the_best_choice(groups: int, width: int, seed: int) -> None:
+    """Of all choices of half the groups; greedy is within a third of the best, and better than any other score."""
+    one, _ = coupled(groups, width, seed)
+    h, columns = damped(one.gram.mean()), torch.arange(groups * width).view(groups, width)
+    best = min(
+        refit_loss(one.consumer, h, columns[list(kept)].flatten())
+        for kept in itertools.combinations(range(groups), groups // 2)
+    )
+    lost = {
+        name: refit_loss(one.consumer, h, columns[scores.load(name).select(one, groups // 2)].flatten())
+        for name in scores.names()
+    }
+    assert lost["second_order"] <= 1.34 * best
+    assert lost["second_order"] <= min(lost.values()) * 1.1
+
+
+@pytest.mark.parametrize("name", scores.names())
+@pytest.mark.parametrize(("groups", "width", "bundles", "keep"), [(40, 1, 1, 29), (8, 4, 4, 4), (6, 3, 1, 1), (5, 2, 1, 5)])
+def test_exact_counts_in_order(name: str, groups: int, width: int, bundles: int, keep: int) -> None:
+    one, _ = coupled(groups, width, bundles=bundles)
+    kept = scores.load(name).select(one, keep)
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert len(kept) == keep
+    assert set((kept // (groups // bundles)).bincount(minlength=bundles).tolist()) == {keep // bundles}
+
+
+@pytest.mark.parametrize("name", scores.names())
+def test_a_group_that_is_never_read_or_made_goes_first(name: str) -> None:
+    one, x = coupled(6, 2)
+    gone = [2, 3, 8, 9]
+    x[:, gone] = 0
+    gram = Gram(12, CPU)
+    gram.add(x)
+    for matrix in one.producers:
+        matrix.view(6, -1)[[1, 4]] = 0
+    one.consumer[:, gone] = 0
+    kept = scores.load(name).select(Coupled(one.consumer, one.producers, gram, 6), 4)
+    assert kept.tolist() == [0, 2, 3, 5]
+
+
+def test_fluctuation_spares_what_varies_not_what_is_large() -> None:
+    one, x = coupled(4, 1)
+    x = torch.randn(400, 4, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = 100 + 0.01 * x[:, 0]
+    gram = Gram(4, CPU)
+    gram.add(x)
+    same = Coupled(torch.ones(3, 4), one.producers, gram, 4)
+    assert 0 not in scores.load("fluctuation").select(same, 3).tolist()
+    assert 0 in scores.load("activation").select(same, 1).tolist()
+
+
+def test_regression_is_least_squares() -> None:
+    one, x = coupled(12, 1)
+    kept = torch.tensor([0, 3, 4, 7, 11])
+    target = one.consumer + 0.1
+    exact = torch.linalg.lstsq(x[:, kept].double(), x.double() @ target.double().T).solution.T
+    gram = one.gram.mean().double() * 1.0
+    found = kept_least_squares(gram, target.double(), one.consumer.double(), kept)
+
+    def lost(w: Tensor) -> float:
+        full = torch.zeros(5, 12, dtype=torch.float64)
+        full[:, kept] = w
+        return float(((x.double() @ (full - target.double()).T) ** 2).sum())
+
+    assert lost(exact) <= lost(found) <= 1.02 * lost(exact)
+    assert lost(found) < 0.9 * lost(one.consumer.double()[:, kept])
+
+
+def test_all_columns_and_their_own_target_change_nothing() -> None:
+    one, _ = coupled(6, 1)
+    same = kept_least_squares(one.gram.mean(), one.consumer, one.consumer, torch.arange(6))
+    assert torch.equal(same, one.consumer)
+
+
+def test_ties_keep_the_first() -> None:
+    assert highest(torch.ones(6), 4, 2).tolist() == [0, 1, 3, 4]
+
+
+def test_an_unknown_score_lists_near_ones() -> None:
+    with pytest.raises(InputError, match="did you mean fluctuation"):
+        scores.load("fluctuations")

@@ -1,0 +1,214 @@
+"""Heads, neurons and layers are removed exactly, and what is saved loads with plain transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, tokens
+from test_families import EXPERTS
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import llmprune
+from llmprune.errors import InputError
+from llmprune.integrity import verify
+from llmprune.models.discover import find_blocks
+from llmprune.report.console import Progress
+from llmprune.stream.source import ModelSource
+from llmprune.structured.groups import Heads, heads, neurons
+from llmprune.structured.plan import Amount
+
+IDS = tokens(6, 24)
+OPTIONS = {"calibration": IDS, "batch_size": 2, "round_to": 4}
+FAMILIES = ("llama", "mistral", "qwen3", "gemma3_text", "opt", "gpt2", "gpt_neox", "mixtral")
+WITH_HEADS = ("llama", "mistral", "qwen3", "gemma3_text", "mixtral")
+ALONE = {"num_key_value_heads": 4}  # every head has keys and values of its own
+
+
+def model_of(family: str, **changes: object) -> PreTrainedModel:
+    return tiny_model(family, **(EXPERTS.get(family, {}) | changes))
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def close(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    return torch.allclose(logits(a), logits(b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neurons_that_nothing_reads_leave_without_a_trace(family: str, saved, tmp_path: Path) -> None:
+    model = model_of(family)
+    for block in ModelSource(model).blocks():
+        for group in neurons(block):
+            group.consumer.weight[:, 1::4] = 0
+    record = llmprune.prune(saved(model), output=tmp_path / "out", neurons="25%", **OPTIONS).record
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert close(model, smaller)
+    assert verify(tmp_path / "out").problems == ()
+    assert record.structure["after"]["parameters"] == smaller.num_parameters() < model.num_parameters()
+    assert all((one.kind, one.kept * 4) == ("neurons", one.count * 3) for one in record.removals)
+
+
+@pytest.mark.parametrize("family", WITH_HEADS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_heads_that_nothing_reads_leave_without_a_trace(family: str, whole: bool, saved, tmp_path: Path) -> None:
+    """Two groups of two heads: the second group goes, or one head of each."""
+    model = model_of(family)
+    for block in ModelSource(model).blocks():
+        o = heads(block, Heads.of(model.config), whole=whole).consumer.weight
+        o.view(o.shape[0], 4, 8)[:, [2, 3] if whole else [0, 3]] = 0
+    record = llmprune.prune(saved(model), output=tmp_path / "out", heads="2", **OPTIONS).record
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert smaller.config.num_attention_heads == 2
+    assert smaller.config.num_key_value_heads == (1 if whole else 2)
+    assert close(model, smaller)
+    assert record.structure["whole_groups_of_heads"] is whole
+    assert record.structure["after"]["kv_bytes_a_token"] * (2 if whole else 1) == record.structure["before"]["kv_bytes_a_token"]
+
+
+def test_three_of_four_heads_of_a_llama_are_saved_as_a_mistral(saved, tmp_path: Path) -> None:
+    """Its configuration refuses three heads for a width of 32; with scaled rotary frequencies the two are still the same."""
+    scaling = {
+        "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "rope_theta": 10000.0,
+    }  # fmt: skip
+    model = model_of("llama", rope_parameters=scaling, **ALONE)
+    for block in ModelSource(model).blocks():
+        o = heads(block, Heads.of(model.config), whole=True).consumer.weight
+        o.view(32, 4, 8)[:, 1] = 0
+    llmprune.prune(saved(model), output=tmp_path / "out", heads="25%", **OPTIONS)
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(smaller).__name__ == "MistralForCausalLM"
+    assert smaller.config.sliding_window is None
+    assert close(model, smaller)
+    prompt = IDS[:1, :8]
+    whole, cut = (m.generate(prompt, max_new_tokens=12, do_sample=False) for m in (model, smaller))
+    assert torch.equal(whole, cut)
+    assert "saved as a `MistralForCausalLM`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_layer_that_does_nothing_is_the_one_removed(saved, tmp_path: Path) -> None:
+    model = model_of("gemma3_text")  # sliding, full, sliding attention
+    layer = find_blocks(model)["model.layers.1"]
+    with torch.no_grad():
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.fill_(-1)  # Gemma's gain is 1 + weight
+    record = llmprune.prune(saved(model), output=tmp_path / "out", layers="1", **OPTIONS).record
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert record.structure["removed_layers"] == [1]
+    assert smaller.config.layer_types == ["sliding_attention"] * 2
+    assert close(model, smaller)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fitting_again_loses_less(family: str, saved, tmp_path: Path) -> None:
+    source = saved(model_of(family))
+    lost = {}
+    for refit in (True, False):
+        options = OPTIONS | {"neurons": "50%", "refit": refit, "score": "magnitude", "target": "dense"}
+        record = llmprune.prune(source, output=tmp_path / str(refit), **options).record
+        lost[refit] = [one.error for one in record.removals if one.block == 0]
+    assert all(fitted < plain for fitted, plain in zip(lost[True], lost[False], strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_structure_first_then_weights(family: str, saved, tmp_path: Path) -> None:
+    options = OPTIONS | {"neurons": "50%", "layers": "1", "sparsity": "2:4"} | ({} if family == "gpt2" else {"heads": "50%"})
+    record = llmprune.prune(saved(model_of(family)), output=tmp_path / "out", **options).record
+    assert verify(tmp_path / "out").problems == ()
+    assert all(site.sparsity == 0.5 for site in record.sites)
+    assert record.structure["removed_layers"]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert smaller.num_parameters() == record.structure["after"]["parameters"] < record.structure["before"]["parameters"]
+    assert record.size["bytes_after"] < record.size["bytes_before"]
+
+
+_LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = torch.arange(3, 9)[None]
+    both = [model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*both), folder
+"""
+
+
+def test_loads_in_a_fresh_process_and_generates_with_and_without_cache(tmp_path: Path) -> None:
+    folders = []
+    for family in FAMILIES:
+        model_of(family).save_pretrained(tmp_path / family)
+        asked = {"neurons": "25%", "layers": "1"} | ({"heads": "50%"} if family in WITH_HEADS else {})
+        folders.append(str(tmp_path / f"{family}-smaller"))
+        llmprune.prune(tmp_path / family, output=folders[-1], **OPTIONS, **asked)
+    subprocess.run([sys.executable, "-c", _LOAD, *folders], check=True)
+
+
+def test_untouched_tensors_stay_as_they_were_to_the_bit(saved, tmp_path: Path) -> None:
+    model = model_of("llama").to(torch.bfloat16)
+    llmprune.prune(saved(model), output=tmp_path / "out", neurons="25%", **OPTIONS)
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert smaller.dtype == torch.bfloat16
+    for name, tensor in model.state_dict().items():
+        if not any(part in name for part in ("gate_proj", "up_proj", "down_proj")):
+            assert torch.equal(tensor, smaller.state_dict()[name])
+
+
+@pytest.mark.parametrize(("family", "options", "words"), [
+    ("llama", {"neurons": "100%"}, "neurons '100%' is impossible"),
+    ("llama", {"neurons": "0"}, "neurons '0' is impossible"),
+    ("llama", {"neurons": "some"}, "give a share to remove such as 25% or 0.25, or a count such as 4"),
+    ("llama", {"neurons": "48"}, "would leave none"),
+    ("llama", {"neurons": "1%"}, "rounds to none removed, in multiples of 4"),
+    ("llama", {"heads": "4"}, "cannot be removed: 2 could stay"),
+    ("llama", {"heads": "1%"}, "cannot be removed: 2 could stay"),
+    ("llama", {"layers": "3"}, "layers 3 of 3 would remove all"),
+    ("llama", {"layers": "5%"}, "layers 5% of 3 would remove none"),
+    ("llama", {"neurons": "25%", "score": "second_ordr"}, "did you mean second_order"),
+    ("llama", {"neurons": "25%", "round_to": 0}, "round_to 0 is impossible"),
+    ("gpt2", {"heads": "50%"}, "looked for separate q, k, v and o"),
+    ("opt", {"heads": "50%", "num_key_value_heads": None}, "do not load model.decoder.layers with other heads"),
+    ("mixtral", {}, "sparsity is required: pass --sparsity, or --heads, --neurons or --layers"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(family: str, options: dict, words: str, saved, tmp_path: Path) -> None:
+    changes = {"num_key_value_heads": options.pop("num_key_value_heads")} if "num_key_value_heads" in options else {}
+    source = saved(model_of(family, **changes))
+    with pytest.raises(InputError, match=words):
+        llmprune.prune(source, output=tmp_path / "out", **(OPTIONS | options))
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_model_in_memory_is_refused() -> None:
+    with pytest.raises(InputError, match="pass the model's folder or Hub id"):
+        llmprune.prune(model_of("llama"), neurons="25%", calibration=IDS)
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_the_nearest_number_of_heads_that_loads(saved, tmp_path: Path) -> None:
+    """Gemma 2 refuses three heads for a width of 32, and there is no other name for it."""
+    notes = Notes()
+    source = saved(model_of("gemma2", **ALONE))
+    llmprune.prune(source, output=tmp_path / "out", heads="1", progress=notes, **OPTIONS)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_attention_heads == 2
+    assert any(note.startswith("3 heads would not load") and note.endswith("2 stay") for note in notes.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "removed"), [("25%", 32, 8), ("0.25", 32, 8), ("4", 32, 4), ("12.5%", 32, 4), (" 1 ", 8, 1)]
+)
+def test_amounts(text: str, whole: int, removed: float) -> None:
+    assert Amount.parse("heads", text).of(whole) == removed
