@@ -141,7 +141,7 @@ def _shrink_folder(
         texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
         shrinking = Shrinking(job, skeleton, texts, work.scratch)
         check_room(output, work.nbytes)
-    record = _announce(job, work, texts, folder, {}, str(shrinking))
+    record = _announce(job, work, texts, folder, {}, "structure", str(shrinking))
     scouted = shrinking.scout()
     decision = shrinking.decide(scouted)
     with published(output, overwrite=overwrite) if job.ranks.first else nullcontext() as partial:
@@ -218,7 +218,7 @@ def _prune_folder(
         check_room(output, needs.output - kept + (needs.activations * job.ranks.size if mapped else 0))
         predicted = asdict(needs) | {"seconds": needs.seconds(device, work.dtype)}
     told = predicted | {"text": describe(needs, predicted["seconds"], mapped=mapped)}
-    record = _announce(job, work, texts, folder, told, _pattern(job, work))
+    record = _announce(job, work, texts, folder, told, "pattern", _pattern(job, work))
     if short := shortage(needs, device, mapped=mapped):
         job.progress.note(short)
     with _continued(job, output, _fingerprint(job, checkpoint, texts, record)) as manifest:
@@ -300,7 +300,7 @@ def _prune_in_memory(
             scratch=Path(tempfile.gettempdir()) if job.config.activations == "disk" else None,
         )
         texts = choose_texts(job.config, model.config, tokenizer, given=job.given, bundled=bool(folder and folder.bundled))
-    record = _announce(job, work, texts, folder, {}, _pattern(job, work))
+    record = _announce(job, work, texts, folder, {}, "pattern", _pattern(job, work))
     with _evaluating(model):
         run(job, work, texts, NoSink(), record, set())
     if output is not None and job.ranks.first:
@@ -327,7 +327,7 @@ def _pattern(job: Job, work: Work) -> str:
 
 
 def _announce(
-    job: Job, work: Work, texts: Texts, folder: ModelFolder | None, predicted: dict[str, Any], asked: str
+    job: Job, work: Work, texts: Texts, folder: ModelFolder | None, predicted: dict[str, Any], what: str, asked: str
 ) -> RunRecord:
     """Start the record, and show what is about to be done."""
     windows, config = texts.calibration, job.config
@@ -358,7 +358,7 @@ def _announce(
         seconds=job.clock.seconds,
         size={"bytes_before": work.nbytes},
     )
-    job.progress.header(record, asked)
+    job.progress.header(record, what, asked)
     if folder and folder.bundled:
         size = f"{work.parameters / 1e6:.0f}M-parameter demo"
         shadowed = " (a folder here of that name is ./llama)" if Path(config.model).is_dir() else ""

@@ -22,7 +22,7 @@ from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecor
 class Progress:
     """What the pipeline tells as it works. This one shows nothing; subclasses show what they like."""
 
-    def header(self, record: RunRecord, asked: str) -> None: ...
+    def header(self, record: RunRecord, what: str, asked: str) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -68,18 +68,18 @@ class Console(Progress):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
-    def header(self, record: RunRecord, asked: str) -> None:
+    def header(self, record: RunRecord, what: str, asked: str) -> None:
         model, text, arguments = record.model, record.calibration, record.arguments
-        order = "stage by stage" if arguments["true_sequential"] else "one pass a block"
-        for what, value in {
+        order = ", stage by stage" if arguments["true_sequential"] else ", one pass a block"
+        for title, value in {
             "model": f"{model['name']} ({model['class']}, {model['parameters']:,} parameters, {model['blocks']} blocks)",
-            "pattern": asked,
-            "method": f"{record.recipe['text']}, {order}",
+            what: asked,
+            "method": f"{record.recipe['text']}{order if arguments['sparsity'] else ''}",
             "calibration": f"{text['text']}, {text['samples']} windows x {text['seqlen']} tokens, seed {text['seed']}",
             "compute": f"{record.compute['dtype']} on {record.compute['device']}{_shared(record.compute['processes'])}",
             **({"needs": record.predicted["text"]} if record.predicted else {}),
         }.items():
-            self._console.print(f"{what:<11}  {value}", markup=False)
+            self._console.print(f"{title:<11}  {value}", markup=False)
 
     def note(self, text: str) -> None:
         self._console.print(f"note: {text}", markup=False)
@@ -120,6 +120,7 @@ class Console(Progress):
     def block(self, index: int) -> None:
         pruned = f"output error: {_errors(self._in_block) or 'nothing pruned'}{self._fit}"
         came = self._came or "  ".join(self._gone) or pruned
+        self._done += bool(self._gone)
         line = f"block {index + 1}/{self._blocks}  {came}  ETA {self._eta()}"
         self._in_block, self._gone, self._fit, self._came = [], [], "", ""
         self._console.print(line, markup=False)
