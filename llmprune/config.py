@@ -14,6 +14,7 @@ from llmprune.errors import InputError, reason, unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLACES = ("memory", "disk")
+LAYER_SCORES = ("influence", "loss")
 
 
 def _option(help: str, default: Any = dataclasses.MISSING, *, metavar: str | None = None) -> Any:
@@ -34,8 +35,13 @@ class PruneConfig:
     )
     heads: str | None = _option("attention heads to remove, such as 25%% or 8, in each layer", None, metavar="AMOUNT")
     neurons: str | None = _option("neurons (MLP channels) to remove, such as 25%%, in each layer", None, metavar="AMOUNT")
-    layers: str | None = _option("layers to remove, such as 4 or 12%%: those that change least", None, metavar="AMOUNT")
+    layers: str | None = _option("layers to remove, such as 4 or 12%%", None, metavar="AMOUNT")
     score: str = _option("what chooses heads and neurons (default: %(default)s)", "second_order")
+    layer_score: str = _option(
+        "what chooses layers: influence (how little they turn the hidden states; one pass) or loss (calibration loss without "
+        "them; a pass a candidate) (default: %(default)s)",
+        "influence",
+    )  # fmt: skip
     round_to: int | None = _option("neurons stay in multiples of this (default: 64, or 8 below 1024)", None, metavar="N")
     quality: str | None = _option("preset: fast, balanced or best (default: balanced, unless --method is given)", None)
     method: str | None = _option("instead of a preset, one method alone", None)
@@ -92,7 +98,7 @@ class PruneConfig:
             raise InputError(f"round_to {self.round_to} is impossible: give at least 1")
         if self.seqlen < 2:
             raise InputError("seqlen 1 is impossible: a window needs a token to predict")
-        for name, known in (("dtype", DTYPES), ("activations", PLACES)):
+        for name, known in (("dtype", DTYPES), ("activations", PLACES), ("layer_score", LAYER_SCORES)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,22 @@ from llmprune.errors import InputError
 from llmprune.evaluate.perplexity import Perplexity, streamed_perplexity
 from llmprune.models.discover import find_blocks
 from llmprune.models.experts import observable
-from llmprune.models.sites import Block
+from llmprune.models.sites import Block, Site
 from llmprune.models.skeleton import Skeleton
 from llmprune.report.record import Removal
 from llmprune.run import Job
-from llmprune.stream.activations import Activations
+from llmprune.stream.activations import Activations, Hidden
 from llmprune.stream.engine import Sink, stream
 from llmprune.stream.source import CheckpointSource
+from llmprune.structured import scores
 from llmprune.structured.groups import Heads, neurons
 from llmprune.structured.plan import Amount, kept_layers, kept_neurons, smaller_config, ways_to_keep_heads
 from llmprune.structured.shrink import Shrinker, Sizes, check_fit, removal_error
+from llmprune.structured.slopes import loss_gradients, slopes
 from llmprune.structured.target import Target
 from llmprune.texts import Texts
 
+_TRIED = 16  # calibration windows that layers are tried on
 _WIDE, _ROUND, _ROUND_TINY = 1024, 64, 8  # neurons from which multiples of 64 stay; else of 8
 
 
@@ -42,20 +45,23 @@ class Scouted:
         dense: its perplexity, where a text to evaluate on is named.
         influence: of each block, 1 - mean cosine of a token's hidden state before and after it (Men et al., "ShortGPT", 2024).
         losses: by way of removing heads, the sum over blocks of the relative error that would leave.
+        slopes: how the loss depends on what the consumers read, by site name, for a score that asks for it.
     """
 
     dense: Perplexity | None = None
     influence: list[float] = field(default_factory=list)
     losses: dict[bool, float] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What stays: the layers, by number, the sizes of each, and the model to fill."""
+    """What stays: the layers, by number, the sizes of each, the model to fill; and what the score needs."""
 
     layers: list[int]
     sizes: Sizes
     target: Target
+    slopes: Mapping[str, Tensor]
 
 
 class Shrinking:
@@ -132,16 +138,19 @@ class Shrinking:
     def scout(self) -> Scouted:
         """Run the dense model."""
         found = Scouted()
-        feed, evaluated = self._record(self.texts.calibration), self._record(self.texts.evaluation)
-        assert feed is not None
+        feed = self._record(self.texts.calibration)
+        evaluated = self._record(self.texts.evaluation) if self.texts.evaluation else None
         tokens = self.texts.calibration.tokens()
+        backward, inputs = getattr(scores.load(self.job.config.score), "backward", False), list[Hidden]()
         with self._observable():
             for block in CheckpointSource(self.skeleton).blocks():
                 if len(self._ways) > 1 and self._layout:
                     for whole, kept in self._ways.items():
                         sizes = Sizes(None, kept, self._layout, whole)
-                        error = removal_error(block, sizes, self.job.config.score, feed, tokens, self.job.clock, self.job.ranks)
+                        error = removal_error(block, sizes, feed, tokens, self.job.clock, self.job.ranks)
                         found.losses[whole] = found.losses.get(whole, 0.0) + error
+                if backward:
+                    inputs.append(feed.hidden.copy())
                 similar: list[tuple[float, int]] = []
                 with self.job.clock("forward"):
                     feed.advance(block, _into(similar))
@@ -150,22 +159,59 @@ class Shrinking:
                 if evaluated is not None:
                     with self.job.clock("evaluate"):
                         evaluated.advance(block)
-        found.dense = self._perplexity(evaluated)
+            if backward:
+                found.slopes = self._slopes(feed, inputs)
+        if evaluated is not None and self.texts.evaluation is not None:
+            found.dense = self._perplexity(evaluated, self.texts.evaluation)
         return found
 
+    def _slopes(self, feed: Activations, inputs: list[Hidden]) -> dict[str, Tensor]:
+        """What the gradient score needs, by site name; `feed` holds the last block's outputs."""
+        skeleton, ranks = self.skeleton, self.job.ranks
+        share = self.texts.calibration.share(ranks.rank, ranks.size)
+        with skeleton.outside(), self.job.clock("forward"):
+            gradients = loss_gradients(skeleton.model, list(skeleton.blocks.values()), feed, share, skeleton.device)
+        count = len(skeleton.blocks)
+        last_first = CheckpointSource(skeleton, range(count)[::-1]).blocks()
+        numbered = (replace(block, index=count - 1 - block.index) for block in last_first)
+        sizes = self._sizes(self._ways, whole=False) if False in self._ways else self._sizes(self._ways, whole=True)
+
+        def consumers(block: Block) -> list[Site]:
+            return [group.consumer for step in sizes.steps(block) for group in step]
+
+        with self.job.clock("forward"):
+            return slopes(numbered, feed, inputs, gradients, consumers, ranks)
+
     def decide(self, scouted: Scouted) -> Decision:
-        """What stays. Layers that change the hidden states least go; heads go in the way that loses less."""
-        order = sorted(range(len(scouted.influence)), key=lambda layer: scouted.influence[layer], reverse=True)
-        layers = sorted(order[: self._layers])
+        """What stays. Layers go by block influence or by what the loss becomes without them, the least first; heads in the way
+        that loses less.
+        """
+        layers = list(range(len(scouted.influence)))
+        while len(layers) > self._layers:
+            if self.job.config.layer_score == "influence":
+                layers.remove(min(layers, key=lambda layer: scouted.influence[layer]))
+            else:
+                without = {layer: [other for other in layers if other != layer] for layer in layers}
+                layers = without[min(layers, key=lambda layer: self._loss(without[layer]))]
         sizes = self._sizes(self._ways, whole=min(self._ways, key=lambda way: scouted.losses.get(way, 0.0), default=False))
-        return Decision(layers, sizes, self._target(layers, sizes))
+        return Decision(layers, sizes, self._target(layers, sizes), scouted.slopes)
+
+    def _loss(self, layers: list[int]) -> float:
+        """Calibration perplexity of the dense model with these layers alone, on some of the windows."""
+        windows = self.texts.calibration
+        some = max(_TRIED, self.job.ranks.size)
+        few = Windows(windows.ids[:some], windows.text, None if windows.mask is None else windows.mask[:some])
+        feed = self._record(few, layers)
+        with self._observable(), self.job.clock("forward"):
+            for block in CheckpointSource(self.skeleton, layers).blocks():
+                feed.advance(block)
+        return self._perplexity(feed, few).value
 
     def stream(self, decision: Decision, sink: Sink) -> Perplexity | None:
         """Put the smaller model's blocks into `sink`; returns its perplexity, where a text to evaluate on is named."""
         job = self.job
         feed = self._record(self.texts.calibration, decision.layers)
-        evaluated = self._record(self.texts.evaluation, decision.layers)
-        assert feed is not None
+        evaluated = self._record(self.texts.evaluation, decision.layers) if self.texts.evaluation else None
         refit = job.config.refit is not False
         shrinker = Shrinker(
             CheckpointSource(self.skeleton, decision.layers),
@@ -180,22 +226,21 @@ class Shrinking:
             job.ranks,
             job.progress.removed,
             self.removals,
+            decision.slopes,
         )
         job.progress.start(len(decision.layers), len(decision.layers))
         with self._observable(), observable(decision.target.model, all_tokens=job.config.all_experts):
             stream(shrinker, _Feeds(job, feed, evaluated), _Timed(job, sink), lambda block: None)
-        return self._perplexity(evaluated)
+        if evaluated is None or self.texts.evaluation is None:
+            return None
+        return self._perplexity(evaluated, self.texts.evaluation)
 
     def _observable(self) -> AbstractContextManager[None]:
         return observable(self.skeleton.model, all_tokens=self.job.config.all_experts)
 
-    def _record(self, windows: Windows | None, layers: Sequence[int] | None = None) -> Activations | None:
-        if windows is None:
-            return None
+    def _record(self, windows: Windows, layers: Sequence[int] | None = None) -> Activations:
         ranks, skeleton = self.job.ranks, self.skeleton
-        with ExitStack() as stack:
-            stack.enter_context(skeleton.outside())
-            stack.enter_context(self.job.clock("capture"))
+        with skeleton.outside(), self.job.clock("capture"):
             return Activations.record(
                 skeleton.model,
                 list(skeleton.blocks.values()),
@@ -206,11 +251,10 @@ class Shrinking:
                 layers=layers,
             )
 
-    def _perplexity(self, last: Activations | None) -> Perplexity | None:
+    def _perplexity(self, last: Activations, windows: Windows) -> Perplexity:
+        """Of the model whose last block's outputs for `windows` are in `last`."""
         ranks, skeleton = self.job.ranks, self.skeleton
-        if last is None or self.texts.evaluation is None:
-            return None
-        share = self.texts.evaluation.share(ranks.rank, ranks.size)
+        share = windows.share(ranks.rank, ranks.size)
         with skeleton.outside(), self.job.clock("evaluate"):
             return streamed_perplexity(skeleton.model, list(skeleton.blocks.values()), last, share, skeleton.device, ranks)
 

@@ -19,6 +19,7 @@ from typing import Any
 from compare_methods import dense_perplexity, evaluation, load
 
 import llmprune
+from llmprune.config import LAYER_SCORES
 from llmprune.evaluate.perplexity import excess_loss, perplexity
 from llmprune.models.resolve import resolve
 from llmprune.report.record import versions
@@ -37,7 +38,7 @@ def cells() -> list[tuple[str, str, str, str]]:
         for score in scores.names()
         for fit in (FITS if score == "second_order" else ("corrected", "none"))
     ]
-    return found + [("layers", amount, "-", "-") for amount in AMOUNTS["layers"]]
+    return found + [("layers", amount, score, "-") for amount in AMOUNTS["layers"] for score in LAYER_SCORES]
 
 
 def measure(name: str, what: str, amount: str, score: str, fit: str, windows: int) -> dict[str, Any]:
@@ -45,8 +46,7 @@ def measure(name: str, what: str, amount: str, score: str, fit: str, windows: in
     options: dict[str, Any] = {what: amount, "calibration": "pydoc", "eval_text": "none", "seqlen": 512, **FITS.get(fit, {})}
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "out"
-        if score != "-":
-            options["score"] = score
+        options["layer_score" if what == "layers" else "score"] = score
         record = llmprune.prune(str(name), output=output, **options).record
         found, dense = perplexity(load(output), evaluation(folder, windows)[1]), dense_perplexity(folder, windows)
     return {
@@ -84,7 +84,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in own:
             if row["removed"] == "layers":
                 share = row["after"]["parameters"] / row["before"]["parameters"]
-                lines += [f"{row['amount']} layers fewer: {row['excess_loss']:.4f}, {share:.1%} of the parameters.", ""]
+                which = f"{row['amount']} layers fewer by {row['score']}"
+                lines += [f"{which}: {row['excess_loss']:.4f}, {share:.1%} of the parameters.", ""]
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ ALLOWED = {
     "solving": {"linalg", "models", "patterns", "ranks", "recipes", "report", "solvers", "stats"},
     "pruner": {"models", "patterns", "ranks", "recipes", "reconstruct", "report", "solvers", "solving", "stats", "stream"},
     "integrity": {"models", "patterns", "report", "stream"},
-    "structured": {"linalg", "models", "ranks", "report", "solving", "stats", "stream", "structured"},
+    "structured": {"data", "linalg", "models", "ranks", "report", "solving", "stats", "stream", "structured"},
     "preflight": {"hardware", "models", "recipes", "reconstruct", "solvers", "stats", "stream", "texts"},
     "run": None,
     "shrinking": None,

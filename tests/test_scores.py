@@ -27,7 +27,8 @@ def coupled(groups: int, width: int, seed: int = 0, bundles: int = 1, outputs: i
     gram.add(x)
     consumer = torch.randn(outputs, columns, generator=generator)
     producers = [torch.randn(groups * rows, 7, generator=generator) for rows in (width, 2)]
-    return Coupled(consumer, producers, gram, groups, bundles), x
+    slope = (x * torch.randn(400, columns, generator=generator)).sum(0)
+    return Coupled(consumer, producers, gram, groups, bundles, slope), x
 
 
 def refit_loss(w: Tensor, h: Tensor, kept: Tensor) -> float:
@@ -87,7 +88,8 @@ def test_a_group_that_is_never_read_or_made_goes_first(name: str) -> None:
     for matrix in one.producers:
         matrix.view(6, -1)[[1, 4]] = 0
     one.consumer[:, gone] = 0
-    kept = scores.load(name).select(Coupled(one.consumer, one.producers, gram, 6), 4)
+    slope = torch.ones(12).index_fill(0, torch.tensor(gone), 0)
+    kept = scores.load(name).select(Coupled(one.consumer, one.producers, gram, 6, 1, slope), 4)
     assert kept.tolist() == [0, 2, 3, 5]
 
 

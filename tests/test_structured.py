@@ -13,13 +13,22 @@ from test_families import EXPERTS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
+from llmprune.config import PruneConfig
+from llmprune.data import Windows
 from llmprune.errors import InputError
 from llmprune.integrity import verify
+from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
+from llmprune.models.experts import observable
+from llmprune.models.skeleton import Skeleton, load_config
+from llmprune.ranks import Ranks
 from llmprune.report.console import Progress
+from llmprune.run import Job
+from llmprune.shrinking import Shrinking
 from llmprune.stream.source import ModelSource
 from llmprune.structured.groups import Heads, heads, neurons
 from llmprune.structured.plan import Amount
+from llmprune.texts import Texts
 
 IDS = tokens(6, 24)
 OPTIONS = {"calibration": IDS, "batch_size": 2, "round_to": 4}
@@ -91,6 +100,24 @@ def test_three_of_four_heads_of_a_llama_are_saved_as_a_mistral(saved, tmp_path: 
     whole, cut = (m.generate(prompt, max_new_tokens=12, do_sample=False) for m in (model, smaller))
     assert torch.equal(whole, cut)
     assert "saved as a `MistralForCausalLM`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_layers_by_loss_are_those_of_brute_force(saved, tmp_path: Path) -> None:
+    """Two of four, one after the other, each time trying the whole model without each layer."""
+    model = model_of("llama", num_hidden_layers=4)
+    record = llmprune.prune(saved(model), output=tmp_path / "out", layers="2", layer_score="loss", **OPTIONS).record
+    every, left = model.model.layers, [0, 1, 2, 3]
+
+    def loss(layers: list[int]) -> float:
+        model.model.layers = torch.nn.ModuleList(every[i] for i in layers)
+        model.config.num_hidden_layers = len(layers)
+        return float(torch.nn.functional.cross_entropy(logits(model)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
+
+    for _ in range(2):
+        left = min(([other for other in left if other != layer] for layer in left), key=loss)
+    assert record.structure["removed_layers"] == sorted({0, 1, 2, 3} - set(left))
+    loss(left)
+    assert close(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
 def test_a_layer_that_does_nothing_is_the_one_removed(saved, tmp_path: Path) -> None:
@@ -212,3 +239,29 @@ def test_the_nearest_number_of_heads_that_loads(saved, tmp_path: Path) -> None:
 )
 def test_amounts(text: str, whole: int, removed: float) -> None:
     assert Amount.parse("heads", text).of(whole) == removed
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_slopes_are_those_of_a_backward_through_the_whole_model(family: str, saved) -> None:
+    """Streamed block by block from a folder, with padding, against one backward of the model in memory."""
+    model = model_of(family)
+    mask = torch.ones_like(IDS)
+    mask[1, 20:] = 0
+    seen: dict[str, torch.Tensor] = {}
+    consumers = [group.consumer for block in ModelSource(model).blocks() for group in neurons(block)]
+    with observable(model):
+        for site in consumers:
+            site.watch(lambda x, tokens, name=site.name: seen.__setitem__(name, x.retain_grad() or x))
+        logits = model(input_ids=IDS, attention_mask=mask, use_cache=False).logits
+        labels = IDS.masked_fill(mask == 0, -100)[:, 1:]
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    expected = {name: (x * x.grad).detach().reshape(-1, x.shape[-1]).sum(0) for name, x in seen.items() if x.grad is not None}
+    texts = Texts(Windows(IDS, "given", mask), None, ())
+    folder = saved(model)
+    skeleton = Skeleton(Checkpoint(folder), load_config(folder), torch.device("cpu"), torch.float32)
+    config = PruneConfig.create({"model": "-", "neurons": "25%", "score": "gradient", "round_to": 4, "batch_size": 4})
+    with torch.no_grad():
+        found = Shrinking(Job(config, None, Progress(), Ranks()), skeleton, texts, None).scout().slopes
+    assert found.keys() == {site.name for site in consumers}
+    for name, slope in expected.items():
+        torch.testing.assert_close(found[name], slope, rtol=1e-3, atol=1e-4)

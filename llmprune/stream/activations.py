@@ -6,7 +6,7 @@ They rest on the host, in memory or in a mapped file, and visit the compute devi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +159,27 @@ class Activations:
         x = x.reshape(-1, x.shape[-1])
         real = self._real[index]
         return x if real is None else x[real if tokens is None else real[tokens]]
+
+    def at(self, hidden: Hidden) -> Activations:
+        """The same windows with other hidden states: the inputs of any block."""
+        return Activations(hidden, self._calls, self._real, self._device)
+
+    def backward(self, block: Block, index: int, gradient: Tensor, sites: Sequence[Site], sums: Mapping[str, Tensor]) -> Tensor:
+        """From the gradient of a loss in the block's outputs for batch `index` to that in its inputs.
+
+        Adds to `sums`, by site name, the sum over tokens of each input of the site times the gradient in it, (in,).
+        """
+        hidden = self.hidden[index].to(self._device).detach().requires_grad_()
+        seen: list[tuple[str, Tensor]] = []
+        with torch.enable_grad(), _hooked(sites, lambda site, x, tokens: seen.append((site.name, x))):
+            out = self._calls[index][block.index].run(block.module, hidden)
+            into, *others = torch.autograd.grad(
+                out, [hidden, *(x for _, x in seen)], gradient.to(self._device), allow_unused=True
+            )
+        for (name, x), slope in zip(seen, others, strict=True):
+            if slope is not None:  # an expert that no token chose
+                sums[name] += (x.detach() * slope).float().reshape(-1, x.shape[-1]).sum(0)
+        return into.to(self.hidden[index].device)
 
     def call(self, block: Block, index: int, forward: Callable[..., Any]) -> Tensor:
         """What `forward` puts out where the model would call the block on batch `index`."""

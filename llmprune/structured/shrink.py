@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,7 @@ class Shrinker:
         dense: the same as the dense model sees them, where what is fitted aims at its outputs; moved on here.
         tell: hears of every removal.
         removals: what was removed, in order.
+        slopes: for a score that has `backward`, by site name.
     """
 
     source: Source
@@ -88,6 +89,7 @@ class Shrinker:
     ranks: Ranks
     tell: Callable[[Removal], None]
     removals: list[Removal]
+    slopes: Mapping[str, Tensor]
 
     def blocks(self) -> Iterator[Block]:
         for block in self.source.blocks():
@@ -124,7 +126,7 @@ class Shrinker:
             seen.add_up(self.ranks)
         with self.clock("solve"):
             dense, stay = site.weight.to(torch.float32, copy=True), self.sizes.stay(group)
-            found = choose(group, seen, stay, self.score, refit=self.refit)
+            found = choose(group, seen, stay, self.score, self.slopes, refit=self.refit)
             site.write(found.weight)
             if found.shift is not None:
                 bias = block.module.get_parameter(_bias(site, block))
@@ -143,7 +145,7 @@ def observe(stage: Stage, device: torch.device, tokens: int, clock: Clock, *, co
     return Observed(Gram(columns, device), InputSample(tokens // _ERROR_TOKENS), cross, clock)
 
 
-def choose(group: Group, seen: Observed, stay: int, score: str, *, refit: bool) -> Removed:
+def choose(group: Group, seen: Observed, stay: int, score: str, slopes: Mapping[str, Tensor], *, refit: bool) -> Removed:
     """Which `stay` parts of a group stay, and the consumer's weights for them: fitted by least squares to what it put out.
 
     Where the consumer has a bias, it takes up what the removed inputs put out on average, as in FLAP (An et al., 2024).
@@ -157,7 +159,8 @@ def choose(group: Group, seen: Observed, stay: int, score: str, *, refit: bool) 
         raise InputError(f"the inputs of {site.name} hold NaN or infinity; try --dtype float32")
     dense = site.weight.float()
     try:
-        coupled = Coupled(dense, [one.weight.float() for one in group.producers], statistic, group.count, group.bundles)
+        producers, slope = [one.weight.float() for one in group.producers], slopes.get(site.name)
+        coupled = Coupled(dense, producers, statistic, group.count, group.bundles, slope)
         kept = scores.load(score).select(coupled, stay)
         columns = spread(kept, group.count, site.columns)
         weight = torch.zeros_like(dense)
@@ -177,15 +180,15 @@ def choose(group: Group, seen: Observed, stay: int, score: str, *, refit: bool) 
         raise InputError(f"{site.name}: {problem}; another calibration text may help") from None
 
 
-def removal_error(block: Block, sizes: Sizes, score: str, feed: Activations, tokens: int, clock: Clock, ranks: Ranks) -> float:
-    """The relative error that removing from a block's first step would leave; nothing is changed."""
+def removal_error(block: Block, sizes: Sizes, feed: Activations, tokens: int, clock: Clock, ranks: Ranks) -> float:
+    """The relative error that removing from a block's first step by second order would leave; nothing is changed."""
     (group,) = sizes.steps(block)[0]
     with clock("forward"):
         (seen,) = feed.collect(
             block, [[group.consumer]], lambda stage, device: observe(stage, device, tokens, clock, corrected=False)
         )
     seen.add_up(ranks)
-    found = choose(group, seen, sizes.stay(group), score, refit=True)
+    found = choose(group, seen, sizes.stay(group), "second_order", {}, refit=True)
     lost, whole = ranks.totals(*seen.sample.errors(group.consumer.weight.float(), found.weight, found.shift))
     return lost / whole if whole > 0 else 0.0
 

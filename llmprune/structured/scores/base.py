@@ -22,6 +22,8 @@ class Coupled:
         gram: of the consumer's inputs.
         groups: how many there are.
         bundles: consecutive groups fall into so many bundles, and each must keep the same number.
+        slope: sum over the tokens of each of the consumer's inputs times the loss's gradient in it, for a score that has
+            `backward`.
     """
 
     consumer: Tensor
@@ -29,6 +31,7 @@ class Coupled:
     gram: Gram
     groups: int
     bundles: int = 1
+    slope: Tensor | None = None
 
     def per_group(self, values: Tensor) -> Tensor:
         """Sum over each group of a value an input or row, (groups * width,) -> (groups,)."""
@@ -36,7 +39,10 @@ class Coupled:
 
 
 class Score(Protocol):
-    """Every module in this package, `base` aside, is one. It knows matrices only."""
+    """Every module in this package, `base` aside, is one. It knows matrices only.
+
+    One that sets `backward` to True is given `Coupled.slope`, for which the run makes a backward pass.
+    """
 
     def select(self, coupled: Coupled, keep: int) -> Tensor:
         """The numbers of the `keep` groups that stay, ascending."""
