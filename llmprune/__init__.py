@@ -12,12 +12,12 @@ from llmprune.errors import InputError
 
 if TYPE_CHECKING:
     from llmprune.integrity import verify
-    from llmprune.pipeline import Result, prune
+    from llmprune.pipeline import Result, load, prune
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Result", "__version__", "prune", "verify"]
+__all__ = ["InputError", "Result", "__version__", "load", "prune", "verify"]
 
-_HOMES = {"prune": "llmprune.pipeline", "Result": "llmprune.pipeline", "verify": "llmprune.integrity"}
+_HOMES = dict.fromkeys(("Result", "load", "prune"), "llmprune.pipeline") | {"verify": "llmprune.integrity"}
 
 
 def __getattr__(name: str) -> Any:

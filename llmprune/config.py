@@ -42,6 +42,9 @@ class PruneConfig:
         "them; a pass a candidate) (default: %(default)s)",
         "influence",
     )  # fmt: skip
+    per_layer: bool = _option(
+        "let layers differ in heads and neurons, by what each would lose; the result loads with llmprune.load", False
+    )
     round_to: int | None = _option("neurons stay in multiples of this (default: 64, or 8 below 1024)", None, metavar="N")
     quality: str | None = _option("preset: fast, balanced or best (default: balanced, unless --method is given)", None)
     method: str | None = _option("instead of a preset, one method alone", None)
@@ -94,6 +97,8 @@ class PruneConfig:
                 raise InputError(f"{name} {getattr(self, name)} is impossible: give at least 1")
         if self.sparsity is None and not self.structured:
             raise InputError("sparsity is required: pass --sparsity, or --heads, --neurons or --layers (in YAML, Python alike)")
+        if self.per_layer and self.heads is self.neurons is None:
+            raise InputError("per_layer needs --heads or --neurons to spread over the layers")
         if self.round_to is not None and self.round_to < 1:
             raise InputError(f"round_to {self.round_to} is impossible: give at least 1")
         if self.seqlen < 2:

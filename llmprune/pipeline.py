@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.config import PruneConfig
 from llmprune.data import Given
@@ -22,7 +22,7 @@ from llmprune.models.discover import find_blocks
 from llmprune.models.names import Names, locate, match_names
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
 from llmprune.models.sites import part_text, read_part
-from llmprune.models.skeleton import FOREIGN, Skeleton, load_config
+from llmprune.models.skeleton import FOREIGN, Skeleton, load_config, load_model
 from llmprune.plan import Plan, make_plan
 from llmprune.preflight import check_room, describe, estimate, shortage
 from llmprune.ranks import joined
@@ -400,8 +400,25 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _load_whole(folder: ModelFolder, model_config: PretrainedConfig, job: Job) -> PreTrainedModel:
-    checkpoint, device = Checkpoint(folder.path), pick_device(job.config.device, job.ranks.local)
-    dtype = pick_dtype(job.config.dtype, device, model_config)
-    Skeleton(checkpoint, model_config, torch.device("cpu"), dtype)  # raises unless tensors and configuration fit together
-    return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype, device_map={"": device}, trust_remote_code=False)
+def _load_whole(folder: ModelFolder, config: PretrainedConfig, job: Job) -> PreTrainedModel:
+    device = pick_device(job.config.device, job.ranks.local)
+    return load_model(folder.path, config, device, pick_dtype(job.config.dtype, device, config))
+
+
+def load(model: str | Path, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """A model that llmprune wrote, or any other: a bundled name, a folder or a Hub id, in eval mode.
+
+    Needed where `--per-layer` made layers of different sizes, which `from_pretrained` does not build; elsewhere the same as it.
+
+    Args:
+        device: `auto` is CUDA where there is one, else the CPU.
+        dtype: `auto` is the checkpoint's own.
+
+    Raises:
+        InputError: it cannot be loaded, in one line.
+    """
+    with plain_errors():
+        folder = resolve(str(model))
+        config, where = load_config(folder.path), pick_device(device)
+        own = config.dtype if dtype == "auto" and isinstance(config.dtype, torch.dtype) else pick_dtype(dtype, where, config)
+        return load_model(folder.path, config, where, own)

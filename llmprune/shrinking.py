@@ -22,13 +22,15 @@ from llmprune.models.sites import Block, Site
 from llmprune.models.skeleton import Skeleton
 from llmprune.report.record import Removal
 from llmprune.run import Job
+from llmprune.solving import lean
 from llmprune.stream.activations import Activations, Hidden
 from llmprune.stream.engine import Sink, stream
 from llmprune.stream.source import CheckpointSource
 from llmprune.structured import scores
+from llmprune.structured.allocate import Curve, allocate, mean, measure
 from llmprune.structured.groups import Heads, neurons
-from llmprune.structured.plan import Amount, kept_layers, kept_neurons, smaller_config, ways_to_keep_heads
-from llmprune.structured.shrink import Shrinker, Sizes, check_fit, removal_error
+from llmprune.structured.plan import Amount, kept_layers, kept_neurons, smaller_config, uneven_config, ways_to_keep_heads
+from llmprune.structured.shrink import Shrinker, Sizes, check_fit, coupled, observe, removal_error
 from llmprune.structured.slopes import loss_gradients, slopes
 from llmprune.structured.target import Target
 from llmprune.texts import Texts
@@ -46,12 +48,14 @@ class Scouted:
         influence: of each block, 1 - mean cosine of a token's hidden state before and after it (Men et al., "ShortGPT", 2024).
         losses: by way of removing heads, the sum over blocks of the relative error that would leave.
         slopes: how the loss depends on what the consumers read, by site name, for a score that asks for it.
+        curves: of each block, what removing ever more heads or neurons would lose, where sizes are to differ by layer.
     """
 
     dense: Perplexity | None = None
     influence: list[float] = field(default_factory=list)
     losses: dict[bool, float] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
+    curves: dict[str, list[Curve]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class Decision:
     """What stays: the layers, by number, the sizes of each, the model to fill; and what the score needs."""
 
     layers: list[int]
-    sizes: Sizes
+    sizes: list[Sizes]
     target: Target
     slopes: Mapping[str, Tensor]
 
@@ -80,12 +84,16 @@ class Shrinking:
     def __init__(self, job: Job, skeleton: Skeleton, texts: Texts, scratch: Path | None) -> None:
         self.job, self.skeleton, self.texts, self.scratch = job, skeleton, texts, scratch
         self.removals: list[Removal] = []
+        if skeleton.model.config.get_text_config().is_heterogeneous:
+            raise InputError(f"{skeleton.checkpoint.folder} has layers of different sizes already: start from its source")
         config, blocks = job.config, skeleton.describe()
         self._layout = Heads.of(self.skeleton.model.config) if config.heads else None
         count = len(blocks)
         self._layers = kept_layers(Amount.parse("layers", config.layers), count) if config.layers else count
         self._width = _widths(blocks, config) if config.neurons else None
         self._ways = self._loadable(Amount.parse("heads", config.heads)) if config.heads else {}
+        if config.per_layer:  # one way for all layers: the first, with keys and values
+            self._ways = dict(list(self._ways.items())[:1])
 
     def __str__(self) -> str:
         """In words, such as `6 of 8 heads, 528 of 704 neurons`."""
@@ -106,7 +114,7 @@ class Shrinking:
             found = {whole: kept for own, whole in ways if own == kept}
             try:
                 for whole in found:
-                    self._target(list(range(self._layers)), self._sizes(found, whole=whole))
+                    self._target(list(range(self._layers)), [self._sizes(found, whole=whole)] * self._layers)
             except InputError as error:
                 problem = problem if str(problem) else error
                 continue
@@ -118,21 +126,25 @@ class Shrinking:
     def _sizes(self, ways: dict[bool, int], *, whole: bool) -> Sizes:
         return Sizes(self._width[1] if self._width else None, ways.get(whole), self._layout, whole)
 
-    def _target(self, layers: list[int], sizes: Sizes) -> Target:
-        """The model of that size, empty.
+    def _target(self, layers: list[int], sizes: Sequence[Sizes]) -> Target:
+        """The model of these layers and sizes, empty.
 
         Raises:
             InputError: transformers do not load it.
         """
-        heads = None
-        if self._layout and sizes.heads:
-            value = sizes.heads * self._layout.value // self._layout.query if sizes.whole else self._layout.value
-            heads = replace(self._layout, query=sizes.heads, value=value)
-        every = len(layers) == len(self.skeleton.blocks)
-        config = smaller_config(self.skeleton.model.config, neurons=self._width, heads=heads, layers=None if every else layers)
-        target = Target(self.skeleton, config, layers)
-        for block, smaller in zip(self.skeleton.describe(), target.describe(), strict=False):
-            check_fit(block, smaller, sizes)
+        config, same = self.skeleton.model.config, len(set(sizes)) == 1
+        smaller = smaller_config(
+            config,
+            neurons=self._width if same and not self.job.config.per_layer else None,
+            heads=sizes[0].left() if same and not self.job.config.per_layer else None,
+            layers=layers if len(layers) < len(self.skeleton.blocks) else None,
+        )
+        if self.job.config.per_layer:
+            smaller = uneven_config(smaller, [(own.neurons, own.left()) for own in sizes], self._width[0] if self._width else 0)
+        target = Target(self.skeleton, smaller, layers)
+        described = self.skeleton.describe()
+        for layer, built, own in zip(layers, target.describe(), sizes, strict=True):
+            check_fit(described[layer], built, own)
         return target
 
     def scout(self) -> Scouted:
@@ -149,6 +161,9 @@ class Shrinking:
                         sizes = Sizes(None, kept, self._layout, whole)
                         error = removal_error(block, sizes, feed, tokens, self.job.clock, self.job.ranks)
                         found.losses[whole] = found.losses.get(whole, 0.0) + error
+                if self.job.config.per_layer:
+                    for kind, curve in self._curves(block, feed).items():
+                        found.curves.setdefault(kind, []).append(curve)
                 if backward:
                     inputs.append(feed.hidden.copy())
                 similar: list[tuple[float, int]] = []
@@ -193,8 +208,55 @@ class Shrinking:
             else:
                 without = {layer: [other for other in layers if other != layer] for layer in layers}
                 layers = without[min(layers, key=lambda layer: self._loss(without[layer]))]
-        sizes = self._sizes(self._ways, whole=min(self._ways, key=lambda way: scouted.losses.get(way, 0.0), default=False))
+        sizes = [self._sizes(self._ways, whole=self._way(scouted))] * len(layers)
+        if self.job.config.per_layer:
+            curves = {kind: [every[layer] for layer in layers] for kind, every in scouted.curves.items()}
+            sizes = self._spread(sizes[0], curves)
         return Decision(layers, sizes, self._target(layers, sizes), scouted.slopes)
+
+    def _way(self, scouted: Scouted) -> bool:
+        return min(self._ways, key=lambda way: scouted.losses.get(way, 0.0), default=False)
+
+    def _curves(self, block: Block, feed: Activations) -> dict[str, Curve]:
+        """What removing ever more of the block's heads and neurons would lose, up to three times what is asked for."""
+        found: dict[str, Curve] = {}
+        sizes = self._sizes(self._ways, whole=next(iter(self._ways), False))
+        tokens, clock = self.texts.calibration.tokens(), self.job.clock
+        for groups in sizes.steps(block):
+            with clock("forward"):
+                observed = feed.collect(
+                    block,
+                    [[group.consumer] for group in groups],
+                    lambda stage, device: observe(stage, device, tokens, clock, corrected=False),
+                )
+            for seen in observed:
+                seen.add_up(self.job.ranks)
+            lean([[group.consumer] for group in groups], observed)
+            curves = []
+            for group, seen in zip(groups, observed, strict=True):
+                fewest = max(3 * sizes.stay(group) - 2 * group.count, group.bundles)
+                with clock("solve"):
+                    curves.append(measure(coupled(group, seen, {}), fewest))
+            found[groups[0].kind] = mean(curves)
+        return found
+
+    def _spread(self, each: Sizes, curves: dict[str, list[Curve]]) -> list[Sizes]:
+        """As many heads and neurons in all as if each layer had the sizes `each`, by what every layer would lose."""
+        count = len(next(iter(curves.values())))
+        sizes = [each] * count
+        if self._width and "neurons" in curves:
+            gone = allocate(curves["neurons"], count * (self._width[0] - self._width[1]), self._multiple())
+            sizes = [replace(own, neurons=self._width[0] - less) for own, less in zip(sizes, gone, strict=True)]
+        if self._layout and each.heads and "heads" in curves:
+            parts = self._layout.value if each.whole else self._layout.query
+            lose = parts - each.heads * parts // self._layout.query
+            gone = allocate(curves["heads"], count * lose, 1 if each.whole else self._layout.value)
+            heads = self._layout.query // parts
+            sizes = [replace(own, heads=heads * (parts - less)) for own, less in zip(sizes, gone, strict=True)]
+        return sizes
+
+    def _multiple(self) -> int:
+        return _multiple(self.job.config, self._width[0] if self._width else 0)
 
     def _loss(self, layers: list[int]) -> float:
         """Calibration perplexity of the dense model with these layers alone, on some of the windows."""
@@ -297,10 +359,10 @@ def footprint(model: PreTrainedModel) -> dict[str, int]:
         "macs_a_token": inside + text.vocab_size * text.hidden_size,
     }
     try:
-        layout = Heads.of(model.config)
+        layouts = [Heads.of(text.per_layer_config[index]) for index in range(len(blocks))]
     except InputError:
         return found
-    return found | {"kv_bytes_a_token": 2 * len(blocks) * layout.value * layout.width * model.dtype.itemsize}
+    return found | {"kv_bytes_a_token": sum(2 * own.value * own.width * model.dtype.itemsize for own in layouts)}
 
 
 def _into(similar: list[tuple[float, int]]) -> Callable[[Tensor, Tensor], None]:
@@ -322,8 +384,12 @@ def _widths(blocks: Sequence[Block], config: PruneConfig) -> tuple[int, int]:
     if len(counts) > 1:
         raise InputError(f"feed-forward parts of {', '.join(map(str, sorted(counts)))} neurons cannot be made smaller alike")
     count = counts.pop()
-    multiple = config.round_to or (_ROUND if count >= _WIDE else _ROUND_TINY)
-    return count, kept_neurons(Amount.parse("neurons", config.neurons or ""), count, multiple)
+    return count, kept_neurons(Amount.parse("neurons", config.neurons or ""), count, _multiple(config, count))
+
+
+def _multiple(config: PruneConfig, count: int) -> int:
+    """Of which the number of neurons that stay is one."""
+    return config.round_to or (_ROUND if count >= _WIDE else _ROUND_TINY)
 
 
 def structure(decision: Decision, scouted: Scouted, source: Skeleton) -> dict[str, Any]:
@@ -332,7 +398,8 @@ def structure(decision: Decision, scouted: Scouted, source: Skeleton) -> dict[st
     return {
         "removed_layers": gone,
         "block_influence": scouted.influence,
-        "whole_groups_of_heads": decision.sizes.whole if decision.sizes.heads else None,
+        "whole_groups_of_heads": decision.sizes[0].whole if decision.sizes[0].heads else None,
+        "per_layer": [{"heads": own.heads, "neurons": own.neurons} for own in decision.sizes],
         "architecture": type(decision.target.model).__name__,
         "before": footprint(source.model),
         "after": footprint(decision.target.model),

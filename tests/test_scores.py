@@ -13,7 +13,7 @@ from llmprune.linalg import damped, kept_least_squares
 from llmprune.stats import Gram
 from llmprune.structured import scores
 from llmprune.structured.scores.base import Coupled, highest
-from llmprune.structured.scores.second_order import losses
+from llmprune.structured.scores.second_order import losses, rounds
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,24 @@ def test_second_order_loss_is_what_refitting_loses(groups: int, width: int) -> N
     for group in range(groups):
         kept = torch.cat([columns[:group], columns[group + 1 :]]).flatten()
         assert float(found[group]) == pytest.approx(refit_loss(one.consumer, h, kept), rel=1e-6)
+
+
+@pytest.mark.parametrize(("groups", "width", "bundles"), [(12, 1, 1), (6, 2, 2)])
+def test_rounds_add_up_to_what_refitting_loses(groups: int, width: int, bundles: int) -> None:
+    one, _ = coupled(groups, width, bundles=bundles)
+    exact = Coupled(one.consumer.double(), one.producers, double(one.gram), groups, bundles)
+    h, columns = damped(exact.gram.mean()), torch.arange(groups * width).view(groups, width)
+    gone, lost = torch.zeros(groups, dtype=torch.bool), 0.0
+    for going, more in rounds(exact, 2):
+        gone[going] = True
+        lost += more
+        assert lost == pytest.approx(refit_loss(one.consumer, h, columns[~gone].flatten()), rel=1e-6)
+    assert int(gone.sum()) == groups - 2
+
+
+def double(gram: Gram) -> Gram:
+    gram.sum = gram.sum.double()
+    return gram
 
 
 @pytest.mark.parametrize("seed", range(5))

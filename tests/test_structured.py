@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from llmprune.report.console import Progress
 from llmprune.run import Job
 from llmprune.shrinking import Shrinking
 from llmprune.stream.source import ModelSource
+from llmprune.structured.allocate import Curve, allocate
 from llmprune.structured.groups import Heads, heads, neurons
 from llmprune.structured.plan import Amount
 from llmprune.texts import Texts
@@ -188,6 +190,64 @@ def test_untouched_tensors_stay_as_they_were_to_the_bit(saved, tmp_path: Path) -
             assert torch.equal(tensor, smaller.state_dict()[name])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_layers_of_their_own_sizes(family: str, saved, tmp_path: Path) -> None:
+    """Half of the first layer's neurons are never read: all that go, go from there, and nothing is lost."""
+    model = model_of(family)
+    first = next(ModelSource(model).blocks())
+    for group in neurons(first):
+        group.consumer.weight[:, ::2] = 0
+    record = llmprune.prune(saved(model), output=tmp_path / "out", neurons="16.7%", per_layer=True, **OPTIONS).record
+    width = record.removals[0].count
+    gone = 3 * (width - round(0.833 * width / 4) * 4)
+    assert [own["neurons"] for own in record.structure["per_layer"]] == [width - gone, width, width]
+    smaller = llmprune.load(tmp_path / "out", device="cpu")
+    assert close(model, smaller)
+    assert smaller.num_parameters() == record.structure["after"]["parameters"] < model.num_parameters()
+    assert torch.equal(*(smaller.generate(IDS[:1, :5], max_new_tokens=5, use_cache=cache) for cache in (True, False)))
+    assert "llmprune.load" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_heads_by_layer_then_weights_then_again(saved, tmp_path: Path) -> None:
+    """Query heads of a layer may be any number there, as no configuration of the whole has to hold it."""
+    model = model_of("llama", **ALONE)
+    first = next(ModelSource(model).blocks())
+    o = heads(first, Heads.of(model.config), whole=True).consumer.weight
+    o.view(32, 4, 8)[:, :3] = 0
+    record = llmprune.prune(saved(model), output=tmp_path / "out", heads="1", per_layer=True, **OPTIONS).record
+    assert [own["heads"] for own in record.structure["per_layer"]] == [1, 4, 4]
+    assert close(model, llmprune.load(tmp_path / "out", device="cpu"))
+    again = llmprune.prune(tmp_path / "out", output=tmp_path / "sparse", sparsity="2:4", method="wanda", **OPTIONS).record
+    assert len(again.sites) == 21
+    assert llmprune.load(tmp_path / "sparse", device="cpu").model.layers[0].self_attn.q_proj.weight.shape == (8, 32)
+    with pytest.raises(InputError, match="has layers of different sizes already"):
+        llmprune.prune(tmp_path / "out", output=tmp_path / "more", neurons="25%", **OPTIONS)
+
+
+def test_load_is_from_pretrained_for_all_others(saved) -> None:
+    folder = saved(model_of("llama").to(torch.bfloat16))
+    loaded = llmprune.load(folder, device="cpu")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(loaded))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_allocation_is_the_best_of_all(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    curves = []
+    for _ in range(3):
+        losses = torch.rand(5, generator=generator).sort().values.cumsum(0)  # convex, as removing the least first is
+        curves.append(Curve(range(0, 12, 2), [0.0, *losses.tolist()]))
+    found = allocate(curves, 12, 2)
+    assert sum(found) == 12
+
+    def lost(counts: tuple[int, ...]) -> float:
+        return sum(curve.at(count) for curve, count in zip(curves, counts, strict=True))
+
+    every = [counts for counts in itertools.product(range(0, 11, 2), repeat=3) if sum(counts) == 12]
+    assert lost(tuple(found)) == pytest.approx(min(map(lost, every)))
+
+
 @pytest.mark.parametrize(("family", "options", "words"), [
     ("llama", {"neurons": "100%"}, "neurons '100%' is impossible"),
     ("llama", {"neurons": "0"}, "neurons '0' is impossible"),
@@ -202,6 +262,7 @@ def test_untouched_tensors_stay_as_they_were_to_the_bit(saved, tmp_path: Path) -
     ("llama", {"neurons": "25%", "round_to": 0}, "round_to 0 is impossible"),
     ("gpt2", {"heads": "50%"}, "looked for separate q, k, v and o"),
     ("opt", {"heads": "50%", "num_key_value_heads": None}, "do not load model.decoder.layers with other heads"),
+    ("llama", {"layers": "1", "per_layer": True}, "per_layer needs --heads or --neurons"),
     ("mixtral", {}, "sparsity is required: pass --sparsity, or --heads, --neurons or --layers"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(family: str, options: dict, words: str, saved, tmp_path: Path) -> None:

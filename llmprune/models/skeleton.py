@@ -15,7 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import InputError, reason
@@ -136,19 +136,20 @@ class Skeleton:
         """
         names = self.outside_blocks()
         self.load(names)
-        self._tie()
+        self.tie()
         try:
             yield
         finally:
             self.release(names)
-            self._tie()
+            self.tie()
 
     def release(self, names: Iterable[str]) -> None:
         """Give back the memory of tensors that `load` read."""
         for name in names:
             set_module_tensor_to_device(self.model, name, "meta")
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
+        """Tie what the model ties, as transformers do."""
         absent = {name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in self.names}
         self.model.tie_weights(missing_keys=absent, recompute_mapping=False)
 
@@ -156,6 +157,32 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
+
+
+def _differ_by_layer(model: PreTrainedModel) -> None:
+    """Build the blocks that `per_layer_config` says: transformers read it, but do not build by it yet (5.23)."""
+    text = model.config.get_text_config()
+    if not text.is_heterogeneous:
+        return
+    for index, (name, block) in enumerate(find_blocks(model).items()):
+        stack = model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(stack, nn.ModuleList)
+        stack[index] = type(block)(text.per_layer_config[index], index)
+    model.eval()
+
+
+def load_model(folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model, its layers of different sizes where the configuration says so.
+
+    Raises:
+        InputError: it cannot be built, or its tensors are not the checkpoint's.
+    """
+    skeleton = Skeleton(Checkpoint(folder), config, device, dtype)  # raises unless tensors and configuration fit together
+    if not config.get_text_config().is_heterogeneous:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, trust_remote_code=False)
+    skeleton.load(skeleton.names)
+    skeleton.tie()
+    return skeleton.model
 
 
 def empty_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -166,7 +193,9 @@ def empty_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> P
     """
     try:
         with init_empty_weights(include_buffers=False):
+            config.allow_global_per_layer_attribute_access = True
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            _differ_by_layer(model)
     except FOREIGN as error:
         raise InputError(f"transformers cannot build a causal LM from {folder / 'config.json'}: {reason(error)}") from None
     return model.eval()

@@ -64,11 +64,17 @@ def _usage(name: str, record: RunRecord) -> str:
             f"It is saved as a `{record.structure['architecture']}`: a `{record.model['class']}` refuses this number of heads. "
             "Without biases and sliding windows the two are the same mathematics.\n\n"
         )
+    if len({tuple(sizes.items()) for sizes in record.structure.get("per_layer", [])}) > 1:
+        how = f'import llmprune\n\nmodel = llmprune.load("{name}")'
+        other += "Its layers differ in size, which `from_pretrained` does not build.\n\n"
+    else:
+        how = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+        )
     return (
-        f"{stored if record.sites else ''}{other}"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
+        f"{stored if record.sites else ''}{other}```python\n{how}\n```\n\n"
         f"`llmprune verify {name}` re-checks every file's sha256 and every matrix's pattern; `llmprune.json` holds the "
         "arguments, versions and per-matrix errors of the run."
     )

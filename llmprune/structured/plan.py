@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import MistralConfig, PretrainedConfig
@@ -114,13 +115,8 @@ def smaller_config(
             k: v for k, v in text.to_dict().items() if k not in ("model_type", "architectures", "attention_bias", "mlp_bias")
         }
         smaller = text = MistralConfig(**values, sliding_window=None)
-    if neurons is not None:
-        before, after = neurons
-        names = [name for name in _WIDTHS if getattr(text, name, None) == before]
-        for name in names or ["n_inner"]:  # GPT-2's, None where it is four times the width
-            setattr(text, name, after)
-    if heads is not None:
-        text.num_attention_heads, text.num_key_value_heads, text.head_dim = heads.query, heads.value, heads.width
+    for name, value in sizes_in(text, neurons, heads).items():
+        setattr(text, name, value)
     if layers is not None:
         for name in ("layer_types", "no_rope_layers"):
             if isinstance(own := getattr(text, name, None), list):
@@ -131,3 +127,30 @@ def smaller_config(
     except FOREIGN as error:
         raise InputError(f"transformers cannot load the smaller model: {reason(error)}") from None
     return smaller
+
+
+def sizes_in(text: PretrainedConfig, neurons: tuple[int, int] | None, heads: Heads | None) -> dict[str, int]:
+    """What a configuration says about sizes, by name: how many neurons stay of how many, and the heads that stay."""
+    found: dict[str, int] = {}
+    if neurons is not None:
+        before, after = neurons
+        names = [name for name in _WIDTHS if getattr(text, name, None) == before]
+        found |= dict.fromkeys(names or ["n_inner"], after)  # GPT-2's, None where it is four times the width
+    if heads is not None:
+        found |= {"num_attention_heads": heads.query, "num_key_value_heads": heads.value, "head_dim": heads.width}
+    return found
+
+
+def uneven_config(config: PretrainedConfig, sizes: Sequence[tuple[int | None, Heads | None]], count: int) -> PretrainedConfig:
+    """The configuration with sizes of its own for each layer: neurons that stay of `count`, heads that stay.
+
+    Raises:
+        InputError: transformers cannot express it.
+    """
+    text = config.get_text_config()
+    each = [sizes_in(text, (count, neurons) if neurons else None, heads) for neurons, heads in sizes]
+    try:
+        text.per_layer_config = dict(enumerate(each))
+    except FOREIGN as error:
+        raise InputError(f"{config.model_type} cannot have layers of different sizes: {reason(error)}") from None
+    return config

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from llmprune.linalg import kept_least_squares
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.ranks import Ranks
 from llmprune.report.record import Clock, Removal
-from llmprune.solving import Observed
+from llmprune.solving import Observed, lean
 from llmprune.stats import Cross, Gram, InputSample
 from llmprune.stream.activations import Activations, Beside
 from llmprune.stream.engine import Source
@@ -38,6 +38,13 @@ class Sizes:
     heads: int | None
     layout: Heads | None
     whole: bool
+
+    def left(self) -> Heads | None:
+        """The layout of heads that stays."""
+        if self.layout is None or self.heads is None:
+            return None
+        value = self.heads * self.layout.value // self.layout.query if self.whole else self.layout.value
+        return replace(self.layout, query=self.heads, value=value)
 
     def steps(self, block: Block) -> list[list[Group]]:
         """What to remove from together, heads first: what they lose, the neurons see."""
@@ -70,6 +77,7 @@ class Shrinker:
     """A `Source` of the smaller model's blocks, made from those of `source` when they are asked for.
 
     Attributes:
+        sizes: what stays in each block.
         feed: the calibration tokens as the smaller model sees them; moved on by who asks for blocks.
         dense: the same as the dense model sees them, where what is fitted aims at its outputs; moved on here.
         tell: hears of every removal.
@@ -79,7 +87,7 @@ class Shrinker:
 
     source: Source
     target: Target
-    sizes: Sizes
+    sizes: Sequence[Sizes]
     score: str
     refit: bool
     feed: Activations
@@ -100,13 +108,17 @@ class Shrinker:
         reference = block.copy() if self.dense is not None else None
         rows: dict[str, Tensor] = {}  # of each site that loses rows, or columns, those that stay
         columns: dict[str, Tensor] = {}
-        steps = self.sizes.steps(block)
+        steps = self.sizes[block.index].steps(block)
         for groups in steps:
             beside = None
             if self.dense is not None and reference is not None:
                 beside = Beside(self.dense, reference, advance=groups is steps[-1])
             with self.clock("forward"):
                 observed = self.feed.collect(block, [[group.consumer] for group in groups], self._observe, beside)
+            with self.clock("statistics"):
+                for seen in observed:
+                    seen.add_up(self.ranks)
+                lean([[group.consumer] for group in groups], observed)
             for group, seen in zip(groups, observed, strict=True):
                 kept = self._remove(block, group, seen)
                 columns[group.consumer.name] = spread(kept, group.count, group.consumer.columns)
@@ -122,10 +134,8 @@ class Shrinker:
     def _remove(self, block: Block, group: Group, seen: Observed) -> Tensor:
         """Choose what stays and write the fitted consumer; returns what stays."""
         start, site = time.perf_counter(), group.consumer
-        with self.clock("statistics"):
-            seen.add_up(self.ranks)
         with self.clock("solve"):
-            dense, stay = site.weight.to(torch.float32, copy=True), self.sizes.stay(group)
+            dense, stay = site.weight.to(torch.float32, copy=True), self.sizes[block.index].stay(group)
             found = choose(group, seen, stay, self.score, self.slopes, refit=self.refit)
             site.write(found.weight)
             if found.shift is not None:
@@ -159,9 +169,7 @@ def choose(group: Group, seen: Observed, stay: int, score: str, slopes: Mapping[
         raise InputError(f"the inputs of {site.name} hold NaN or infinity; try --dtype float32")
     dense = site.weight.float()
     try:
-        producers, slope = [one.weight.float() for one in group.producers], slopes.get(site.name)
-        coupled = Coupled(dense, producers, statistic, group.count, group.bundles, slope)
-        kept = scores.load(score).select(coupled, stay)
+        kept = scores.load(score).select(coupled(group, seen, slopes), stay)
         columns = spread(kept, group.count, site.columns)
         weight = torch.zeros_like(dense)
         weight[:, columns] = dense[:, columns]
@@ -178,6 +186,14 @@ def choose(group: Group, seen: Observed, stay: int, score: str, slopes: Mapping[
         return Removed(kept, weight, shift)
     except InputError as problem:
         raise InputError(f"{site.name}: {problem}; another calibration text may help") from None
+
+
+def coupled(group: Group, seen: Observed, slopes: Mapping[str, Tensor]) -> Coupled:
+    """What scores know of a group."""
+    site, statistic = group.consumer, seen.statistic
+    assert isinstance(statistic, Gram)
+    producers = [one.weight.float() for one in group.producers]
+    return Coupled(site.weight.float(), producers, statistic, group.count, group.bundles, slopes.get(site.name))
 
 
 def removal_error(block: Block, sizes: Sizes, feed: Activations, tokens: int, clock: Clock, ranks: Ranks) -> float:

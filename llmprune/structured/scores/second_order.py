@@ -7,6 +7,8 @@ weights and P are those of the inputs that are left.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,23 +19,32 @@ _ROUNDS = 16  # at most; in each, the groups' losses are taken to be independent
 
 
 def select(coupled: Coupled, keep: int) -> Tensor:
+    alive = torch.ones(coupled.groups, dtype=torch.bool, device=coupled.consumer.device)
+    for going, _ in rounds(coupled, keep):
+        alive[going] = False
+    return alive.nonzero().squeeze(1)
+
+
+def rounds(coupled: Coupled, keep: int) -> Iterator[tuple[Tensor, float]]:
+    """Until `keep` groups are left: the groups that go together, and what the output loses by that, Tr(dW H dWᵀ)."""
     w, inverse = coupled.consumer.clone(), torch.cholesky_inverse(torch.linalg.cholesky(damped(coupled.gram.mean())))
     columns = torch.arange(w.shape[1], device=w.device).view(coupled.groups, -1)
-    bundle = torch.arange(coupled.groups, device=w.device) // (coupled.groups // coupled.bundles)
     alive = torch.ones(coupled.groups, dtype=torch.bool, device=w.device)
-    left = torch.full((coupled.bundles,), (coupled.groups - keep) // coupled.bundles, device=w.device)  # to go, a bundle
-    while bool(left.any()):
-        loss = losses(w, inverse, columns).masked_fill(~alive | (left == 0)[bundle], torch.inf)
-        each = torch.minimum(left, torch.full_like(left, max(-(-(coupled.groups - keep) // (_ROUNDS * coupled.bundles)), 1)))
-        order = loss.view(coupled.bundles, -1).argsort(dim=1, stable=True)
-        going = torch.cat([own[:count] + i * len(own) for i, (own, count) in enumerate(zip(order, each.tolist(), strict=True))])
+    left = (coupled.groups - keep) // coupled.bundles  # to go, a bundle
+    most = max(-(-left // _ROUNDS), 1)
+    while left:
+        count = min(left, most)
+        loss = losses(w, inverse, columns).masked_fill(~alive, torch.inf).view(coupled.bundles, -1)
+        starts = torch.arange(coupled.bundles, device=w.device)[:, None] * loss.shape[1]
+        going = (loss.argsort(dim=1, stable=True)[:, :count] + starts).flatten()
         gone = columns[going].flatten()
         within = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+        solved = torch.linalg.solve(inverse[gone][:, gone], w[:, gone].T)
+        yield going, float((w[:, gone].T * solved).sum())
         w -= w[:, gone] @ within
         inverse -= inverse[:, gone] @ within
         alive[going] = False
-        left -= each
-    return alive.nonzero().squeeze(1)
+        left -= count
 
 
 def losses(w: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:

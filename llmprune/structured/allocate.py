@@ -1,0 +1,55 @@
+"""Sizes that differ by layer: where removing costs the layer's own output least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmprune.structured.scores.base import Coupled
+from llmprune.structured.scores.second_order import rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What a layer's output loses, relative to its square, as parts go: `losses[i]` with `removed[i]` parts gone."""
+
+    removed: Sequence[int]
+    losses: Sequence[float]
+
+    def at(self, count: int) -> float:
+        """Between the points that were measured, on a straight line."""
+        for i in range(1, len(self.removed)):
+            if count <= self.removed[i]:
+                share = (count - self.removed[i - 1]) / (self.removed[i] - self.removed[i - 1])
+                return self.losses[i - 1] + share * (self.losses[i] - self.losses[i - 1])
+        return self.losses[-1]
+
+
+def measure(coupled: Coupled, keep: int) -> Curve:
+    """By second order, down to `keep` parts."""
+    w, removed, losses = coupled.consumer, [0], [0.0]
+    whole = float(((w @ coupled.gram.mean()) * w).sum())
+    for going, more in rounds(coupled, keep):
+        removed.append(removed[-1] + len(going))
+        losses.append(losses[-1] + more / whole if whole > 0 else 0.0)
+    return Curve(removed, losses)
+
+
+def mean(curves: Sequence[Curve]) -> Curve:
+    """Of the experts of a layer, which all lose as many parts."""
+    return Curve(curves[0].removed, [sum(each) / len(curves) for each in zip(*(one.losses for one in curves), strict=True)])
+
+
+def allocate(curves: Sequence[Curve], total: int, step: int) -> list[int]:
+    """How many parts each layer loses, `total` in all, in multiples of `step`: each time where that costs least."""
+    gone = [0] * len(curves)
+    for _ in range(total // step):
+        costs = {
+            layer: curve.at(gone[layer] + step) - curve.at(gone[layer])
+            for layer, curve in enumerate(curves)
+            if gone[layer] + step <= curve.removed[-1]
+        }
+        if not costs:
+            break
+        gone[min(costs, key=costs.__getitem__)] += step
+    return gone
