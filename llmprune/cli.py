@@ -50,11 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _should_tell(error: InputError) -> bool:
-    """Of several processes one is enough: most mistakes are seen by all, and the launcher ends the others with the first."""
-    if os.environ.get("RANK", "0") == "0":
-        return True
-    time.sleep(_TURN)
-    return not isinstance(error, LostProcess)
+    """Of several processes one is enough: most mistakes are seen by all, and the launcher ends the others with the first.
+
+    A mistake that only another process sees is told by that one, so the first waits when it has lost another.
+    """
+    lost, first = isinstance(error, LostProcess), os.environ.get("RANK", "0") == "0"
+    if lost or not first:
+        time.sleep(2 * _TURN if lost else _TURN)
+    return first or not lost
 
 
 class _Parser(argparse.ArgumentParser):

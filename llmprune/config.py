@@ -48,7 +48,10 @@ class PruneConfig:
     round_to: int | None = _option("neurons stay in multiples of this (default: 64, or 8 below 1024)", None, metavar="N")
     quality: str | None = _option("preset: fast, balanced or best (default: balanced, unless --method is given)", None)
     method: str | None = _option("instead of a preset, one method alone", None)
-    refit: bool | None = _option("solve least squares on the chosen mask (default: off with --method, on in presets)", None)
+    refit: bool | None = _option(
+        "fit what is kept by least squares: on a mask (default: off with --method, on in presets), and of what reads heads "
+        "and neurons (default: on)", None,
+    )  # fmt: skip
     target: str | None = _option(
         "dense: each matrix imitates itself on the pruned model's inputs; corrected: it imitates what the dense model puts "
         "out (default: dense with --method)",
@@ -85,7 +88,9 @@ class PruneConfig:
         "model, else none)",
         "auto", metavar="TEXT",
     )  # fmt: skip
-    output: str | None = _option("folder to write (default: auto, MODEL-SPARSITY-METHOD here)", None, metavar="DIR")
+    output: str | None = _option(
+        "folder to write (default: auto, here, named after the model and what was asked for)", None, metavar="DIR"
+    )
     overwrite: bool = _option("replace the output folder if it is not empty", False)
     restart: bool = _option("begin anew where an unfinished run to the same output could be continued", False)
     device: str = _option("auto, cpu, cuda, cuda:1, ... (default: %(default)s)", "auto")
@@ -97,8 +102,7 @@ class PruneConfig:
                 raise InputError(f"{name} {getattr(self, name)} is impossible: give at least 1")
         if self.sparsity is None and not self.structured:
             raise InputError("sparsity is required: pass --sparsity, or --heads, --neurons or --layers (in YAML, Python alike)")
-        if self.per_layer and self.heads is self.neurons is None:
-            raise InputError("per_layer needs --heads or --neurons to spread over the layers")
+        self._check_roads()
         if self.round_to is not None and self.round_to < 1:
             raise InputError(f"round_to {self.round_to} is impossible: give at least 1")
         if self.seqlen < 2:
@@ -107,10 +111,26 @@ class PruneConfig:
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
 
+    def _check_roads(self) -> None:
+        """No option may be without effect."""
+        chosen = self.heads is not None or self.neurons is not None
+        weights = ("method", "quality", "reconstruct", "only", "skip")
+        shapes = {"score": "second_order", "round_to": None, "per_layer": False}
+        idle = {
+            "to prune weights, with --sparsity": [name for name in weights if getattr(self, name) and not self.sparsity],
+            "to remove --heads or --neurons": [
+                n for n, default in shapes.items() if not chosen and getattr(self, n) != default
+            ],
+            "to remove --layers": ["layer_score"] if self.layers is None and self.layer_score != LAYER_SCORES[0] else [],
+        }
+        for purpose, names in idle.items():
+            if names:
+                raise InputError(f"{names[0]} has no effect here: it is there {purpose}")
+
     @property
     def structured(self) -> bool:
         """Whether heads, neurons or layers are to be removed."""
-        return not self.heads is self.neurons is self.layers is None
+        return any(amount is not None for amount in (self.heads, self.neurons, self.layers))
 
     @classmethod
     def create(cls, options: Mapping[str, Any], *, where: str = "") -> PruneConfig:

@@ -59,7 +59,7 @@ class Windows:
             yield {"input_ids": ids.to(device)} | ({} if mask is None else {"attention_mask": mask.to(device)})
 
     def share(self, rank: int, size: int) -> Windows:
-        """Those that fall to process `rank` of `size`: every so-manieth, so that a batch of all processes holds what it did.
+        """Those that fall to process `rank` of `size`: every `size`-th, so that a batch of all processes holds what it did.
 
         Raises:
             InputError: there are fewer windows than processes.

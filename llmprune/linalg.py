@@ -115,27 +115,18 @@ def _alive(gram: Tensor) -> tuple[Tensor, Tensor]:
     return dead, diagonal.masked_fill(dead, 0).sum(-1) / (~dead).sum(-1)
 
 
-def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """A copy of `gram` (in, in) with `damping` times its mean diagonal added, and dead inputs at that mean.
-
-    Raises:
-        InputError: the Gram is zero or not finite.
-    """
-    dead, mean = _alive(gram)
-    matrix = gram.clone()
-    matrix.diagonal().add_(dead * mean + damping * mean)
-    return matrix
-
-
 def kept_least_squares(gram: Tensor, target: Tensor, w: Tensor, kept: Tensor) -> Tensor:
     """Minimise Tr((Ŵ - T) H (Ŵ - T)ᵀ) over weights Ŵ (out, in) that are zero but for the columns `kept`; returns those.
 
-    One Cholesky for all rows. H is damped towards the kept columns of `w`, which are what is found where H says nothing.
+    One factor for all rows. H is damped towards the kept columns of `w`, which are what is found where H says nothing.
+
+    Raises:
+        InputError: the Gram is zero or not finite, or cannot be factored.
     """
     change = target - w.index_fill(1, _others(kept, w.shape[1]), 0)
     aim = (change @ gram)[:, kept]
-    within = damped(gram[kept][:, kept])
-    return w[:, kept] + torch.cholesky_solve(aim.T, torch.linalg.cholesky(within)).T
+    upper = inverse_factor(gram[kept][:, kept]).upper
+    return w[:, kept] + (aim @ upper.T) @ upper
 
 
 def _others(kept: Tensor, count: int) -> Tensor:

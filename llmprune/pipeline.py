@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,15 +14,15 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.config import PruneConfig
+from llmprune.config import DTYPES, PruneConfig
 from llmprune.data import Given
-from llmprune.errors import InputError, plain_errors, reason
+from llmprune.errors import InputError, plain_errors, reason, unknown
 from llmprune.hardware import map_large_allocations, peak_memory, pick_device, pick_dtype
-from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.checkpoint import Checkpoint, read_json
 from llmprune.models.discover import find_blocks
 from llmprune.models.names import Names, locate, match_names
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
-from llmprune.models.sites import part_text, read_part
+from llmprune.models.sites import Block, part_text, read_part
 from llmprune.models.skeleton import FOREIGN, Skeleton, load_config, load_model
 from llmprune.plan import Plan, make_plan
 from llmprune.preflight import check_room, describe, estimate, shortage
@@ -32,7 +33,7 @@ from llmprune.report.record import RunRecord, SiteRecord, versions
 from llmprune.run import Job, Resume, Work, run
 from llmprune.shrinking import Shrinking, structure
 from llmprune.stream.publish import RECORD, check_output, copy_extras, existing_parent, publish, published, sha256, write_json
-from llmprune.stream.resume import MANIFEST, Manifest, continued, partial_folder
+from llmprune.stream.resume import MANIFEST, Manifest, check_idle, continued, partial_folder
 from llmprune.stream.shards import NoSink, ShardWriter
 from llmprune.stream.source import CheckpointSource, ModelSource
 from llmprune.texts import Texts, choose_texts
@@ -67,12 +68,13 @@ def prune(
 
     Args:
         model: a model in memory, which is pruned in place; or a bundled name, a folder or a Hub id. With `output`, those
-            are streamed from disk to disk with one block's weights in memory; without, they are loaded whole.
+            are streamed from disk to disk with one block's weights in memory; without, they are loaded whole. Heads, neurons
+            and layers are removed from folder to folder only.
         calibration: the name of a text, as on the command line; or token windows: ids (windows, length), or mappings of
             `input_ids` and `attention_mask`, padding marked 0.
         tokenizer: for a model in memory and calibration text.
         progress: what to show; nothing by default.
-        options: the fields of `PruneConfig`; `sparsity` is required.
+        options: the fields of `PruneConfig`: `sparsity`, or `heads`, `neurons`, `layers`, and how.
 
     Raises:
         InputError: bad input, in one line; nothing has been written.
@@ -112,17 +114,17 @@ def _make_smaller(job: Job, folder: ModelFolder, config: PretrainedConfig, token
         job.progress.summary(record, output)
         return Result(record, None, output)
     between = partial_folder(output).with_suffix(".smaller")
-    if job.ranks.first:
-        shutil.rmtree(between, ignore_errors=True)
+    rest = replace(job.config, output=str(output), heads=None, neurons=None, layers=None, **_UNSTRUCTURED)
+    then = Job(rest, job.given, job.progress, job.ranks, job.clock)
     try:
-        record = _shrink_folder(job, folder, config, tokenizer, between, overwrite=False)
-        rest = replace(job.config, output=str(output), heads=None, neurons=None, layers=None)
-        then = Job(rest, job.given, job.progress, job.ranks, job.clock)
+        record = _shrink_folder(job, folder, config, tokenizer, between, overwrite=False, final=output)
         return _prune_folder(then, replace(folder, path=between), load_config(between), tokenizer, earlier=record)
     finally:
-        job.ranks.agree(None)
-        if job.ranks.first:
+        if job.ranks.first and not partial_folder(output).exists():  # else the same command goes on from there
             shutil.rmtree(between, ignore_errors=True)
+
+
+_UNSTRUCTURED: dict[str, Any] = {"score": "second_order", "layer_score": "influence", "per_layer": False, "round_to": None}
 
 
 def _shrink_folder(
@@ -133,24 +135,32 @@ def _shrink_folder(
     output: Path,
     *,
     overwrite: bool,
+    final: Path | None = None,
 ) -> RunRecord:
-    """Stream a checkpoint folder to a smaller model's."""
+    """Stream a checkpoint folder to a smaller model's, unless an earlier run of the same command has, on its way to `final`."""
     with job.clock("prepare"):
         skeleton = _skeleton(job, folder, config)
         work = _streamed(job, skeleton, Plan({}, {}), output)
         texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
         shrinking = Shrinking(job, skeleton, texts, work.scratch)
-        check_room(output, work.nbytes)
-    record = _announce(job, work, texts, folder, {}, "structure", str(shrinking))
+        if job.pattern:
+            make_plan(shrinking.trial.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
+        predicted = _predict(job, work, config, skeleton.describe(), texts, output)
+    record = _announce(job, work, texts, folder, predicted, "structure", str(shrinking))
+    fingerprint = json.loads(json.dumps(_fingerprint(job, skeleton.checkpoint, texts, record)))
+    if known := _earlier(job, output, fingerprint, final or output):
+        return known
     scouted = shrinking.scout()
     decision = shrinking.decide(scouted)
-    with published(output, overwrite=overwrite) if job.ranks.first else nullcontext() as partial:
-        writer = ShardWriter(decision.target, partial, set(decision.target.names)) if partial else None
-        record.dense, record.pruned = scouted.dense, shrinking.stream(decision, writer or NoSink())
+    told = job.progress.note
+    with continued(output, {}, restart=True, tell=told) if job.ranks.first else nullcontext() as manifest:
+        partial = manifest.folder if manifest else output
+        writer = ShardWriter(decision.target, partial, set(decision.target.names))
+        record.dense, record.pruned = scouted.dense, shrinking.stream(decision, writer if manifest else NoSink())
         record.removals = shrinking.removals
-        record.structure = structure(decision, scouted, skeleton)
+        record.structure = structure(decision, scouted, skeleton) | {"fingerprint": fingerprint}
         record.peak_memory = peak_memory(skeleton.device)
-        if writer and partial:
+        if manifest:
             with job.clock("write"):
                 writer.finish()
                 copy_extras(folder.path, partial)
@@ -158,8 +168,24 @@ def _shrink_folder(
                 smaller.dtype, smaller.architectures = load_config(folder.path).dtype, [record.structure["architecture"]]
                 smaller.save_pretrained(partial)
                 _write_record(partial, record, output.name)
+            publish(partial, output, overwrite=overwrite)
     job.ranks.agree(None)
     return record
+
+
+def _earlier(job: Job, between: Path, fingerprint: Mapping[str, Any], final: Path) -> RunRecord | None:
+    """The record of the smaller model in `between`, if the same command made it on its way to `final`; another's is removed."""
+    if between == final or not job.ranks.agree((between / RECORD).is_file()):
+        return None
+    saved = read_json(between / RECORD)
+    if saved["structure"].get("fingerprint") == fingerprint and not job.config.restart:
+        job.progress.note("the smaller model is there from an earlier run")
+        return RunRecord.read(saved)
+    job.ranks.agree(None)
+    if job.ranks.first:
+        check_idle(final)
+        shutil.rmtree(between)
+    return None
 
 
 def _skeleton(job: Job, folder: ModelFolder, config: PretrainedConfig) -> Skeleton:
@@ -197,30 +223,14 @@ def _prune_folder(
     assert output is not None
     assert job.pattern is not None
     check_output(output, folder.path, job.config.overwrite)
-    mapped = job.config.activations == "disk"
     with job.clock("prepare"):
         skeleton = _skeleton(job, folder, config)
-        checkpoint, device, blocks = skeleton.checkpoint, skeleton.device, skeleton.describe()
+        checkpoint, blocks = skeleton.checkpoint, skeleton.describe()
         plan = make_plan(blocks, job.pattern, only=job.config.only, skip=job.config.skip)
         work = _streamed(job, skeleton, plan, output)
         texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
-        needs = estimate(
-            config,
-            blocks,
-            texts,
-            job.recipe,
-            dtype=work.dtype,
-            batch=max(job.config.batch_size // job.ranks.size, 1),
-            checkpoint=work.nbytes,
-            processes=job.ranks.size,
-        )
-        kept = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))  # by an earlier run
-        check_room(output, needs.output - kept + (needs.activations * job.ranks.size if mapped else 0))
-        predicted = asdict(needs) | {"seconds": needs.seconds(device, work.dtype)}
-    told = predicted | {"text": describe(needs, predicted["seconds"], mapped=mapped)}
-    record = _announce(job, work, texts, folder, told, "pattern", _pattern(job, work))
-    if short := shortage(needs, device, mapped=mapped):
-        job.progress.note(short)
+        predicted = _predict(job, work, config, blocks, texts, output)
+    record = _announce(job, work, texts, folder, predicted, "pattern", _pattern(job, work))
     with _continued(job, output, _fingerprint(job, checkpoint, texts, record)) as manifest:
         partial, finished = job.ranks.agree((manifest.folder, manifest.blocks) if manifest else (output, []))
         if finished:
@@ -242,10 +252,37 @@ def _prune_folder(
     return Result(record, None, output)
 
 
+def _predict(
+    job: Job, work: Work, config: PretrainedConfig, blocks: Sequence[Block], texts: Texts, output: Path
+) -> dict[str, Any]:
+    """What the run will need, by formula, for the record.
+
+    Raises:
+        InputError: the disk has too little room for it.
+    """
+    needs = estimate(
+        config,
+        blocks,
+        texts,
+        job.recipe,
+        dtype=work.dtype,
+        batch=max(job.config.batch_size // job.ranks.size, 1),
+        checkpoint=work.nbytes,
+        processes=job.ranks.size,
+    )
+    mapped = job.config.activations == "disk"
+    kept = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))  # by an earlier run
+    check_room(output, needs.output - kept + (needs.activations * job.ranks.size if mapped else 0))
+    seconds = needs.seconds(work.device, work.dtype)
+    text, short = describe(needs, seconds, mapped=mapped), shortage(needs, work.device, mapped=mapped)
+    return asdict(needs) | {"seconds": seconds, "text": text} | ({"short": short} if short else {})
+
+
 def _continue(record: RunRecord, earlier: RunRecord) -> None:
     """Let the record start where `earlier`, of what made the model smaller, did."""
     record.dense, record.removals, record.structure = earlier.dense, earlier.removals, earlier.structure
     record.arguments, record.model = earlier.arguments, earlier.model
+    record.recipe["text"] = earlier.recipe["text"]
     record.size["bytes_before"] = earlier.size["bytes_before"]
 
 
@@ -365,7 +402,7 @@ def _announce(
         job.progress.note(f"llama is the bundled {size}; for a real model pass a Hub id such as {EXAMPLE}{shadowed}")
     if apart := [name for name, why in record.skipped.items() if why.endswith("of no linear layer")]:
         job.progress.note(f"{len(apart)} weights of no linear layer (fused experts?) are left alone, such as {apart[0]}")
-    for note in texts.notes:
+    for note in (*texts.notes, *([predicted["short"]] if "short" in predicted else [])):
         job.progress.note(note)
     return record
 
@@ -405,7 +442,7 @@ def _load_whole(folder: ModelFolder, config: PretrainedConfig, job: Job) -> PreT
     return load_model(folder.path, config, device, pick_dtype(job.config.dtype, device, config))
 
 
-def load(model: str | Path, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+def load(model: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A model that llmprune wrote, or any other: a bundled name, a folder or a Hub id, in eval mode.
 
     Needed where `--per-layer` made layers of different sizes, which `from_pretrained` does not build; elsewhere the same as it.
@@ -420,5 +457,9 @@ def load(model: str | Path, *, device: str = "auto", dtype: str = "auto") -> Pre
     with plain_errors():
         folder = resolve(str(model))
         config, where = load_config(folder.path), pick_device(device)
+        if isinstance(dtype, torch.dtype):
+            return load_model(folder.path, config, where, dtype)
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
         own = config.dtype if dtype == "auto" and isinstance(config.dtype, torch.dtype) else pick_dtype(dtype, where, config)
         return load_model(folder.path, config, where, own)

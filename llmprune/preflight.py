@@ -50,8 +50,8 @@ class Needs:
 
     Attributes:
         activations: bytes of the hidden states of all texts, in the pruned model and, where needed, in the dense one.
-        weights: bytes of the largest block, with its copy where the dense model runs beside, or of embeddings and head;
-            and what a forward makes.
+        weights: bytes of the largest block, as read and as written, with its copy where the dense model runs beside, or of
+            embeddings and head; and what a forward makes.
         solving: bytes of a stage's statistics, and of what a solver holds.
         output: bytes of the output folder.
         forward: floating-point operations of running the blocks and the head, in the compute dtype.
@@ -126,9 +126,14 @@ def estimate(
         weights=max(2 * head * dtype.itemsize, inside) + made,
         solving=max((one.held(recipe) for one in matrices), default=0),
         output=int(_FILES * checkpoint),
-        forward=2 * (passes * sum(one.rows * one.columns * one.share for one in matrices) + 2 * evaluated * head),
+        forward=2 * (passes * active(blocks) + 2 * evaluated * head),
         solve=sum(one.work(recipe, tokens, processes) for one in matrices),
     )
+
+
+def active(blocks: Sequence[Block]) -> float:
+    """Weights of matrices that a token meets: of experts, those of the ones it is sent to."""
+    return sum(one.rows * one.columns * one.share for block in blocks for one in _matrices(block.sites))
 
 
 def _matrices(sites: Sequence[Site]) -> list[_Matrix]:

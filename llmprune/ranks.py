@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 from llmprune.errors import InputError, LostProcess, reason
 
 T = TypeVar("T")
-_PATIENCE = timedelta(hours=2)  # for one to solve alone; a process that has died is noticed at once, by its connections
+_PATIENCE = timedelta(hours=2)  # for one to solve alone; gloo notices a process that has died at once, by its connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,8 @@ class Ranks:
 def joined() -> Iterator[Ranks]:
     """The processes that a launcher started together, or that the caller has already joined; else this one alone."""
     if distributed.is_available() and distributed.is_initialized():
+        if "gloo" not in (backends := distributed.get_backend_config()):
+            raise InputError(f"the process group has {backends} only: initialise it with backend='cpu:gloo,cuda:nccl'")
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
         return
     if not _launched(("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
@@ -116,4 +118,6 @@ def _while_all_live() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise LostProcess(f"another process of this run has ended, see its error ({reason(error, 80)})") from None

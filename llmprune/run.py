@@ -57,9 +57,13 @@ class Job:
 
     def method(self) -> str:
         """In words."""
-        shrunk = f"{self.config.score}{'' if self.config.refit is False else ' + least squares'}"
-        steps = ([shrunk] if self.config.structured else []) + ([str(self.recipe)] if self.pattern else [])
-        return ", then ".join(steps)
+        config, steps = self.config, []
+        if config.layers is not None:
+            steps.append(f"layers by {config.layer_score}")
+        if config.heads is not None or config.neurons is not None:
+            fitted = "" if config.refit is False else f" + least squares, {self.recipe.target} target"
+            steps.append(f"{config.score}{fitted}{', by layer' if config.per_layer else ''}")
+        return ", then ".join(steps + ([str(self.recipe)] if self.pattern else []))
 
     def output(self, model: str) -> Path | None:
         """The folder to write; `auto` names it after the model, what is removed, the pattern and the method."""

@@ -16,10 +16,10 @@ from llmprune.config import PruneConfig
 from llmprune.data import Windows
 from llmprune.errors import InputError
 from llmprune.evaluate.perplexity import Perplexity, streamed_perplexity
-from llmprune.models.discover import find_blocks
 from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site
 from llmprune.models.skeleton import Skeleton
+from llmprune.preflight import active
 from llmprune.report.record import Removal
 from llmprune.run import Job
 from llmprune.solving import lean
@@ -76,6 +76,7 @@ class Shrinking:
 
     Attributes:
         removals: what was removed, in order.
+        trial: an empty model of the size that is asked for; which layers stay may differ.
 
     Raises:
         InputError: what is asked for cannot be removed.
@@ -87,13 +88,15 @@ class Shrinking:
         if skeleton.model.config.get_text_config().is_heterogeneous:
             raise InputError(f"{skeleton.checkpoint.folder} has layers of different sizes already: start from its source")
         config, blocks = job.config, skeleton.describe()
-        self._layout = Heads.of(self.skeleton.model.config) if config.heads else None
+        self._layout = Heads.of(self.skeleton.model.config) if config.heads is not None else None
         count = len(blocks)
-        self._layers = kept_layers(Amount.parse("layers", config.layers), count) if config.layers else count
-        self._width = _widths(blocks, config) if config.neurons else None
-        self._ways = self._loadable(Amount.parse("heads", config.heads)) if config.heads else {}
+        self._layers = kept_layers(Amount.parse("layers", config.layers), count) if config.layers is not None else count
+        self._width = _widths(blocks, config) if config.neurons is not None else None
+        self._ways = self._loadable(Amount.parse("heads", config.heads)) if config.heads is not None else {}
         if config.per_layer:  # one way for all layers: the first, with keys and values
             self._ways = dict(list(self._ways.items())[:1])
+        whole = next(iter(self._ways), False)
+        self.trial = self._target(list(range(self._layers)), [self._sizes(self._ways, whole=whole)] * self._layers)
 
     def __str__(self) -> str:
         """In words, such as `6 of 8 heads, 528 of 704 neurons`."""
@@ -132,14 +135,14 @@ class Shrinking:
         Raises:
             InputError: transformers do not load it.
         """
-        config, same = self.skeleton.model.config, len(set(sizes)) == 1
+        config, uneven = self.skeleton.model.config, len(set(sizes)) > 1
         smaller = smaller_config(
             config,
-            neurons=self._width if same and not self.job.config.per_layer else None,
-            heads=sizes[0].left() if same and not self.job.config.per_layer else None,
+            neurons=None if uneven or not sizes[0].neurons or not self._width else (self._width[0], sizes[0].neurons),
+            heads=None if uneven else sizes[0].left(),
             layers=layers if len(layers) < len(self.skeleton.blocks) else None,
         )
-        if self.job.config.per_layer:
+        if uneven:
             smaller = uneven_config(smaller, [(own.neurons, own.left()) for own in sizes], self._width[0] if self._width else 0)
         target = Target(self.skeleton, smaller, layers)
         described = self.skeleton.describe()
@@ -212,6 +215,7 @@ class Shrinking:
         if self.job.config.per_layer:
             curves = {kind: [every[layer] for layer in layers] for kind, every in scouted.curves.items()}
             sizes = self._spread(sizes[0], curves)
+        layers, sizes = self.job.ranks.agree((layers, sizes))
         return Decision(layers, sizes, self._target(layers, sizes), scouted.slopes)
 
     def _way(self, scouted: Scouted) -> bool:
@@ -245,18 +249,17 @@ class Shrinking:
         count = len(next(iter(curves.values())))
         sizes = [each] * count
         if self._width and "neurons" in curves:
-            gone = allocate(curves["neurons"], count * (self._width[0] - self._width[1]), self._multiple())
+            whole, step = self._width[0], _multiple(self.job.config, self._width[0])
+            gone = allocate(curves["neurons"], count * (whole - self._width[1]), step, whole % step or step)
             sizes = [replace(own, neurons=self._width[0] - less) for own, less in zip(sizes, gone, strict=True)]
         if self._layout and each.heads and "heads" in curves:
             parts = self._layout.value if each.whole else self._layout.query
             lose = parts - each.heads * parts // self._layout.query
-            gone = allocate(curves["heads"], count * lose, 1 if each.whole else self._layout.value)
+            step = 1 if each.whole else self._layout.value
+            gone = allocate(curves["heads"], count * lose, step, step)
             heads = self._layout.query // parts
             sizes = [replace(own, heads=heads * (parts - less)) for own, less in zip(sizes, gone, strict=True)]
         return sizes
-
-    def _multiple(self) -> int:
-        return _multiple(self.job.config, self._width[0] if self._width else 0)
 
     def _loss(self, layers: list[int]) -> float:
         """Calibration perplexity of the dense model with these layers alone, on some of the windows."""
@@ -282,7 +285,7 @@ class Shrinking:
             job.config.score,
             refit,
             feed,
-            feed.fork() if refit and job.recipe.target == "corrected" else None,
+            feed.fork() if refit and job.recipe.target == "corrected" and decision.sizes[0].any() else None,
             self.texts.calibration.tokens(),
             job.clock,
             job.ranks,
@@ -290,7 +293,7 @@ class Shrinking:
             self.removals,
             decision.slopes,
         )
-        job.progress.start(len(decision.layers), len(decision.layers))
+        job.progress.start(len(decision.layers), 0)
         with self._observable(), observable(decision.target.model, all_tokens=job.config.all_experts):
             stream(shrinker, _Feeds(job, feed, evaluated), _Timed(job, sink), lambda block: None)
         if evaluated is None or self.texts.evaluation is None:
@@ -348,15 +351,12 @@ class _Timed:
             self.sink.put(block)
 
 
-def footprint(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters, multiplications a token (attention's own left out), and bytes of keys and values a token."""
-    text = model.config.get_text_config()
-    blocks = list(find_blocks(model).values())
-    inside = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)
-    tied = model.all_tied_weights_keys
+def footprint(model: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, int]:
+    """Parameters, multiplications a token with matrices (of experts, with two), and bytes of keys and values a token."""
+    text, tied = model.config.get_text_config(), model.all_tied_weights_keys
     found = {
         "parameters": sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in tied),
-        "macs_a_token": inside + text.vocab_size * text.hidden_size,
+        "macs_a_token": int(active(blocks)) + text.vocab_size * text.hidden_size,
     }
     try:
         layouts = [Heads.of(text.per_layer_config[index]) for index in range(len(blocks))]
@@ -401,6 +401,7 @@ def structure(decision: Decision, scouted: Scouted, source: Skeleton) -> dict[st
         "whole_groups_of_heads": decision.sizes[0].whole if decision.sizes[0].heads else None,
         "per_layer": [{"heads": own.heads, "neurons": own.neurons} for own in decision.sizes],
         "architecture": type(decision.target.model).__name__,
-        "before": footprint(source.model),
-        "after": footprint(decision.target.model),
+        "before": footprint(source.model, source.describe()),
+        "after": footprint(decision.target.model, decision.target.describe()),
+        "differ_by_layer": decision.target.config.get_text_config().is_heterogeneous,
     }

@@ -119,6 +119,14 @@ def test_mapped_tensors_are_a_list(tmp_path: Path) -> None:
         held[0] = torch.zeros(3, 2)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts Linux's own descriptors")
+def test_mapped_tensors_take_few_file_descriptors(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    held = MappedTensors(tmp_path, (torch.full((i % 7 + 1, 5), float(i)) for i in range(500)))
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < 40
+    assert all(bool((one == i).all()) for i, one in enumerate(held))
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
 def test_mapped_tensors_take_no_memory(tmp_path: Path) -> None:
     def resident() -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 from test_families import EXPERTS
+from test_resume import weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
@@ -33,7 +34,8 @@ from llmprune.structured.plan import Amount
 from llmprune.texts import Texts
 
 IDS = tokens(6, 24)
-OPTIONS = {"calibration": IDS, "batch_size": 2, "round_to": 4}
+PLAIN = {"calibration": IDS, "batch_size": 2}
+OPTIONS = PLAIN | {"round_to": 4}
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3_text", "opt", "gpt2", "gpt_neox", "mixtral")
 WITH_HEADS = ("llama", "mistral", "qwen3", "gemma3_text", "mixtral")
 ALONE = {"num_key_value_heads": 4}  # every head has keys and values of its own
@@ -50,6 +52,14 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 def close(a: PreTrainedModel, b: PreTrainedModel) -> bool:
     return torch.allclose(logits(a), logits(b), rtol=1e-4, atol=1e-5)
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +117,7 @@ def test_three_of_four_heads_of_a_llama_are_saved_as_a_mistral(saved, tmp_path: 
 def test_layers_by_loss_are_those_of_brute_force(saved, tmp_path: Path) -> None:
     """Two of four, one after the other, each time trying the whole model without each layer."""
     model = model_of("llama", num_hidden_layers=4)
-    record = llmprune.prune(saved(model), output=tmp_path / "out", layers="2", layer_score="loss", **OPTIONS).record
+    record = llmprune.prune(saved(model), output=tmp_path / "out", layers="2", layer_score="loss", **PLAIN).record
     every, left = model.model.layers, [0, 1, 2, 3]
 
     def loss(layers: list[int]) -> float:
@@ -128,7 +138,7 @@ def test_a_layer_that_does_nothing_is_the_one_removed(saved, tmp_path: Path) -> 
     with torch.no_grad():
         for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
             norm.weight.fill_(-1)  # Gemma's gain is 1 + weight
-    record = llmprune.prune(saved(model), output=tmp_path / "out", layers="1", **OPTIONS).record
+    record = llmprune.prune(saved(model), output=tmp_path / "out", layers="1", **PLAIN).record
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert record.structure["removed_layers"] == [1]
     assert smaller.config.layer_types == ["sliding_attention"] * 2
@@ -217,7 +227,7 @@ def test_heads_by_layer_then_weights_then_again(saved, tmp_path: Path) -> None:
     record = llmprune.prune(saved(model), output=tmp_path / "out", heads="1", per_layer=True, **OPTIONS).record
     assert [own["heads"] for own in record.structure["per_layer"]] == [1, 4, 4]
     assert close(model, llmprune.load(tmp_path / "out", device="cpu"))
-    again = llmprune.prune(tmp_path / "out", output=tmp_path / "sparse", sparsity="2:4", method="wanda", **OPTIONS).record
+    again = llmprune.prune(tmp_path / "out", output=tmp_path / "sparse", sparsity="2:4", method="wanda", **PLAIN).record
     assert len(again.sites) == 21
     assert llmprune.load(tmp_path / "sparse", device="cpu").model.layers[0].self_attn.q_proj.weight.shape == (8, 32)
     with pytest.raises(InputError, match="has layers of different sizes already"):
@@ -231,6 +241,76 @@ def test_load_is_from_pretrained_for_all_others(saved) -> None:
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(loaded))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_their_own_sizes_and_weights_in_one_command(dtype: str, saved, tmp_path: Path) -> None:
+    """From a bf16 checkpoint; loaded, it is bf16 throughout and runs."""
+    model = model_of("llama").to(torch.bfloat16)
+    first = next(ModelSource(model).blocks())
+    for group in neurons(first):
+        group.consumer.weight[:, ::2] = 0
+    options = {"neurons": "16.7%", "per_layer": True, "sparsity": "2:4", "method": "wanda", "dtype": dtype} | OPTIONS
+    record = llmprune.prune(saved(model), output=tmp_path / "out", **options).record
+    assert record.structure["differ_by_layer"]
+    assert "second_order" in record.recipe["text"]
+    assert "wanda" in record.recipe["text"]
+    assert verify(tmp_path / "out").problems == ()
+    loaded = llmprune.load(tmp_path / "out", device="cpu")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert bool(torch.isfinite(logits(loaded)).all())
+    assert llmprune.load(tmp_path / "out", device="cpu", dtype=torch.float32).dtype == torch.float32
+    with pytest.raises(InputError, match="unknown dtype 'bf16'"):
+        llmprune.load(tmp_path / "out", device="cpu", dtype="bf16")
+
+
+class Killed(BaseException):
+    """Stands in for a signal."""
+
+
+class Kill(Notes):
+    """When the second phase has finished a block."""
+
+    def site(self, site: object) -> None:
+        if site.block == 1:
+            raise Killed
+
+
+def test_an_interrupted_run_goes_on_with_the_smaller_model(saved, tmp_path: Path) -> None:
+    source = saved(model_of("llama"))
+    options = {"neurons": "25%", "sparsity": "2:4", "quality": "balanced"} | OPTIONS
+    whole = llmprune.prune(source, output=tmp_path / "whole", **options).record
+    with pytest.raises(Killed):
+        llmprune.prune(source, output=tmp_path / "out", progress=Kill(), **options)
+    assert (tmp_path / ".out.smaller").is_dir()
+    notes = Notes()
+    record = llmprune.prune(source, output=tmp_path / "out", progress=notes, **options).record
+    assert "the smaller model is there from an earlier run" in notes.notes
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert record.removals == whole.removals or [r.error for r in record.removals] == [r.error for r in whole.removals]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "out"}
+
+
+def test_another_command_makes_its_own_smaller_model(saved, tmp_path: Path) -> None:
+    source = saved(model_of("llama"))
+    options = {"neurons": "25%", "sparsity": "2:4", "method": "wanda"} | OPTIONS
+    with pytest.raises(Killed):
+        llmprune.prune(source, output=tmp_path / "out", progress=Kill(), **options)
+    record = llmprune.prune(source, output=tmp_path / "out", restart=True, **(options | {"neurons": "50%"})).record
+    assert record.removals[0].kept == 24
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_layers_without_padding_in_their_loss(saved, tmp_path: Path) -> None:
+    """Calibration with padding chooses as the same windows without it do."""
+    source = saved(model_of("llama", num_hidden_layers=5))
+    padded = torch.cat([IDS, torch.full((6, 9), 7)], dim=1)
+    mask = torch.cat([torch.ones_like(IDS), torch.zeros(6, 9, dtype=torch.long)], dim=1)
+    chosen = []
+    for name, calibration in {"plain": IDS, "padded": {"input_ids": padded, "attention_mask": mask}}.items():
+        options = PLAIN | {"calibration": calibration, "layers": "2", "layer_score": "loss"}
+        chosen.append(llmprune.prune(source, output=tmp_path / name, **options).record.structure["removed_layers"])
+    assert chosen[0] == chosen[1]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_allocation_is_the_best_of_all(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -238,7 +318,7 @@ def test_allocation_is_the_best_of_all(seed: int) -> None:
     for _ in range(3):
         losses = torch.rand(5, generator=generator).sort().values.cumsum(0)  # convex, as removing the least first is
         curves.append(Curve(range(0, 12, 2), [0.0, *losses.tolist()]))
-    found = allocate(curves, 12, 2)
+    found = allocate(curves, 12, 2, 2)
     assert sum(found) == 12
 
     def lost(counts: tuple[int, ...]) -> float:
@@ -261,29 +341,29 @@ def test_allocation_is_the_best_of_all(seed: int) -> None:
     ("llama", {"neurons": "25%", "score": "second_ordr"}, "did you mean second_order"),
     ("llama", {"neurons": "25%", "round_to": 0}, "round_to 0 is impossible"),
     ("gpt2", {"heads": "50%"}, "looked for separate q, k, v and o"),
-    ("opt", {"heads": "50%", "num_key_value_heads": None}, "do not load model.decoder.layers with other heads"),
-    ("llama", {"layers": "1", "per_layer": True}, "per_layer needs --heads or --neurons"),
+    ("opt", {"heads": "50%", "num_key_value_heads": None}, "do not load model.decoder.layers of that size"),
+    ("llama", {"layers": "1", "per_layer": True}, "per_layer has no effect here: it is there to remove --heads or --neurons"),
+    ("llama", {"neurons": ""}, "neurons '' is impossible"),
+    ("llama", {"neurons": "25%", "skip": ["*.o_proj"]}, "skip has no effect here: it is there to prune weights"),
+    ("llama", {"neurons": "25%", "quality": "best"}, "quality has no effect here"),
+    ("llama", {"sparsity": "2:4", "score": "magnitude"}, "score has no effect here"),
+    ("llama", {"neurons": "25%", "layer_score": "loss"}, "layer_score has no effect here: it is there to remove --layers"),
+    ("llama", {"neurons": "25%", "sparsity": "2:4", "only": ["*.nothing"]}, "matches no site; sites are named like"),
+    ("llama", {"neurons": "3", "round_to": 1, "sparsity": "2:4"}, "45 columns are not a multiple of 4"),
+    ("deepseek_v3", {"layers": "1"}, "is no parameter there"),
     ("mixtral", {}, "sparsity is required: pass --sparsity, or --heads, --neurons or --layers"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(family: str, options: dict, words: str, saved, tmp_path: Path) -> None:
     changes = {"num_key_value_heads": options.pop("num_key_value_heads")} if "num_key_value_heads" in options else {}
     source = saved(model_of(family, **changes))
     with pytest.raises(InputError, match=words):
-        llmprune.prune(source, output=tmp_path / "out", **(OPTIONS | options))
+        llmprune.prune(source, output=tmp_path / "out", **((OPTIONS if "neurons" in options else PLAIN) | options))
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
 def test_a_model_in_memory_is_refused() -> None:
     with pytest.raises(InputError, match="pass the model's folder or Hub id"):
         llmprune.prune(model_of("llama"), neurons="25%", calibration=IDS)
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def test_the_nearest_number_of_heads_that_loads(saved, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from llmprune.ranks import Ranks
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
 
+_IGNORED = -100  # cross_entropy's own default
+
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
@@ -55,18 +57,24 @@ def streamed_perplexity(
 
 
 def _measure(windows: Windows, logits: Callable[[dict[str, Tensor]], Tensor], device: torch.device, ranks: Ranks) -> Perplexity:
-    loss = torch.zeros((), dtype=torch.float64)
+    loss, predicted = torch.zeros((), dtype=torch.float64), 0
     for inputs in windows.batches(1, device):  # logits are large: one window at a time
-        loss += _loss(logits(inputs), inputs["input_ids"]).cpu()
-    length = windows.ids.shape[1]
-    total, count = ranks.totals(float(loss), len(windows.ids))
-    tokens = int(count) * (length - 1)
+        labels = _labels(inputs)
+        loss += functional.cross_entropy(logits(inputs)[0, :-1].float(), labels, reduction="sum").double().cpu()
+        predicted += int((labels != _IGNORED).sum())
+    total, tokens, count = ranks.totals(float(loss), predicted, len(windows.ids))
     mean = total / tokens
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.text, tokens, int(count), length)
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, windows.text, int(tokens), int(count), windows.ids.shape[1])
 
 
-def _loss(logits: Tensor, ids: Tensor) -> Tensor:
-    return functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum").double()
+def _labels(inputs: dict[str, Tensor]) -> Tensor:
+    """The tokens of a window that its others predict, (length - 1,): padding is not predicted and predicts nothing."""
+    labels = inputs["input_ids"][0, 1:]
+    if "attention_mask" not in inputs:
+        return labels
+    real = inputs["attention_mask"][0].bool()
+    return labels.masked_fill(~(real[1:] & real[:-1]), _IGNORED)
 
 
 def excess_loss(dense: Perplexity, pruned: Perplexity) -> float:

@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmprune.errors import InputError, reason
 from llmprune.models.checkpoint import Checkpoint, read_json
@@ -159,7 +159,7 @@ class Skeleton:
                 module._buffers[name] = buffer.to(self.device)
 
 
-def _differ_by_layer(model: PreTrainedModel) -> None:
+def _differ_by_layer(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Build the blocks that `per_layer_config` says: transformers read it, but do not build by it yet (5.23)."""
     text = model.config.get_text_config()
     if not text.is_heterogeneous:
@@ -167,7 +167,7 @@ def _differ_by_layer(model: PreTrainedModel) -> None:
     for index, (name, block) in enumerate(find_blocks(model).items()):
         stack = model.get_submodule(name.rpartition(".")[0])
         assert isinstance(stack, nn.ModuleList)
-        stack[index] = type(block)(text.per_layer_config[index], index)
+        stack[index] = type(block)(text.per_layer_config[index], index).to(dtype)
     model.eval()
 
 
@@ -182,6 +182,8 @@ def load_model(folder: Path, config: PretrainedConfig, device: torch.device, dty
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, trust_remote_code=False)
     skeleton.load(skeleton.names)
     skeleton.tie()
+    if (folder / "generation_config.json").is_file():
+        skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
     return skeleton.model
 
 
@@ -195,7 +197,7 @@ def empty_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> P
         with init_empty_weights(include_buffers=False):
             config.allow_global_per_layer_attribute_access = True
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-            _differ_by_layer(model)
+            _differ_by_layer(model, dtype)
     except FOREIGN as error:
         raise InputError(f"transformers cannot build a causal LM from {folder / 'config.json'}: {reason(error)}") from None
     return model.eval()

@@ -15,7 +15,8 @@ def model_card(record: RunRecord, name: str) -> str:
 
 
 def _front_matter(record: RunRecord) -> str:
-    tags = ["llmprune", "pruned", "sparse", record.recipe["method"]]
+    tags = ["llmprune", "pruned", *(["structured-pruning"] if record.structure else [])]
+    tags += ["sparse", record.recipe["method"]] if record.arguments["sparsity"] else []
     facts: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if record.model["hub_id"]:
         facts |= {"base_model": record.model["hub_id"], "base_model_relation": "finetune"}
@@ -64,7 +65,7 @@ def _usage(name: str, record: RunRecord) -> str:
             f"It is saved as a `{record.structure['architecture']}`: a `{record.model['class']}` refuses this number of heads. "
             "Without biases and sliding windows the two are the same mathematics.\n\n"
         )
-    if len({tuple(sizes.items()) for sizes in record.structure.get("per_layer", [])}) > 1:
+    if record.structure.get("differ_by_layer"):
         how = f'import llmprune\n\nmodel = llmprune.load("{name}")'
         other += "Its layers differ in size, which `from_pretrained` does not build.\n\n"
     else:

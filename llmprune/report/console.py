@@ -59,7 +59,7 @@ class Console(Progress):
             transient=True,
         )
         self._in_block: list[SiteRecord] = []
-        self._gone: list[str] = []
+        self._gone: list[Removal] = []
         self._fit, self._came = "", ""
 
     def __enter__(self) -> Console:
@@ -108,8 +108,7 @@ class Console(Progress):
         )
 
     def removed(self, removal: Removal) -> None:
-        name = removal.site.rsplit(".", 1)[-1]
-        self._gone.append(f"{removal.kept} of {removal.count} {removal.kind}, {name} error {removal.error:.2%}")
+        self._gone.append(removal)
 
     def repeated(self, sites: int) -> None:
         self._sites -= sites
@@ -118,9 +117,10 @@ class Console(Progress):
             self._live.update(self._task, total=self._sites)
 
     def block(self, index: int) -> None:
-        pruned = f"output error: {_errors(self._in_block) or 'nothing pruned'}{self._fit}"
-        came = self._came or "  ".join(self._gone) or pruned
-        self._done += bool(self._gone)
+        pruned = f"output error: {_errors(self._in_block)}{self._fit}" if self._in_block else "nothing pruned"
+        came = self._came or _removals(self._gone) or ("stays" if not self._sites else pruned)
+        if not self._sites:
+            self._done = index + 1
         line = f"block {index + 1}/{self._blocks}  {came}  ETA {self._eta()}"
         self._in_block, self._gone, self._fit, self._came = [], [], "", ""
         self._console.print(line, markup=False)
@@ -131,7 +131,8 @@ class Console(Progress):
         self._stop()
         self._console.print(_table(record))
         if output is not None:
-            self._console.print(f"wrote {output}; next:\n{_next_steps(output)}", markup=False)
+            own = bool(record.structure.get("differ_by_layer"))
+            self._console.print(f"wrote {output}; next:\n{_next_steps(output, own=own)}", markup=False)
 
     def _stop(self) -> None:
         if self._live.live.is_started:
@@ -140,7 +141,7 @@ class Console(Progress):
     def _eta(self) -> str:
         if not self._done:
             return "-"
-        left = (time.monotonic() - self._began) / self._done * (self._sites - self._done)
+        left = (time.monotonic() - self._began) / self._done * ((self._sites or self._blocks) - self._done)
         return f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
 
 
@@ -173,13 +174,30 @@ def _table(record: RunRecord) -> Table:
     return table
 
 
-def _next_steps(output: Path) -> str:
-    load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({json.dumps(str(output))})"
+def _next_steps(output: Path, *, own: bool) -> str:
+    """`own`: only llmprune loads it."""
+    path = json.dumps(str(output))
+    load = f"import llmprune; llmprune.load({path})"
+    if not own:
+        load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({path})"
     return f"  llmprune verify {shlex.quote(str(output))}\n  python -c {shlex.quote(load)}"
 
 
 def _shared(processes: int) -> str:
     return f", {processes} processes" if processes > 1 else ""
+
+
+def _removals(gone: Sequence[Removal]) -> str:
+    """What a block lost, experts together."""
+    by_name: dict[str, list[Removal]] = {}
+    for one in gone:
+        by_name.setdefault(one.site.rsplit(".", 1)[-1], []).append(one)
+    parts = []
+    for name, each in by_name.items():
+        many = f" (mean of {len(each)})" if len(each) > 1 else ""
+        error = sum(one.error for one in each) / len(each)
+        parts.append(f"{each[0].kept} of {each[0].count} {each[0].kind}, {name} error {error:.2%}{many}")
+    return "  ".join(parts)
 
 
 def _errors(sites: Sequence[SiteRecord]) -> str:

@@ -129,6 +129,15 @@ class RunRecord:
         forwards = self.seconds.get("forward")
         return self.pruning_seconds() / forwards if forwards else None
 
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> RunRecord:
+        """What `as_dict` made of a run that pruned no weights."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in saved.items() if name in names}
+        for name in ("dense", "pruned"):
+            values[name] = Perplexity(**values[name]) if values[name] else None
+        return cls(**values | {"removals": [Removal(**one) for one in values["removals"]]})
+
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
 

@@ -158,7 +158,10 @@ class Activations:
         """
         x = x.reshape(-1, x.shape[-1])
         real = self._real[index]
-        return x if real is None else x[real if tokens is None else real[tokens]]
+        if real is None:
+            return x
+        real = real.to(x.device)
+        return x[real if tokens is None else real[tokens]]
 
     def at(self, hidden: Hidden) -> Activations:
         """The same windows with other hidden states: the inputs of any block."""
@@ -178,7 +181,7 @@ class Activations:
             )
         for (name, x), slope in zip(seen, others, strict=True):
             if slope is not None:  # an expert that no token chose
-                sums[name] += (x.detach() * slope).float().reshape(-1, x.shape[-1]).sum(0)
+                sums[name] += (x.detach().float() * slope.float()).reshape(-1, x.shape[-1]).sum(0)
         return into.to(self.hidden[index].device)
 
     def call(self, block: Block, index: int, forward: Callable[..., Any]) -> Tensor:

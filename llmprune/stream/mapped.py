@@ -14,6 +14,8 @@ from torch import Tensor
 
 from llmprune.errors import InputError
 
+_AT_ONCE = 64  # tensors that are mapped together
+
 
 class MappedTensors(MutableSequence[Tensor]):
     """A list of tensors on the disk of `folder`. What is set must have the shape and dtype of what it replaces.
@@ -27,7 +29,8 @@ class MappedTensors(MutableSequence[Tensor]):
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as this
         self._maps: list[mmap.mmap] = []
         self._tensors: list[Tensor] = []
-        self._size = self._in_use = 0
+        self._places: list[tuple[mmap.mmap, int, int]] = []  # of each tensor: its map, where in it, how many bytes
+        self._mapped = self._used = self._in_use = 0
         self.extend(tensors)
 
     def copy(self) -> MappedTensors:
@@ -58,16 +61,34 @@ class MappedTensors(MutableSequence[Tensor]):
         """At the end only."""
         if index != len(self):
             raise TypeError("tensors stay where they are")
+        start = self._room(value.nbytes)
+        offset = start - (self._mapped - len(self._maps[-1]))
         try:
-            os.posix_fallocate(self._file.fileno(), self._size, value.nbytes)  # a full disk shows here, not as a bus error
+            os.posix_fallocate(self._file.fileno(), start, value.nbytes)  # a full disk shows here, not as a bus error
         except OSError as error:
             raise InputError(f"no room for the activations in {self._folder}: {error.strerror}") from None
-        self._maps.append(mmap.mmap(self._file.fileno(), value.nbytes, offset=self._size))
-        self._tensors.append(torch.frombuffer(self._maps[-1], dtype=value.dtype).view(value.shape))
-        self._size += -(-value.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._tensors.append(
+            torch.frombuffer(self._maps[-1], dtype=value.dtype, count=value.numel(), offset=offset).view(value.shape)
+        )
+        self._places.append((self._maps[-1], offset, value.nbytes))
         self[index] = value
+
+    def _room(self, nbytes: int) -> int:
+        """Where in the file the next `nbytes` go. It is mapped many at a time: each map takes a file descriptor."""
+        size = -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        if self._used + size > self._mapped:
+            self._used = self._mapped
+            self._mapped += _AT_ONCE * size
+            try:
+                os.ftruncate(self._file.fileno(), self._mapped)
+            except OSError as error:
+                raise InputError(f"no room for the activations in {self._folder}: {error.strerror}") from None
+            self._maps.append(mmap.mmap(self._file.fileno(), _AT_ONCE * size, offset=self._used))
+        self._used += size
+        return self._used - size
 
     def _let_go(self, index: int) -> None:
         """Of the memory that a tensor takes; it is read again when it is touched."""
         if index < len(self):
-            self._maps[index].madvise(mmap.MADV_DONTNEED)
+            held, offset, nbytes = self._places[index]
+            held.madvise(mmap.MADV_DONTNEED, offset, nbytes)

@@ -118,6 +118,18 @@ def partial_folder(output: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
+def check_idle(output: Path) -> None:
+    """No other run may be writing `output`.
+
+    Raises:
+        InputError: one is.
+    """
+    folder = partial_folder(output)
+    if folder.exists():
+        with _locked(folder, output):
+            pass
+
+
 @contextmanager
 def _locked(folder: Path, output: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)

@@ -40,16 +40,24 @@ def mean(curves: Sequence[Curve]) -> Curve:
     return Curve(curves[0].removed, [sum(each) / len(curves) for each in zip(*(one.losses for one in curves), strict=True)])
 
 
-def allocate(curves: Sequence[Curve], total: int, step: int) -> list[int]:
-    """How many parts each layer loses, `total` in all, in multiples of `step`: each time where that costs least."""
+def allocate(curves: Sequence[Curve], total: int, step: int, first: int) -> list[int]:
+    """How many parts each layer loses, at most `total` in all: each time where a part costs least. A layer loses `first` parts,
+    then `step` at a time.
+    """
     gone = [0] * len(curves)
-    for _ in range(total // step):
-        costs = {
-            layer: curve.at(gone[layer] + step) - curve.at(gone[layer])
-            for layer, curve in enumerate(curves)
-            if gone[layer] + step <= curve.removed[-1]
-        }
-        if not costs:
-            break
-        gone[min(costs, key=costs.__getitem__)] += step
+
+    def more(layer: int) -> int:
+        return step if gone[layer] else first
+
+    def cost(layer: int) -> float:
+        curve = curves[layer]
+        return (curve.at(gone[layer] + more(layer)) - curve.at(gone[layer])) / more(layer)
+
+    while open_ := [
+        layer
+        for layer, curve in enumerate(curves)
+        if gone[layer] + more(layer) <= curve.removed[-1] and sum(gone) + more(layer) <= total
+    ]:
+        layer = min(open_, key=cost)
+        gone[layer] += more(layer)
     return gone

@@ -115,14 +115,14 @@ def smaller_config(
             k: v for k, v in text.to_dict().items() if k not in ("model_type", "architectures", "attention_bias", "mlp_bias")
         }
         smaller = text = MistralConfig(**values, sliding_window=None)
-    for name, value in sizes_in(text, neurons, heads).items():
-        setattr(text, name, value)
-    if layers is not None:
-        for name in ("layer_types", "no_rope_layers"):
-            if isinstance(own := getattr(text, name, None), list):
-                setattr(text, name, [own[i] for i in layers])
-        text.num_hidden_layers = len(layers)
     try:
+        for name, value in sizes_in(text, neurons, heads).items():
+            setattr(text, name, value)
+        if layers is not None:
+            for name in ("layer_types", "no_rope_layers"):
+                if isinstance(own := getattr(text, name, None), list):
+                    setattr(text, name, [own[i] for i in layers])
+            text.num_hidden_layers = len(layers)
         type(text).from_dict(text.to_dict())  # what a change of attributes does not check
     except FOREIGN as error:
         raise InputError(f"transformers cannot load the smaller model: {reason(error)}") from None

@@ -39,6 +39,10 @@ class Sizes:
     layout: Heads | None
     whole: bool
 
+    def any(self) -> bool:
+        """Whether heads or neurons are removed."""
+        return self.neurons is not None or self.heads is not None
+
     def left(self) -> Heads | None:
         """The layout of heads that stays."""
         if self.layout is None or self.heads is None:
@@ -137,10 +141,13 @@ class Shrinker:
         with self.clock("solve"):
             dense, stay = site.weight.to(torch.float32, copy=True), self.sizes[block.index].stay(group)
             found = choose(group, seen, stay, self.score, self.slopes, refit=self.refit)
+            for tensor in (found.kept, found.weight, *([] if found.shift is None else [found.shift])):
+                self.ranks.of(0, tensor)  # all processes must keep the same
             site.write(found.weight)
             if found.shift is not None:
-                bias = block.module.get_parameter(_bias(site, block))
-                bias.data += found.shift.to(bias.dtype)
+                path = _bias(site, block)
+                bias = block.module.get_parameter(path).data
+                bias.copy_((bias.float() + found.shift).to(block.storage[f"{block.name}.{path}"]))
             lost, whole = self.ranks.totals(*seen.sample.errors(dense, site.weight.float(), found.shift))
         error, seconds = lost / whole if whole > 0 else 0.0, time.perf_counter() - start
         self.removals.append(Removal(block.index, group.kind, site.name, group.count, stay, error, seconds))
@@ -215,14 +222,25 @@ def check_fit(block: Block, smaller: Block, sizes: Sizes) -> None:
     Raises:
         InputError: it has others.
     """
-    built = {old.name: new for old, new in zip(block.sites, smaller.sites, strict=True)}
+    rows: dict[str, int] = {}
+    columns: dict[str, int] = {}
     for group in (group for step in sizes.steps(block) for group in step):
-        wanted = group.consumer.columns * sizes.stay(group) // group.count
-        if built[group.consumer.name].columns != wanted:
+        stay = sizes.stay(group)
+        columns[group.consumer.name] = group.consumer.columns * stay // group.count
+        rows |= {site.name: site.rows * stay // group.count for site in group.producers}
+    for old, new in zip(block.sites, smaller.sites, strict=True):
+        wanted = (rows.get(old.name, old.rows), columns.get(old.name, old.columns))
+        if (new.rows, new.columns) != wanted:
             raise InputError(
-                f"transformers do not load {block.name.rpartition('.')[0]} with other {group.kind}: the configuration has "
-                f"no number that makes {group.consumer.name} {wanted} wide"
+                f"transformers do not load {block.name.rpartition('.')[0]} of that size: the configuration has no number that "
+                f"makes {old.name} {wanted[0]} x {wanted[1]}"
             )
+    biases = {_bias(site, block): rows[site.name] for site in block.sites if site.name in rows and not site.part}
+    own = {site.parameter for site in block.sites}
+    for path, parameter in block.module.named_parameters():
+        shape, built = list(parameter.shape), list(smaller.module.get_parameter(path).shape)
+        if f"{block.name}.{path}" not in own and built != ([biases[path]] if path in biases else shape):
+            raise InputError(f"{block.name}.{path} of {shape} has no place in a smaller block, which would have {built}")
 
 
 def _cut(block: Block, rows: dict[str, Tensor], columns: dict[str, Tensor], target: Target) -> Block:

@@ -38,7 +38,8 @@ def _gradient(model: PreTrainedModel, blocks: Sequence[nn.Module], output: Tenso
     output = output.detach().requires_grad_()
     labels = inputs["input_ids"][0, 1:]
     if "attention_mask" in inputs:
-        labels = labels.masked_fill(inputs["attention_mask"][0, 1:] == 0, -100)
+        real = inputs["attention_mask"][0].bool()
+        labels = labels.masked_fill(~(real[1:] & real[:-1]), -100)
     with torch.enable_grad():
         logits = head(model, blocks, output, **inputs)
         loss = functional.cross_entropy(logits[0, :-1].float(), labels, reduction="sum", ignore_index=-100)

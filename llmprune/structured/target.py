@@ -54,7 +54,12 @@ class Target:
         for name in self._source.inside(old):
             path = name.removeprefix(f"{old}.")
             full = f"{new}.{path}"
-            sizes = self.blocks[new].get_parameter(path).shape, self._source.blocks[old].get_parameter(path).shape
+            try:
+                sizes = self.blocks[new].get_parameter(path).shape, self._source.blocks[old].get_parameter(path).shape
+            except AttributeError:
+                raise InputError(
+                    f"{name} cannot be carried into a smaller {type(self.model).__name__}: it is no parameter there"
+                ) from None
             self.names[full] = tuple(
                 Piece(re.sub(rf"(^|\.){number}\.", rf"\g<1>{instead}.", piece.disk, count=1), _resized(piece.part, *sizes))
                 for piece in self._source.names[name]

@@ -18,7 +18,7 @@ class Coupled:
 
     Attributes:
         consumer: (out, groups * width) float32.
-        producers: each (groups * its own width, in), float32, the gain of the norm before it folded in.
+        producers: each (groups * its own width, in), float32.
         gram: of the consumer's inputs.
         groups: how many there are.
         bundles: consecutive groups fall into so many bundles, and each must keep the same number.

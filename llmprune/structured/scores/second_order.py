@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llmprune.linalg import damped
+from llmprune.linalg import inverse_factor
 from llmprune.structured.scores.base import Coupled
 
 _ROUNDS = 16  # at most; in each, the groups' losses are taken to be independent
@@ -27,7 +27,8 @@ def select(coupled: Coupled, keep: int) -> Tensor:
 
 def rounds(coupled: Coupled, keep: int) -> Iterator[tuple[Tensor, float]]:
     """Until `keep` groups are left: the groups that go together, and what the output loses by that, Tr(dW H dWᵀ)."""
-    w, inverse = coupled.consumer.clone(), torch.cholesky_inverse(torch.linalg.cholesky(damped(coupled.gram.mean())))
+    factor = inverse_factor(coupled.gram.mean())
+    w, inverse = coupled.consumer.masked_fill(factor.dead, 0), factor.upper.T @ factor.upper  # dead inputs cost nothing
     columns = torch.arange(w.shape[1], device=w.device).view(coupled.groups, -1)
     alive = torch.ones(coupled.groups, dtype=torch.bool, device=w.device)
     left = (coupled.groups - keep) // coupled.bundles  # to go, a bundle
