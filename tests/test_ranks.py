@@ -34,6 +34,11 @@ CASES = {
     "balanced": {"quality": "balanced", "sparsity": "2:4"},
     "best": {"quality": "best", "sparsity": "50%"},
 }
+SMALLER = {
+    "neurons": {"neurons": "25%", "round_to": 4},
+    "by_layer": {"neurons": "25%", "round_to": 4, "per_layer": True, "layers": "1", "layer_score": "loss", "score": "gradient"},
+    "both": {"heads": "2", "sparsity": "2:4", "method": "wanda"},
+}
 WINDOWS = tokens(13, 40)  # no multiple of 2 or 4: the shares differ
 OPTIONS = {"calibration": WINDOWS, "batch_size": 4}
 
@@ -43,18 +48,23 @@ sys.path.insert(0, sys.argv[1])
 import llmprune
 from llmprune.errors import InputError
 from llmprune.report.console import Progress
-from test_ranks import CASES, OPTIONS
+from test_ranks import CASES, OPTIONS, SMALLER
 
-class Dies(Progress):
+class Ends(Progress):
+    def __init__(self, how):
+        self.how = how
+
     def site(self, site):
         if site.block == 1 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.how == "errs":
+                raise InputError("only here")
 
-source, out, dies = sys.argv[2], sys.argv[3], sys.argv[4] == "dies"
+source, out, how = sys.argv[2:5]
 try:
     for name in sys.argv[5:]:
-        progress = Dies() if dies else None
-        llmprune.prune(source, output=f"{out}/{name}", progress=progress, **OPTIONS, **CASES[name])
+        llmprune.prune(source, output=f"{out}/{name}", progress=Ends(how), **OPTIONS, **(CASES | SMALLER)[name])
 except InputError as error:
     sys.exit(f"error: {error}")
 """
@@ -157,6 +167,29 @@ def test_a_process_that_dies_ends_the_run_and_it_goes_on_later(saved, tmp_path: 
         llmprune.prune(source, output=tmp_path / "out" / "balanced", **OPTIONS, **CASES["balanced"])
     together(2, source, tmp_path / "out", "lives", "balanced")
     assert weights(tmp_path / "out" / "balanced") == weights(tmp_path / "whole" / "balanced")
+
+
+@pytest.mark.parametrize("name", ["balanced", "both"])
+def test_an_error_of_one_process_is_told_and_ends_the_run(name: str, saved, tmp_path: Path) -> None:
+    (first, lost), (second, told) = finish(start(2, saved(tiny_model("llama")), tmp_path / "out", "errs", name))
+    assert (first, second) == (1, 1)
+    assert told.strip().splitlines()[-1] == "error: only here"
+    assert "another process of this run has ended" in lost
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == []
+
+
+def test_processes_make_the_same_smaller_model(saved, tmp_path: Path) -> None:
+    source = saved(tiny_model("llama"))
+    together(2, source, tmp_path / "many", "lives", *SMALLER)
+    for name, case in SMALLER.items():
+        one = llmprune.prune(source, output=tmp_path / name, **OPTIONS, **case).record
+        many = json.loads((tmp_path / "many" / name / "llmprune.json").read_text())
+        assert verify(tmp_path / "many" / name).problems == ()
+        assert many["structure"]["removed_layers"] == one.structure["removed_layers"]
+        assert many["structure"]["per_layer"] == one.structure["per_layer"]
+        assert many["structure"]["after"] == one.structure["after"]
+        for mine, other in zip(many["removals"], one.removals, strict=True):
+            assert mine["error"] == pytest.approx(other.error, rel=0.1, abs=1e-4)
 
 
 def test_the_command_under_a_launcher(tmp_path: Path) -> None:
