@@ -240,7 +240,7 @@ class Shrinking:
             for group, seen in zip(groups, observed, strict=True):
                 fewest = max(3 * sizes.stay(group) - 2 * group.count, group.bundles)
                 with clock("solve"):
-                    curves.append(measure(coupled(group, seen, {}), fewest))
+                    curves.append(measure(coupled(group, seen, {}, {}), fewest))
             found[groups[0].kind] = mean(curves)
         return found
 

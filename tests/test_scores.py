@@ -28,7 +28,7 @@ def coupled(groups: int, width: int, seed: int = 0, bundles: int = 1, outputs: i
     consumer = torch.randn(outputs, columns, generator=generator)
     producers = [torch.randn(groups * rows, 7, generator=generator) for rows in (width, 2)]
     slope = (x * torch.randn(400, columns, generator=generator)).sum(0)
-    return Coupled(consumer, producers, gram, groups, bundles, slope), x
+    return Coupled(consumer, producers, gram, groups, bundles, torch.rand(7, generator=generator), slope), x
 
 
 def damped(gram: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def test_a_group_that_is_never_read_or_made_goes_first(name: str) -> None:
         matrix.view(6, -1)[[1, 4]] = 0
     one.consumer[:, gone] = 0
     slope = torch.ones(12).index_fill(0, torch.tensor(gone), 0)
-    kept = scores.load(name).select(Coupled(one.consumer, one.producers, gram, 6, 1, slope), 4)
+    kept = scores.load(name).select(Coupled(one.consumer, one.producers, gram, 6, 1, one.gain, slope), 4)
     assert kept.tolist() == [0, 2, 3, 5]
 
 
@@ -124,6 +124,16 @@ def test_inputs_that_are_never_active_go_before_weak_ones(name: str) -> None:
     gram.add(x)
     one.consumer[:, 2], one.consumer[:, 4] = 10, 0.5 * one.consumer[:, 4]
     assert 2 not in scores.load(name).select(Coupled(one.consumer, one.producers, gram, 6), 5).tolist()
+
+
+def test_scaling_counts_the_gain() -> None:
+    one, _ = coupled(4, 1)
+    producer = torch.diag(torch.tensor([2.0, 2.0, 1.0, 2.0]))
+    found = []
+    for gain in (None, torch.tensor([1.0, 1.0, 9.0, 0.1]), torch.tensor([1.0, 9.0, 1.0, 1.0])):
+        known = Coupled(torch.ones(3, 4), [producer], one.gram, 4, gain=gain)
+        found.append(scores.load("scaling").select(known, 3).tolist())
+    assert found == [[0, 1, 3], [0, 1, 2], [0, 1, 3]]
 
 
 def test_fluctuation_spares_what_varies_not_what_is_large() -> None:

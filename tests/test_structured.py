@@ -27,6 +27,7 @@ from llmprune.ranks import Ranks
 from llmprune.report.console import Progress
 from llmprune.run import Job
 from llmprune.shrinking import Shrinking
+from llmprune.stream.activations import Activations
 from llmprune.stream.source import ModelSource
 from llmprune.structured.allocate import Curve, allocate
 from llmprune.structured.groups import Heads, heads, neurons
@@ -380,6 +381,27 @@ def test_the_nearest_number_of_heads_that_loads(saved, tmp_path: Path) -> None:
 )
 def test_amounts(text: str, whole: int, removed: float) -> None:
     assert Amount.parse("heads", text).of(whole) == removed
+
+
+@pytest.mark.parametrize(("family", "norm"), [
+    ("llama", "post_attention_layernorm"),
+    ("gemma3_text", "pre_feedforward_layernorm"),
+    ("gpt2", "ln_2"),
+    ("opt", "final_layer_norm"),
+])  # fmt: skip
+def test_gains_are_those_of_the_norm_before(family: str, norm: str) -> None:
+    """Gemma's gain is one more than its weight; GPT-2 and OPT have a bias as well."""
+    model = model_of(family)
+    modules = list(find_blocks(model).values())
+    feed = Activations.record(model, modules, Windows(IDS, "given"), batch=2, device=torch.device("cpu"))
+    for block in ModelSource(model).blocks():
+        (group,) = neurons(block)
+        with torch.no_grad():
+            found = feed.gains(block, group.producers)
+        weight = block.module.get_submodule(norm).weight.detach()
+        assert found.keys() == {site.name for site in group.producers}
+        for gain in found.values():
+            torch.testing.assert_close(gain, weight + (family == "gemma3_text"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

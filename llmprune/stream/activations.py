@@ -110,6 +110,27 @@ class Activations:
             self.call(block, 0, block.module)
         return [sites for _, sites in seen]
 
+    def gains(self, block: Block, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """By site name, the gain (in,) of the norm whose output the site reads as it is; nothing for other sites."""
+        norms: list[tuple[Tensor, nn.Module]] = []
+        found: dict[str, Tensor] = {}
+
+        def see(site: Site, x: Tensor, tokens: Tensor | None) -> None:
+            for out, norm in reversed(norms):
+                if _same_memory(out, x):
+                    found[site.name] = _gain(norm, x)
+                    return
+
+        own = [module for module in block.module.modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 1]
+        handles = [norm.register_forward_hook(lambda norm, _, out: norms.append((out, norm))) for norm in own]
+        try:
+            with _hooked(sites, see):
+                self.call(block, 0, block.module)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
     def collect(
         self,
         block: Block,
@@ -211,6 +232,13 @@ def _hooked(sites: Sequence[Site], see: Callable[[Site, Tensor, Tensor | None], 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _gain(norm: nn.Module, like: Tensor) -> Tensor:
+    """What a norm multiplies by: half of what it makes of alternating ones, less what it makes of their opposite."""
+    ones = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
+    ones[1::2] = -1
+    return ((norm(ones[None]) - norm(-ones[None]))[0] / 2 * ones).float()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

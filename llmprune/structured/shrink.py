@@ -113,6 +113,8 @@ class Shrinker:
         rows: dict[str, Tensor] = {}  # of each site that loses rows, or columns, those that stay
         columns: dict[str, Tensor] = {}
         steps = self.sizes[block.index].steps(block)
+        asks = getattr(scores.load(self.score), "gains", False)
+        gains = self.feed.gains(block, [site for step in steps for one in step for site in one.producers]) if asks else {}
         for groups in steps:
             beside = None
             if self.dense is not None and reference is not None:
@@ -124,7 +126,7 @@ class Shrinker:
                     seen.add_up(self.ranks)
                 lean([[group.consumer] for group in groups], observed)
             for group, seen in zip(groups, observed, strict=True):
-                kept = self._remove(block, group, seen)
+                kept = self._remove(block, group, seen, gains)
                 columns[group.consumer.name] = spread(kept, group.count, group.consumer.columns)
                 for site in group.producers:
                     rows[site.name] = spread(kept, group.count, site.rows)
@@ -135,12 +137,13 @@ class Shrinker:
     def _observe(self, stage: Stage, device: torch.device) -> Observed:
         return observe(stage, device, self.tokens, self.clock, corrected=self.dense is not None)
 
-    def _remove(self, block: Block, group: Group, seen: Observed) -> Tensor:
+    def _remove(self, block: Block, group: Group, seen: Observed, gains: Mapping[str, Tensor]) -> Tensor:
         """Choose what stays and write the fitted consumer; returns what stays."""
         start, site = time.perf_counter(), group.consumer
         with self.clock("solve"):
             dense, stay = site.weight.to(torch.float32, copy=True), self.sizes[block.index].stay(group)
-            found = choose(group, seen, stay, self.score, self.slopes, refit=self.refit)
+            known = coupled(group, seen, self.slopes, gains)
+            found = choose(group, seen, known, stay, self.score, refit=self.refit)
             for tensor in (found.kept, found.weight, *([] if found.shift is None else [found.shift])):
                 self.ranks.of(0, tensor)  # all processes must keep the same
             site.write(found.weight)
@@ -162,7 +165,7 @@ def observe(stage: Stage, device: torch.device, tokens: int, clock: Clock, *, co
     return Observed(Gram(columns, device), InputSample(tokens // _ERROR_TOKENS), cross, clock)
 
 
-def choose(group: Group, seen: Observed, stay: int, score: str, slopes: Mapping[str, Tensor], *, refit: bool) -> Removed:
+def choose(group: Group, seen: Observed, known: Coupled, stay: int, score: str, *, refit: bool) -> Removed:
     """Which `stay` parts of a group stay, and the consumer's weights for them: fitted by least squares to what it put out.
 
     Where the consumer has a bias, it takes up what the removed inputs put out on average, as in FLAP (An et al., 2024).
@@ -176,7 +179,7 @@ def choose(group: Group, seen: Observed, stay: int, score: str, slopes: Mapping[
         raise InputError(f"the inputs of {site.name} hold NaN or infinity; try --dtype float32")
     dense = site.weight.float()
     try:
-        kept = scores.load(score).select(coupled(group, seen, slopes), stay)
+        kept = scores.load(score).select(known, stay)
         columns = spread(kept, group.count, site.columns)
         weight = torch.zeros_like(dense)
         weight[:, columns] = dense[:, columns]
@@ -195,12 +198,13 @@ def choose(group: Group, seen: Observed, stay: int, score: str, slopes: Mapping[
         raise InputError(f"{site.name}: {problem}; another calibration text may help") from None
 
 
-def coupled(group: Group, seen: Observed, slopes: Mapping[str, Tensor]) -> Coupled:
+def coupled(group: Group, seen: Observed, slopes: Mapping[str, Tensor], gains: Mapping[str, Tensor]) -> Coupled:
     """What scores know of a group."""
     site, statistic = group.consumer, seen.statistic
     assert isinstance(statistic, Gram)
     producers = [one.weight.float() for one in group.producers]
-    return Coupled(site.weight.float(), producers, statistic, group.count, group.bundles, slopes.get(site.name))
+    gain, slope = gains.get(group.producers[0].name), slopes.get(site.name)
+    return Coupled(site.weight.float(), producers, statistic, group.count, group.bundles, gain, slope)
 
 
 def removal_error(block: Block, sizes: Sizes, feed: Activations, tokens: int, clock: Clock, ranks: Ranks) -> float:
@@ -211,7 +215,7 @@ def removal_error(block: Block, sizes: Sizes, feed: Activations, tokens: int, cl
             block, [[group.consumer]], lambda stage, device: observe(stage, device, tokens, clock, corrected=False)
         )
     seen.add_up(ranks)
-    found = choose(group, seen, sizes.stay(group), "second_order", {}, refit=True)
+    found = choose(group, seen, coupled(group, seen, {}, {}), sizes.stay(group), "second_order", refit=True)
     lost, whole = ranks.totals(*seen.sample.errors(group.consumer.weight.float(), found.weight, found.shift))
     return lost / whole if whole > 0 else 0.0
 

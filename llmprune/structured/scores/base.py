@@ -22,6 +22,7 @@ class Coupled:
         gram: of the consumer's inputs.
         groups: how many there are.
         bundles: consecutive groups fall into so many bundles, and each must keep the same number.
+        gain: of the norm whose output the producers read, (in,); for a score that has `gains`; None where no norm's output goes there as it is.
         slope: sum over the tokens of each of the consumer's inputs times the loss's gradient in it, for a score that has
             `backward`.
     """
@@ -31,6 +32,7 @@ class Coupled:
     gram: Gram
     groups: int
     bundles: int = 1
+    gain: Tensor | None = None
     slope: Tensor | None = None
 
     def per_group(self, values: Tensor) -> Tensor:
@@ -41,7 +43,8 @@ class Coupled:
 class Score(Protocol):
     """Every module in this package, `base` aside, is one. It knows matrices only.
 
-    One that sets `backward` to True is given `Coupled.slope`, for which the run makes a backward pass.
+    One that sets `backward` to True is given `Coupled.slope`, for which the run makes a backward pass; one that sets `gains`,
+    `Coupled.gain`.
     """
 
     def select(self, coupled: Coupled, keep: int) -> Tensor:
