@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from compare_methods import dense_perplexity, evaluation, load
+from compare_methods import dense_perplexity, evaluation
 
 import llmprune
 from llmprune.config import LAYER_SCORES
@@ -26,7 +26,12 @@ from llmprune.report.record import versions
 from llmprune.structured import scores
 
 AMOUNTS = {"neurons": ("12.5%", "25%", "50%"), "heads": ("12.5%", "25%", "50%"), "layers": ("1", "2")}
-FITS: dict[str, dict[str, Any]] = {"corrected": {"target": "corrected"}, "dense": {"target": "dense"}, "none": {"refit": False}}
+FITS: dict[str, dict[str, Any]] = {
+    "corrected": {"target": "corrected"},
+    "corrected, by layer": {"target": "corrected", "per_layer": True},
+    "dense": {"target": "dense"},
+    "none": {"refit": False},
+}
 
 
 def cells() -> list[tuple[str, str, str, str]]:
@@ -48,7 +53,8 @@ def measure(name: str, what: str, amount: str, score: str, fit: str, windows: in
         output = Path(scratch) / "out"
         options["layer_score" if what == "layers" else "score"] = score
         record = llmprune.prune(str(name), output=output, **options).record
-        found, dense = perplexity(load(output), evaluation(folder, windows)[1]), dense_perplexity(folder, windows)
+        smaller = llmprune.load(output, device="cpu", dtype="float32")
+        found, dense = perplexity(smaller, evaluation(folder, windows)[1]), dense_perplexity(folder, windows)
     return {
         "model": Path(name).name,
         "removed": what,
@@ -106,6 +112,9 @@ def main() -> None:
         result["rows"].append(row)
         result |= {"date": date.today().isoformat(), "versions": versions()}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+    order = {cell: i for i, cell in enumerate(cells())}
+    result["rows"].sort(key=lambda r: order[r["removed"], r["amount"], r["score"], r["fit"]])
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(table(result["rows"]))
     print(table(result["rows"]))
 

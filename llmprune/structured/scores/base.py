@@ -22,7 +22,8 @@ class Coupled:
         gram: of the consumer's inputs.
         groups: how many there are.
         bundles: consecutive groups fall into so many bundles, and each must keep the same number.
-        gain: of the norm whose output the producers read, (in,); for a score that has `gains`; None where no norm's output goes there as it is.
+        gain: of the norm whose output the producers read, (in,), for a score that has `gains`; None where there is none, or
+            something between.
         slope: sum over the tokens of each of the consumer's inputs times the loss's gradient in it, for a score that has
             `backward`.
     """
