@@ -226,6 +226,8 @@ class Shrinking:
         found: dict[str, Curve] = {}
         sizes = self._sizes(self._ways, whole=next(iter(self._ways), False))
         tokens, clock = self.texts.calibration.tokens(), self.job.clock
+        squares = (float(feed.real_tokens(hidden, index).float().square().sum()) for index, hidden in enumerate(feed.hidden))
+        power = self.job.ranks.totals(sum(squares))[0] / tokens
         for groups in sizes.steps(block):
             with clock("forward"):
                 observed = feed.collect(
@@ -240,7 +242,7 @@ class Shrinking:
             for group, seen in zip(groups, observed, strict=True):
                 fewest = max(3 * sizes.stay(group) - 2 * group.count, group.bundles)
                 with clock("solve"):
-                    curves.append(measure(coupled(group, seen, {}, {}), fewest))
+                    curves.append(measure(coupled(group, seen, {}, {}), fewest, power))
             found[groups[0].kind] = mean(curves)
         return found
 

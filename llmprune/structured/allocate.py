@@ -11,7 +11,7 @@ from llmprune.structured.scores.second_order import rounds
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What a layer's output loses, relative to its square, as parts go: `losses[i]` with `removed[i]` parts gone."""
+    """What hidden states lose, relative to their square, as parts of a layer go: `losses[i]` with `removed[i]` parts gone."""
 
     removed: Sequence[int]
     losses: Sequence[float]
@@ -25,13 +25,14 @@ class Curve:
         return self.losses[-1]
 
 
-def measure(coupled: Coupled, keep: int) -> Curve:
-    """By second order, down to `keep` parts."""
-    w, removed, losses = coupled.consumer, [0], [0.0]
-    whole = float(((w @ coupled.gram.mean()) * w).sum())
+def measure(coupled: Coupled, keep: int, power: float) -> Curve:
+    """By second order, down to `keep` parts. `power` is the mean square of a token's hidden state, which the output is added
+    to: relative to the output itself, layers that add little would seem as sensitive as those that add much.
+    """
+    removed, losses = [0], [0.0]
     for going, more in rounds(coupled, keep):
         removed.append(removed[-1] + len(going))
-        losses.append(losses[-1] + more / whole if whole > 0 else 0.0)
+        losses.append(losses[-1] + more / power)
     return Curve(removed, losses)
 
 
