@@ -39,6 +39,8 @@ from llmprune.stream.source import CheckpointSource, ModelSource
 from llmprune.texts import Texts, choose_texts
 
 _LARGE_TENSOR = 4 * 2**20  # bytes
+# the options of structure, for a run that has removed it
+_UNSTRUCTURED: dict[str, Any] = {"score": "second_order", "layer_score": "influence", "per_layer": False, "round_to": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +124,6 @@ def _make_smaller(job: Job, folder: ModelFolder, config: PretrainedConfig, token
     finally:
         if job.ranks.first and not partial_folder(output).exists():  # else the same command goes on from there
             shutil.rmtree(between, ignore_errors=True)
-
-
-_UNSTRUCTURED: dict[str, Any] = {"score": "second_order", "layer_score": "influence", "per_layer": False, "round_to": None}
 
 
 def _shrink_folder(

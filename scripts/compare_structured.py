@@ -90,7 +90,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in own:
             if row["removed"] == "layers":
                 share = row["after"]["parameters"] / row["before"]["parameters"]
-                which = f"{row['amount']} layers fewer by {row['score']}"
+                which = f"--layers {row['amount']}, by {row['score']}"
                 lines += [f"{which}: {row['excess_loss']:.4f}, {share:.1%} of the parameters.", ""]
     return "\n".join(lines)
 
