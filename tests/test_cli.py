@@ -251,15 +251,15 @@ def test_interrupting_before_the_first_block_leaves_nothing(number: signal.Signa
 
 
 def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
-    process = start("--output", "out", cwd=tmp_path)
+    process = start("--samples", "64", "--output", "out", cwd=tmp_path)
     wait_for(process, "block 2/")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert "blocks are finished: the same command goes on from there" in output
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    again = start("--output", "out", cwd=tmp_path)
+    again = start("--samples", "64", "--output", "out", cwd=tmp_path)
     wait_for(again, "note: going on after block")
-    second = start("--output", "out", cwd=tmp_path)
+    second = start("--samples", "64", "--output", "out", cwd=tmp_path)
     assert second.wait(timeout=60) == 2
     assert second.stderr is not None
     assert "another run is writing out" in second.stderr.read()
