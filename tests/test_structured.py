@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,8 @@ def test_untouched_tensors_stay_as_they_were_to_the_bit(saved, tmp_path: Path) -
     llmprune.prune(saved(model), output=tmp_path / "out", neurons="25%", **OPTIONS)
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert smaller.dtype == torch.bfloat16
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "out"))
+    assert {key for key in before | after if before.get(key) != after.get(key)} == {"intermediate_size"}
     for name, tensor in model.state_dict().items():
         if not any(part in name for part in ("gate_proj", "up_proj", "down_proj")):
             assert torch.equal(tensor, smaller.state_dict()[name])

@@ -195,7 +195,8 @@ def empty_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> P
     """
     try:
         with init_empty_weights(include_buffers=False):
-            config.allow_global_per_layer_attribute_access = True
+            if config.get_text_config().is_heterogeneous:
+                config.get_text_config().allow_global_per_layer_attribute_access = True  # the model reads some sizes from it
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             _differ_by_layer(model, dtype)
     except FOREIGN as error:
