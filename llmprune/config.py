@@ -36,6 +36,10 @@ class PruneConfig:
     heads: str | None = _option("attention heads to remove, such as 25%% or 8, in each layer", None, metavar="AMOUNT")
     neurons: str | None = _option("neurons (MLP channels) to remove, such as 25%%, in each layer", None, metavar="AMOUNT")
     layers: str | None = _option("layers to remove, such as 4 or 12%%", None, metavar="AMOUNT")
+    target_params: str | None = _option(
+        "instead: parameters that stay, such as 75%% or 6B; heads, neurons and layers go where that costs least", None,
+        metavar="AMOUNT",
+    )  # fmt: skip
     score: str = _option("what chooses heads and neurons (default: %(default)s)", "second_order")
     layer_score: str = _option(
         "what chooses layers: influence (how little they turn the hidden states; one pass) or loss (calibration loss without "
@@ -101,7 +105,9 @@ class PruneConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} is impossible: give at least 1")
         if self.sparsity is None and not self.structured:
-            raise InputError("sparsity is required: pass --sparsity, or --heads, --neurons or --layers (in YAML, Python alike)")
+            raise InputError(
+                "sparsity is required: pass --sparsity, --heads, --neurons, --layers or --target-params (in YAML, Python alike)"
+            )
         self._check_roads()
         if self.round_to is not None and self.round_to < 1:
             raise InputError(f"round_to {self.round_to} is impossible: give at least 1")
@@ -113,7 +119,13 @@ class PruneConfig:
 
     def _check_roads(self) -> None:
         """No option may be without effect."""
-        chosen = self.heads is not None or self.neurons is not None
+        amounts = [name for name in ("heads", "neurons", "layers") if getattr(self, name) is not None]
+        budget = self.target_params is not None
+        if budget and amounts:
+            raise InputError(
+                f"target_params and {amounts[0]} cannot be combined: a budget decides about heads, neurons and layers"
+            )
+        chosen = self.heads is not None or self.neurons is not None or budget
         weights = ("method", "quality", "reconstruct", "only", "skip")
         shapes = {"score": "second_order", "round_to": None, "per_layer": False}
         idle = {
@@ -130,7 +142,7 @@ class PruneConfig:
     @property
     def structured(self) -> bool:
         """Whether heads, neurons or layers are to be removed."""
-        return any(amount is not None for amount in (self.heads, self.neurons, self.layers))
+        return any(amount is not None for amount in (self.heads, self.neurons, self.layers, self.target_params))
 
     @classmethod
     def create(cls, options: Mapping[str, Any], *, where: str = "") -> PruneConfig:
@@ -190,7 +202,11 @@ def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
     at = f"{where}: " if where else ""
     if name == "sparsity" and value is not None:
         return _sparsity(value, at)
-    if name in ("heads", "neurons", "layers") and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if (
+        name in ("heads", "neurons", "layers", "target_params")
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+    ):
         return str(value)
     if kind.startswith("bool") and isinstance(value, bool):
         return value

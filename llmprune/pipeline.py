@@ -116,7 +116,7 @@ def _make_smaller(job: Job, folder: ModelFolder, config: PretrainedConfig, token
         job.progress.summary(record, output)
         return Result(record, None, output)
     between = partial_folder(output).with_suffix(".smaller")
-    rest = replace(job.config, output=str(output), heads=None, neurons=None, layers=None, **_UNSTRUCTURED)
+    rest = replace(job.config, output=str(output), heads=None, neurons=None, layers=None, target_params=None, **_UNSTRUCTURED)
     then = Job(rest, job.given, job.progress, job.ranks, job.clock)
     try:
         record = _shrink_folder(job, folder, config, tokenizer, between, overwrite=False, final=output)
@@ -144,7 +144,7 @@ def _shrink_folder(
         shrinking = Shrinking(job, skeleton, texts, work.scratch)
         if job.pattern:
             make_plan(shrinking.trial.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
-        predicted = _predict(job, work, config, skeleton.describe(), texts, output)
+        predicted = _predict(job, work, config, skeleton.describe(), texts, output, probed=shrinking.probed())
     record = _announce(job, work, texts, folder, predicted, "structure", str(shrinking))
     fingerprint = json.loads(json.dumps(_fingerprint(job, skeleton.checkpoint, texts, record)))
     if known := _earlier(job, output, fingerprint, final or output):
@@ -252,7 +252,7 @@ def _prune_folder(
 
 
 def _predict(
-    job: Job, work: Work, config: PretrainedConfig, blocks: Sequence[Block], texts: Texts, output: Path
+    job: Job, work: Work, config: PretrainedConfig, blocks: Sequence[Block], texts: Texts, output: Path, *, probed: int = 0
 ) -> dict[str, Any]:
     """What the run will need, by formula, for the record.
 
@@ -268,6 +268,7 @@ def _predict(
         batch=max(job.config.batch_size // job.ranks.size, 1),
         checkpoint=work.nbytes,
         processes=job.ranks.size,
+        probed=probed,
     )
     mapped = job.config.activations == "disk"
     kept = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))  # by an earlier run

@@ -108,8 +108,11 @@ def estimate(
     batch: int,
     checkpoint: int,
     processes: int = 1,
+    probed: int = 0,
 ) -> Needs:
-    """What pruning needs. `blocks` may be on the meta device; `checkpoint` is the bytes of its tensors."""
+    """What pruning needs. `blocks` may be on the meta device; `checkpoint` is the bytes of its tensors; `probed` are tokens
+    whose hidden states are followed besides, through half of the blocks on average.
+    """
     config, (_, length) = model.get_text_config(), texts.calibration.ids.shape
     streams = 2 if recipe.target == "corrected" or recipe.reconstruct else 1
     tokens = texts.calibration.tokens() / processes
@@ -120,9 +123,11 @@ def estimate(
     widest = max((max(one.rows, one.columns) for one in matrices), default=config.hidden_size)
     made = max(_FORWARD * batch * length * widest * dtype.itemsize, 3 * length * config.vocab_size * 4 if evaluated else 0)
     inside = max(sizes) * (dtype.itemsize * (1 + streams) + 4 * _FIT * recipe.reconstruct)
-    passes = _STAGES * streams * tokens + 2 * evaluated + _BACKWARD * PASSES * tokens * recipe.reconstruct
+    passes = (
+        _STAGES * streams * tokens + 2 * evaluated + probed / processes / 2 + _BACKWARD * PASSES * tokens * recipe.reconstruct
+    )
     return Needs(
-        activations=int((streams * tokens + 2 * evaluated) * config.hidden_size * dtype.itemsize),
+        activations=int((streams * tokens + 2 * evaluated + probed / processes) * config.hidden_size * dtype.itemsize),
         weights=max(2 * head * dtype.itemsize, inside) + made,
         solving=max((one.held(recipe) for one in matrices), default=0),
         output=int(_FILES * checkpoint),

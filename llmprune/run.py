@@ -60,7 +60,9 @@ class Job:
         config, steps = self.config, []
         if config.layers is not None:
             steps.append(f"layers by {config.layer_score}")
-        if config.heads is not None or config.neurons is not None:
+        if config.target_params is not None:
+            steps.append("a budget of parameters by second order")
+        if config.heads is not None or config.neurons is not None or config.target_params is not None:
             fitted = "" if config.refit is False else f" + least squares, {self.recipe.target} target"
             steps.append(f"{config.score}{fitted}{', by layer' if config.per_layer else ''}")
         return ", then ".join(steps + ([str(self.recipe)] if self.pattern else []))
@@ -71,6 +73,7 @@ class Job:
             return None if self.config.output is None else user_path(self.config.output, "output")
         asked = {what: getattr(self.config, what) for what in ("heads", "neurons", "layers")}
         parts = [f"{what}{amount}" for what, amount in asked.items() if amount]
+        parts += [f"to{self.config.target_params}"] if self.config.target_params else []
         parts += [str(self.pattern), self.recipe.name] if self.pattern else []
         return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
 

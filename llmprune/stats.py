@@ -233,11 +233,15 @@ class InputSample:
         self._parts.append(x[self._next :: self._stride].float())
         self._next = (self._next - len(x)) % self._stride
 
+    def inputs(self) -> Tensor:
+        """(tokens / stride, in)."""
+        return torch.cat(self._parts)
+
     def errors(self, dense: Tensor, pruned: Tensor, shift: Tensor | None = None) -> tuple[float, float]:
         """‖X(W - Ŵ)ᵀ - b‖² and ‖XWᵀ‖² for W, Ŵ (out, in): what is lost of a matrix's outputs, and what there was. `shift`, b,
         is what Ŵ's bias is more than W's.
         """
-        x = torch.cat(self._parts)
+        x = self.inputs()
         gap = x @ (dense - pruned).T
         lost = (gap if shift is None else gap - shift).square().sum(dtype=torch.float64)
         return float(lost), float((x @ dense.T).square().sum(dtype=torch.float64))

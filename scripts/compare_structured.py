@@ -26,6 +26,7 @@ from llmprune.report.record import versions
 from llmprune.structured import scores
 
 AMOUNTS = {"neurons": ("12.5%", "25%", "50%"), "heads": ("12.5%", "25%", "50%"), "layers": ("1", "2")}
+BUDGETS = ("90%", "75%")
 FITS: dict[str, dict[str, Any]] = {
     "corrected": {"target": "corrected"},
     "corrected, by layer": {"target": "corrected", "per_layer": True},
@@ -43,6 +44,7 @@ def cells() -> list[tuple[str, str, str, str]]:
         for score in scores.names()
         for fit in (FITS if score == "second_order" else ("corrected", "none"))
     ]
+    found += [("target_params", amount, "second_order", fit) for amount in BUDGETS for fit in list(FITS)[:2]]
     return found + [("layers", amount, score, "-") for amount in AMOUNTS["layers"] for score in LAYER_SCORES]
 
 

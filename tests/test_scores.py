@@ -28,7 +28,7 @@ def coupled(groups: int, width: int, seed: int = 0, bundles: int = 1, outputs: i
     consumer = torch.randn(outputs, columns, generator=generator)
     producers = [torch.randn(groups * rows, 7, generator=generator) for rows in (width, 2)]
     slope = (x * torch.randn(400, columns, generator=generator)).sum(0)
-    return Coupled(consumer, producers, gram, groups, bundles, torch.rand(7, generator=generator), slope), x
+    return Coupled(consumer, producers, gram, x, groups, bundles, torch.rand(7, generator=generator), slope), x
 
 
 def damped(gram: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def test_second_order_loss_is_what_refitting_loses(groups: int, width: int) -> N
 @pytest.mark.parametrize(("groups", "width", "bundles"), [(12, 1, 1), (6, 2, 2)])
 def test_rounds_add_up_to_what_refitting_loses(groups: int, width: int, bundles: int) -> None:
     one, _ = coupled(groups, width, bundles=bundles)
-    exact = Coupled(one.consumer.double(), one.producers, double(one.gram), groups, bundles)
+    exact = Coupled(one.consumer.double(), one.producers, double(one.gram), one.inputs, groups, bundles)
     h, columns = damped(exact.gram.mean()), torch.arange(groups * width).view(groups, width)
     gone, lost = torch.zeros(groups, dtype=torch.bool), 0.0
     for going, more in rounds(exact, 2):
@@ -111,11 +111,11 @@ def test_a_group_that_is_never_read_or_made_goes_first(name: str) -> None:
         matrix.view(6, -1)[[1, 4]] = 0
     one.consumer[:, gone] = 0
     slope = torch.ones(12).index_fill(0, torch.tensor(gone), 0)
-    kept = scores.load(name).select(Coupled(one.consumer, one.producers, gram, 6, 1, one.gain, slope), 4)
+    kept = scores.load(name).select(Coupled(one.consumer, one.producers, gram, x, 6, 1, one.gain, slope), 4)
     assert kept.tolist() == [0, 2, 3, 5]
 
 
-@pytest.mark.parametrize("name", ["second_order", "output", "activation", "fluctuation"])
+@pytest.mark.parametrize("name", ["second_order", "output", "activation", "absolute", "zeros", "fluctuation"])
 def test_inputs_that_are_never_active_go_before_weak_ones(name: str) -> None:
     """A dead ReLU's column of weights says nothing, however large it is."""
     one, x = coupled(6, 1)
@@ -123,7 +123,20 @@ def test_inputs_that_are_never_active_go_before_weak_ones(name: str) -> None:
     gram = Gram(6, CPU)
     gram.add(x)
     one.consumer[:, 2], one.consumer[:, 4] = 10, 0.5 * one.consumer[:, 4]
-    assert 2 not in scores.load(name).select(Coupled(one.consumer, one.producers, gram, 6), 5).tolist()
+    assert 2 not in scores.load(name).select(Coupled(one.consumer, one.producers, gram, x, 6), 5).tolist()
+
+
+def test_zeros_counts_tokens_and_absolute_adds_them_up() -> None:
+    """One input is large but rare, one small but never silent."""
+    one, x = coupled(3, 1)
+    x[:, 0], x[:, 1], x[:, 2] = 0, 0.5, 1
+    x[::8, 0] = 6
+    kept = {
+        name: scores.load(name).select(Coupled(torch.ones(3, 3), one.producers, one.gram, x, 3), 1).tolist()
+        for name in ("zeros", "absolute")
+    }
+    assert kept == {"zeros": [1], "absolute": [2]}
+    assert scores.load("zeros").select(Coupled(torch.ones(3, 3), one.producers, one.gram, x, 3), 2).tolist() == [1, 2]
 
 
 def test_scaling_counts_the_gain() -> None:
@@ -131,7 +144,7 @@ def test_scaling_counts_the_gain() -> None:
     producer = torch.diag(torch.tensor([2.0, 2.0, 1.0, 2.0]))
     found = []
     for gain in (None, torch.tensor([1.0, 1.0, 9.0, 0.1]), torch.tensor([1.0, 9.0, 1.0, 1.0])):
-        known = Coupled(torch.ones(3, 4), [producer], one.gram, 4, gain=gain)
+        known = Coupled(torch.ones(3, 4), [producer], one.gram, one.inputs, 4, gain=gain)
         found.append(scores.load("scaling").select(known, 3).tolist())
     assert found == [[0, 1, 3], [0, 1, 2], [0, 1, 3]]
 
@@ -142,7 +155,7 @@ def test_fluctuation_spares_what_varies_not_what_is_large() -> None:
     x[:, 0] = 100 + 0.01 * x[:, 0]
     gram = Gram(4, CPU)
     gram.add(x)
-    same = Coupled(torch.ones(3, 4), one.producers, gram, 4)
+    same = Coupled(torch.ones(3, 4), one.producers, gram, x, 4)
     assert 0 not in scores.load("fluctuation").select(same, 3).tolist()
     assert 0 in scores.load("activation").select(same, 1).tolist()
 

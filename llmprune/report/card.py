@@ -35,6 +35,7 @@ def _summary(record: RunRecord) -> str:
 def _asked(record: RunRecord) -> str:
     arguments = record.arguments
     gone = [f"{arguments[what]} fewer {what}" for what in ("heads", "neurons", "layers") if arguments[what]]
+    gone += [f"{arguments['target_params']} of its parameters"] if arguments["target_params"] else []
     return ", ".join(gone + ([arguments["sparsity"]] if arguments["sparsity"] else []))
 
 

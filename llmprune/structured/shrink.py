@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -148,9 +149,8 @@ class Shrinker:
                 self.ranks.of(0, tensor)  # all processes must keep the same
             site.write(found.weight)
             if found.shift is not None:
-                path = _bias(site, block)
-                bias = block.module.get_parameter(path).data
-                bias.copy_((bias.float() + found.shift).to(block.storage[f"{block.name}.{path}"]))
+                bias = _bias_of(block, site)
+                bias.copy_((bias.float() + found.shift).to(block.storage[f"{block.name}.{_bias(site, block)}"]))
             lost, whole = self.ranks.totals(*seen.sample.errors(dense, site.weight.float(), found.shift))
         error, seconds = lost / whole if whole > 0 else 0.0, time.perf_counter() - start
         self.removals.append(Removal(block.index, group.kind, site.name, group.count, stay, error, seconds))
@@ -204,7 +204,7 @@ def coupled(group: Group, seen: Observed, slopes: Mapping[str, Tensor], gains: M
     assert isinstance(statistic, Gram)
     producers = [one.weight.float() for one in group.producers]
     gain, slope = gains.get(group.producers[0].name), slopes.get(site.name)
-    return Coupled(site.weight.float(), producers, statistic, group.count, group.bundles, gain, slope)
+    return Coupled(site.weight.float(), producers, statistic, seen.sample.inputs(), group.count, group.bundles, gain, slope)
 
 
 def removal_error(block: Block, sizes: Sizes, feed: Activations, tokens: int, clock: Clock, ranks: Ranks) -> float:
@@ -218,6 +218,26 @@ def removal_error(block: Block, sizes: Sizes, feed: Activations, tokens: int, cl
     found = choose(group, seen, coupled(group, seen, {}, {}), sizes.stay(group), "second_order", refit=True)
     lost, whole = ranks.totals(*seen.sample.errors(group.consumer.weight.float(), found.weight, found.shift))
     return lost / whole if whole > 0 else 0.0
+
+
+@contextmanager
+def without(block: Block, groups: Sequence[Group], found: Sequence[Removed]) -> Iterator[None]:
+    """The block as if what was found had been removed."""
+    sites = [group.consumer for group in groups]
+    weights = [site.weight.clone() for site in sites]
+    biases = [(_bias_of(block, site), one.shift) for site, one in zip(sites, found, strict=True) if one.shift is not None]
+    kept = [bias.clone() for bias, _ in biases]
+    try:
+        for site, one in zip(sites, found, strict=True):
+            site.weight.copy_(one.weight)
+        for bias, shift in biases:
+            bias += shift
+        yield
+    finally:
+        for site, weight in zip(sites, weights, strict=True):
+            site.weight.copy_(weight)
+        for (bias, _), value in zip(biases, kept, strict=True):
+            bias.copy_(value)
 
 
 def check_fit(block: Block, smaller: Block, sizes: Sizes) -> None:
@@ -268,6 +288,10 @@ def _put(name: str, value: Tensor, into: Tensor) -> None:
             f"{name} of {list(value.shape)} does not fit a smaller block's {list(into.shape)}: it cannot be removed from"
         )
     into.copy_(value)
+
+
+def _bias_of(block: Block, site: Site) -> Tensor:
+    return block.module.get_parameter(_bias(site, block)).data
 
 
 def _bias(site: Site, block: Block) -> str:

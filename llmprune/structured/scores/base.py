@@ -20,6 +20,7 @@ class Coupled:
         consumer: (out, groups * width) float32.
         producers: each (groups * its own width, in), float32.
         gram: of the consumer's inputs.
+        inputs: some of them, (tokens, in), spread evenly over what this process has seen.
         groups: how many there are.
         bundles: consecutive groups fall into so many bundles, and each must keep the same number.
         gain: of the norm whose output the producers read, (in,), for a score that has `gains`; None where there is none, or
@@ -31,6 +32,7 @@ class Coupled:
     consumer: Tensor
     producers: Sequence[Tensor]
     gram: Gram
+    inputs: Tensor
     groups: int
     bundles: int = 1
     gain: Tensor | None = None

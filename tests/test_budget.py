@@ -1,0 +1,236 @@
+"""One budget of parameters: what the dense model is probed for, how the budget is spread, and what comes of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tokens
+from hypothesis import given
+from hypothesis import strategies as st
+from test_structured import OPTIONS, PLAIN, Notes, close, model_of
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import llmprune
+from llmprune.config import PruneConfig
+from llmprune.data import Windows
+from llmprune.errors import InputError
+from llmprune.evaluate.perplexity import perplexity
+from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.skeleton import Skeleton, load_config
+from llmprune.ranks import Ranks
+from llmprune.report.console import Progress
+from llmprune.run import Job
+from llmprune.shrinking import Shrinking
+from llmprune.stream.source import ModelSource
+from llmprune.structured.allocate import Curve, Layer, Part, allocate, in_nats, spread
+from llmprune.structured.groups import Heads, heads, neurons
+from llmprune.structured.plan import parameters_left
+from llmprune.texts import Texts
+
+
+def curve(generator: torch.Generator, most: int, step: int) -> Curve:
+    """Convex, as removing the least first is."""
+    losses = torch.rand(most // step, generator=generator).sort().values.cumsum(0)
+    return Curve(range(0, most + 1, step), [0.0, *losses.tolist()])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_allocation_is_the_best_of_all(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parts = [Part(curve(generator, 10, 2), 2, 2) for _ in range(3)]
+    found = allocate(parts, 12)
+
+    def lost(counts: tuple[int, ...]) -> float:
+        return sum(part.curve.at(count) for part, count in zip(parts, counts, strict=True))
+
+    every = [counts for counts in itertools.product(range(0, 11, 2), repeat=3) if sum(counts) == 12]
+    assert lost(tuple(found)) == pytest.approx(min(map(lost, every)))
+
+
+def test_allocation_counts_parameters_and_stops_where_nothing_is_left() -> None:
+    dear, cheap = Curve([0, 1, 2], [0.0, 1.0, 2.0]), Curve([0, 1, 2], [0.0, 0.3, 0.6])
+    assert allocate([Part(dear, 1, 1, price=10), Part(cheap, 1, 1, price=1)], 10) == [1, 0]
+    assert allocate([Part(dear, 1, 1, price=10), Part(cheap, 1, 1, price=1)], 21) == [2, 1]
+    assert allocate([Part(cheap, 2, 2)], 100) == [2]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_of_equal_sizes_is_the_best_of_all(seed: int) -> None:
+    """Against every number of layers, heads and neurons."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [
+        Layer(
+            100,
+            float(torch.rand((), generator=generator)) * 4,
+            {"heads": Part(curve(generator, 3, 1), 1, 1, 10), "neurons": Part(curve(generator, 12, 2), 2, 2, 4)},
+        )
+        for _ in range(3)
+    ]
+    order = sorted(range(3), key=lambda layer: layers[layer].loss)
+    allowed = {"heads": (0, 1, 3), "neurons": range(0, 13, 2)}
+    save = int(torch.randint(20, 200, (), generator=generator))
+    found = min(spread(layers, order, save, ["heads", "neurons"], allowed), key=lambda shape: shape.loss)
+    best = math.inf
+    for count, *gone in itertools.product(range(3), allowed["heads"], allowed["neurons"]):
+        stay = [layer for number, layer in enumerate(layers) if number not in order[:count]]
+        if 100 * count + len(stay) * (10 * gone[0] + 4 * gone[1]) >= save:
+            parts = sum(layer.parts[k].curve.at(n) for layer in stay for k, n in zip(("heads", "neurons"), gone, strict=True))
+            best = min(best, sum(layers[number].loss for number in order[:count]) + parts)
+    assert found.loss == pytest.approx(best)
+    saved = 100 * len(found.dropped) + sum(10 * one["heads"] + 4 * one["neurons"] for one in found.gone)
+    assert saved >= save
+
+
+def test_own_sizes_lose_no_more_than_equal_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    curves = [curve(generator, 12, 2).scaled(factor) for factor in (1, 2, 9)]
+    layers = [Layer(100, 9.0, {"neurons": Part(one, 2, 2, 4)}) for one in curves]
+    equal = min(spread(layers, [], 72, ["neurons"], {"neurons": range(0, 13, 2)}), key=lambda shape: shape.loss)
+    (own,) = spread(layers, [], 72, ["neurons"], None)
+    assert own.loss < equal.loss
+    assert [one["neurons"] for one in equal.gone] == [6, 6, 6]
+    assert not list(spread(layers, [], 1000, ["neurons"], None))
+
+
+@pytest.mark.parametrize(
+    ("text", "left"), [("75%", 750), ("0.75", 750), ("600", 600), ("0.5K", 500), (" 12.5 % ", None), ("12.5%", 125)]
+)
+def test_budgets(text: str, left: int | None) -> None:
+    if left is None:
+        with pytest.raises(InputError, match=r"give a share to keep such as 75%, or a number such as 6\.5B"):
+            parameters_left(text, 1000)
+    else:
+        assert parameters_left(text, 1000) == left
+
+
+@given(st.text(alphabet="0123456789.%KMBkmb -", max_size=8), st.integers(1, 10**12))
+def test_a_budget_is_a_number_below_all_or_an_error(text: str, whole: int) -> None:
+    try:
+        left = parameters_left(text, whole)
+    except InputError:
+        left = 0
+    assert 0 <= left < whole
+
+
+def sure_of(family: str) -> PreTrainedModel:
+    """A random model whose predictions are far from uniform, so that what is removed from it is missed."""
+    model = model_of(family, **({"n_inner": 48} if family == "gpt2" else {}))
+    last = next(module for name, module in model.named_modules() if name.endswith(("model.norm", "ln_f")))
+    last.weight.data *= 4
+    return model
+
+
+def own_text(model: PreTrainedModel) -> dict[str, object]:
+    """Calibration windows drawn from the model: none predicts them better than it does."""
+    torch.manual_seed(0)
+    lengths = {"min_new_tokens": 20, "max_new_tokens": 20}
+    ids = model.generate(tokens(64, 4), do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0, **lengths)
+    return OPTIONS | {"calibration": ids}
+
+
+def shrinking(folder: Path, ids: torch.Tensor, **options: object) -> Shrinking:
+    skeleton = Skeleton(Checkpoint(folder), load_config(folder), torch.device("cpu"), torch.float32)
+    config = PruneConfig.create({"model": "-", "round_to": 4, "batch_size": 2, **options})
+    return Shrinking(Job(config, None, Progress(), Ranks()), skeleton, Texts(Windows(ids, "given"), None, ()), None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_probes_lose_what_the_whole_model_loses(family: str, saved) -> None:
+    """The loss without each layer, and with a part of one layer removed, against the model in memory."""
+    model, ids = model_of(family), tokens(6, 24)
+    with torch.no_grad():
+        run = shrinking(saved(model), ids, target_params="85%")
+        found = run.scout()
+    dense = perplexity(model, Windows(ids, "given"))
+    stack = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 3)
+    whole = list(stack)
+    for number, drop in enumerate(found.drops):
+        kept = [layer for layer in whole if layer is not whole[number]]
+        owner = next(module for module in model.modules() if any(child is stack for child in module.children()))
+        name = next(name for name, child in owner.named_children() if child is stack)
+        setattr(owner, name, torch.nn.ModuleList(kept))
+        model.config.num_hidden_layers = 2
+        assert drop == pytest.approx(math.log(perplexity(model, Windows(ids, "given")).value / dense.value), abs=1e-5)
+        model.config.num_hidden_layers = 3
+        setattr(owner, name, stack)
+
+
+def test_curves_in_nats_lie_between_their_own_measure_and_the_average() -> None:
+    curves = [Curve([0, 2, 4], [0.0, 1.0, 3.0]), Curve([0, 2, 4], [0.0, 1.0, 4.0])]
+    found = in_nats(curves, 2, [0.4, 0.2])
+    assert [one.at(2) for one in found] == pytest.approx([(0.4 * 0.3) ** 0.5, (0.2 * 0.3) ** 0.5])
+    assert found[1].at(4) == pytest.approx(4 * found[1].at(2))
+    assert [one.at(2) for one in in_nats(curves, 2, [0.3, 0.3])] == pytest.approx([0.3, 0.3])
+    assert in_nats(curves, 2, [0.4, -0.1])[1].at(2) == pytest.approx((0.015 * 0.15) ** 0.5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_budget_is_kept_by_removing_what_nothing_reads(family: str, per_layer: bool, saved, tmp_path: Path) -> None:
+    """Half of the neurons, and one group of heads, are read by nothing: the budget just needs them all."""
+    model = sure_of(family)
+    parameters = 0
+    for block in ModelSource(model).blocks():
+        for group in neurons(block):
+            unread = [i for i in range(group.count) if i % 8 < 4]
+            group.consumer.weight[:, unread] = 0
+            parameters += len(unread) * (group.consumer.rows + sum(site.columns for site in group.producers))
+        if family in ("llama", "mixtral"):
+            group = heads(block, Heads.of(model.config), whole=True)
+            group.consumer.weight[:, 16:] = 0
+            parameters += 16 * group.consumer.rows + sum(site.rows // 2 * site.columns for site in group.producers)
+    whole = model.num_parameters()
+    budget = whole - parameters
+    notes, text = Notes(), own_text(model)
+    record = llmprune.prune(
+        saved(model), output=tmp_path / "out", target_params=str(budget), per_layer=per_layer, progress=notes, **text
+    ).record
+    assert record.structure["after"]["parameters"] <= budget
+    assert record.structure["removed_layers"] == []
+    assert close(model, llmprune.load(tmp_path / "out", device="cpu"))
+    assert any(note.startswith("within the budget stay 3 of 3 layers") for note in notes.notes)
+    if not per_layer:
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() <= budget
+
+
+def test_a_layer_that_does_nothing_goes_first(saved, tmp_path: Path) -> None:
+    model = sure_of("llama")
+    for block in list(ModelSource(model).blocks())[1:2]:
+        for group in (*neurons(block), heads(block, Heads.of(model.config), whole=True)):
+            group.consumer.weight[:] = 0
+    layer = sum(parameter.numel() for parameter in model.model.layers[1].parameters())
+    budget = str(model.num_parameters() - layer)
+    options = {"target_params": budget, "score": "gradient", "sparsity": "2:4", "method": "magnitude"}
+    record = llmprune.prune(saved(model), output=tmp_path / "out", **(own_text(model) | options)).record
+    assert record.structure["removed_layers"] == [1]
+    assert len(record.sites) == 14
+    assert f"{budget} of its parameters" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"target_params": "100%"}, "leaves all of the"),
+    ({"target_params": "5B"}, "leaves all of the"),
+    ({"target_params": "most"}, "give a share to keep such as 75%"),
+    ({"target_params": "0%"}, "give a share to keep such as 75%"),
+    ({"target_params": "10%"}, "one layer at its smallest and all that is outside the layers are"),
+    ({"target_params": "75%", "heads": "25%"}, "target_params and heads cannot be combined"),
+    ({"target_params": "75%", "layer_score": "loss"}, "layer_score has no effect here"),
+    ({"target_params": "75%", "quality": "best"}, "quality has no effect here"),
+])  # fmt: skip
+def test_bad_budgets_are_one_line_and_nothing_is_written(options: dict, words: str, saved, tmp_path: Path) -> None:
+    source = saved(model_of("llama"))
+    with pytest.raises(InputError, match=words):
+        llmprune.prune(source, output=tmp_path / "out", **(PLAIN | options))
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_budget_is_refused_for_layers_of_different_sizes(saved, tmp_path: Path) -> None:
+    source = saved(model_of("llama"))
+    llmprune.prune(source, output=tmp_path / "out", target_params="85%", per_layer=True, **OPTIONS)
+    if (load_config(tmp_path / "out")).is_heterogeneous:
+        with pytest.raises(InputError, match="has layers of different sizes already"):
+            llmprune.prune(tmp_path / "out", output=tmp_path / "again", target_params="85%", **OPTIONS)
