@@ -13,11 +13,16 @@ from llmprune.errors import InputError
 if TYPE_CHECKING:
     from llmprune.integrity import verify
     from llmprune.pipeline import Result, load, prune
+    from llmprune.sparse.convert import pack, unpack
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Result", "__version__", "load", "prune", "verify"]
+__all__ = ["InputError", "Result", "__version__", "load", "pack", "prune", "unpack", "verify"]
 
-_HOMES = dict.fromkeys(("Result", "load", "prune"), "llmprune.pipeline") | {"verify": "llmprune.integrity"}
+_HOMES = dict.fromkeys(("Result", "load", "prune"), "llmprune.pipeline") | {
+    "verify": "llmprune.integrity",
+    "pack": "llmprune.sparse.convert",
+    "unpack": "llmprune.sparse.convert",
+}
 
 
 def __getattr__(name: str) -> Any:

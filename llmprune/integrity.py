@@ -1,4 +1,4 @@
-"""Re-check a folder that llmprune wrote: every file's sha256, and the pattern of every pruned matrix."""
+"""Re-check a folder that llmprune wrote: every file's sha256, and the pattern or the codes of every matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from llmprune.models.checkpoint import Checkpoint, read_json
 from llmprune.models.sites import read_part
 from llmprune.patterns import Pattern, parse
 from llmprune.report.record import SCHEMA
-from llmprune.stream.publish import RECORD, sha256
+from llmprune.sparse.files import PackedFolder
+from llmprune.stream.publish import PACKED, RECORD, sha256
 from llmprune.stream.resume import MANIFEST
 
 
@@ -54,12 +55,15 @@ class _Claim:
 
 
 def verify(folder: str | Path) -> Verification:
-    """Check a folder against its `llmprune.json`.
+    """Check a folder against its `llmprune.json`, or a packed one against its `packed.json`.
 
     Raises:
         InputError: the folder holds no record of a run, or no readable checkpoint.
     """
     folder = user_path(folder, "folder")
+    if (folder / PACKED).is_file():
+        with plain_errors():
+            return _verify_packed(PackedFolder.open(folder))
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder} holds no {RECORD}: give a folder that llmprune wrote")
     record = read_json(folder / RECORD)
@@ -75,14 +79,26 @@ def verify(folder: str | Path) -> Verification:
     return Verification(len(files), len(sites), problems)
 
 
-def _file_problems(folder: Path, files: dict[str, str]) -> Iterator[str]:
+def _verify_packed(packed: PackedFolder) -> Verification:
+    def damaged() -> Iterator[str]:
+        for name in packed.layers:
+            try:
+                packed.layer(name)
+            except InputError as error:
+                yield str(error)
+
+    problems = (*_file_problems(packed.folder, packed.sums, PACKED), *damaged())
+    return Verification(len(packed.sums), len(packed.layers), problems)
+
+
+def _file_problems(folder: Path, files: dict[str, str], own: str = RECORD) -> Iterator[str]:
     for name, expected in files.items():
         if Path(name).name != name or not (folder / name).is_file():
             yield f"{name}: missing"
         elif sha256(folder / name) != expected:
             yield f"{name}: sha256 differs from the record"
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name not in (RECORD, MANIFEST):
+        if path.name not in files and path.name not in (own, MANIFEST):
             yield f"{path.name}: not in the record"
 
 

@@ -32,6 +32,7 @@ from llmprune.report.console import Progress
 from llmprune.report.record import RunRecord, SiteRecord, versions
 from llmprune.run import Job, Resume, Work, run
 from llmprune.shrinking import Shrinking, structure
+from llmprune.sparse.loading import load_packed
 from llmprune.stream.publish import RECORD, check_output, copy_extras, existing_parent, publish, published, sha256, write_json
 from llmprune.stream.resume import MANIFEST, Manifest, check_idle, continued, partial_folder
 from llmprune.stream.shards import NoSink, ShardWriter
@@ -442,14 +443,17 @@ def _load_whole(folder: ModelFolder, config: PretrainedConfig, job: Job) -> PreT
     return load_model(folder.path, config, device, pick_dtype(job.config.dtype, device, config))
 
 
-def load(model: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+def load(model: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto", dense: bool = False) -> PreTrainedModel:
     """A model that llmprune wrote, or any other: a bundled name, a folder or a Hub id, in eval mode.
 
-    Needed where `--per-layer` made layers of different sizes, which `from_pretrained` does not build; elsewhere the same as it.
+    Linear layers that are 2:4, in a packed folder or a dense one, become `Sparse24Linear`: packed in memory, for inference. On
+    a CPU that saves memory and costs time. What stays dense in the blocks is listed in a warning. All else is as
+    `from_pretrained` loads it; needed, too, where `--per-layer` made layers of different sizes.
 
     Args:
         device: `auto` is CUDA where there is one, else the CPU.
         dtype: `auto` is the checkpoint's own.
+        dense: leave or make all layers dense.
 
     Raises:
         InputError: it cannot be loaded, in one line.
@@ -457,9 +461,14 @@ def load(model: str | Path, *, device: str = "auto", dtype: str | torch.dtype = 
     with plain_errors():
         folder = resolve(str(model))
         config, where = load_config(folder.path), pick_device(device)
-        if isinstance(dtype, torch.dtype):
-            return load_model(folder.path, config, where, dtype)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
-        own = config.dtype if dtype == "auto" and isinstance(config.dtype, torch.dtype) else pick_dtype(dtype, where, config)
-        return load_model(folder.path, config, where, own)
+        compute = _dtype(dtype, where, config)
+        packed = load_packed(folder.path, config, where, compute, dense=dense)
+        return packed if packed is not None else load_model(folder.path, config, where, compute)
+
+
+def _dtype(name: str | torch.dtype, device: torch.device, config: PretrainedConfig) -> torch.dtype:
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return config.dtype if name == "auto" and isinstance(config.dtype, torch.dtype) else pick_dtype(name, device, config)

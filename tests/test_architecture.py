@@ -21,6 +21,8 @@ ALLOWED = {
     "demo": set(),
     "ranks": set(),
     "stats": {"linalg"},
+    "kernels": {"kernels"},
+    "sparse": {"kernels", "models", "sparse", "stream"},
     "solvers": {"patterns", "stats", "linalg", "solvers"},
     "models": {"models"},
     "data": {"demo"},
@@ -33,7 +35,7 @@ ALLOWED = {
     "reconstruct": {"models", "ranks", "report", "stream"},
     "solving": {"linalg", "models", "patterns", "ranks", "recipes", "report", "solvers", "stats"},
     "pruner": {"models", "patterns", "ranks", "recipes", "reconstruct", "report", "solvers", "solving", "stats", "stream"},
-    "integrity": {"models", "patterns", "report", "stream"},
+    "integrity": {"models", "patterns", "report", "sparse", "stream"},
     "scouting": None,
     "sizing": None,
     "budget": None,
@@ -43,7 +45,8 @@ ALLOWED = {
     "shrinking": None,
     "pipeline": None,
     "__main__": {"cli"},
-    "cli": {"config", "solvers", "structured", "pipeline", "integrity", "report"},
+    "bench": None,
+    "cli": {"bench", "config", "solvers", "sparse", "structured", "pipeline", "integrity", "report"},
 }
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from llmprune.errors import InputError, reason
 
-RECORD = "llmprune.json"
+RECORD, PACKED = "llmprune.json", "packed.json"  # what a folder that llmprune wrote holds: a run's record, or a manifest
 _EXTRAS = (
     "config.json",
     "generation_config.json",
@@ -83,7 +83,7 @@ def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise InputError(f"output {output} is not empty: choose another, or pass --overwrite to replace it")
-        if not (target / RECORD).is_file():
+        if not (target / RECORD).is_file() and not (target / PACKED).is_file():
             raise InputError(f"output {output} holds no {RECORD}, so llmprune did not write it and will not replace it")
     parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):

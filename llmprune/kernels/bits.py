@@ -1,0 +1,51 @@
+"""From packed groups to the two 32-bit words of a dense one, inside a Triton kernel.
+
+Two ways that give the same bits: `prmt`, four groups at once by byte permutations (PTX, NVIDIA only), for which the codes
+0 to 5 serve as selectors; and `select`, plain comparisons, which runs anywhere, in Triton's interpreter too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A selector picks, for each of the four places of a group, bytes 0x10 (the first value), 0x32 (the second) or 0x44 (zero). Each
+# table below is one place's choice by code: 0 (0, 1), 1 (0, 2), 2 (0, 3), 3 (1, 2), 4 (1, 3), 5 (2, 3).
+_PRMT = tl.constexpr("""
+{
+.reg .b32 e0, e1, e2, e3, s, t, z;
+mov.b32 z, 0;
+prmt.b32 e0, 0x44101010, 0x00004444, $8;
+prmt.b32 e1, 0x10444432, 0x00004410, $8;
+prmt.b32 e2, 0x32443244, 0x00001044, $8;
+prmt.b32 e3, 0x44324444, 0x00003232, $8;
+prmt.b32 s, e0, e1, 0x0040; prmt.b32 t, e2, e3, 0x0040; prmt.b32 $0, $9, z, s; prmt.b32 $1, $9, z, t;
+prmt.b32 s, e0, e1, 0x0051; prmt.b32 t, e2, e3, 0x0051; prmt.b32 $2, $10, z, s; prmt.b32 $3, $10, z, t;
+prmt.b32 s, e0, e1, 0x0062; prmt.b32 t, e2, e3, 0x0062; prmt.b32 $4, $11, z, s; prmt.b32 $5, $11, z, t;
+prmt.b32 s, e0, e1, 0x0073; prmt.b32 t, e2, e3, 0x0073; prmt.b32 $6, $12, z, s; prmt.b32 $7, $12, z, t;
+}
+""")
+_OUT_AND_IN = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r")
+
+
+@triton.jit
+def prmt(codes, v0, v1, v2, v3):
+    """Four groups of values v, whose codes are the low 16 bits of `codes`: the words of each, low places first."""
+    return tl.inline_asm_elementwise(_PRMT, _OUT_AND_IN, [codes, v0, v1, v2, v3], dtype=(tl.int32,) * 8, is_pure=True, pack=1)
+
+
+@triton.jit
+def select(code, v):
+    """One group of values `v`, two in 32 bits: its words, low places first."""
+    low = v & 0xFFFF
+    top = v & -65536
+    word01 = tl.where(code < 3, low, 0) | tl.where(code == 0, top, tl.where((code == 3) | (code == 4), v << 16, 0))
+    first = tl.where((code == 1) | (code == 3), (v >> 16) & 0xFFFF, tl.where(code == 5, low, 0))
+    word23 = first | tl.where((code == 2) | (code > 3), top, 0)
+    return word01, word23
+
+
+@triton.jit
+def halves(word, ROWS: tl.constexpr, WORDS: tl.constexpr, dtype: tl.constexpr):
+    """(ROWS, WORDS) of 32 bits as (ROWS, 2 * WORDS) of a 16-bit `dtype`, the low half first."""
+    return tl.join(word.to(tl.int16), (word >> 16).to(tl.int16)).reshape(ROWS, 2 * WORDS).to(dtype, bitcast=True)

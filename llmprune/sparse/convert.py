@@ -1,0 +1,184 @@
+"""From a dense folder whose matrices are 2:4 to a packed one, and back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmprune.errors import InputError, plain_errors, user_path
+from llmprune.models.checkpoint import INDEX, Checkpoint, read_header
+from llmprune.models.resolve import resolve
+from llmprune.models.skeleton import Skeleton, load_config
+from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, linears, pack_tensors, why_dense
+from llmprune.stream.publish import PACKED, RECORD, check_output, copy_extras, published, sha256, write_json
+
+_CARD = "README.md"
+_NOTE = """
+<!-- packed -->
+**Packed.** 2:4 matrices are stored as values and codes. Load this folder with `llmprune.load(folder)`; transformers do not read
+it. `llmprune unpack` gives back the dense model.
+<!-- /packed -->
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        layers: how many matrices are packed.
+        dense: linear layers of the blocks that are not, and why.
+        before, after: bytes of the packed matrices, dense and packed.
+        total_before, total_after: bytes of all tensors.
+    """
+
+    output: Path
+    layers: int
+    dense: dict[str, str]
+    before: int
+    after: int
+    total_before: int
+    total_after: int
+
+
+def pack(
+    folder: str | Path, output: str | Path, *, overwrite: bool = False, tell: Callable[[str], None] | None = None
+) -> Converted:
+    """Write the 2:4 linear layers of a dense folder as values and codes, everything else as it is.
+
+    Args:
+        folder: a bundled name, a folder or a Hub id.
+        tell: hears of every file that is done.
+
+    Raises:
+        InputError: no linear layer is 2:4, or a folder cannot be read or written; nothing is left behind.
+    """
+    output = user_path(output, "output")
+    with plain_errors():
+        source = resolve(str(folder)).path
+        if (source / PACKED).is_file():
+            raise InputError(f"{source} is packed already")
+        check_output(output, source, overwrite)
+        checkpoint = Checkpoint(source)
+        skeleton = Skeleton(checkpoint, load_config(source), torch.device("cpu"), torch.float32)
+        linear = linears(skeleton)
+        with published(output, overwrite=overwrite) as partial:
+            found = _pack_files(skeleton, linear, partial, tell)
+            if not found.layers:
+                some = next(iter(found.dense.items()), ("the model", "it has no linear layers"))
+                raise InputError(f"no layer of {source} is 2:4 ({some[0]}: {some[1]}): prune it with --sparsity 2:4 first")
+            copy_extras(source, partial)
+            for name in (RECORD, _CARD):
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, partial / name)
+            _note(partial / _CARD)
+            _seal(partial, found.manifest)
+        return found.converted(output)
+
+
+@dataclass(slots=True)
+class _Packing:
+    manifest: dict[str, dict[str, object]]
+    dense: dict[str, str]
+    before: int = 0
+    after: int = 0
+    total_before: int = 0
+    total_after: int = 0
+
+    @property
+    def layers(self) -> int:
+        return len(self.manifest["layers"])
+
+    def converted(self, output: Path) -> Converted:
+        sizes = (self.before, self.after, self.total_before, self.total_after)
+        return Converted(output, self.layers, self.dense, *sizes)
+
+
+def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: Callable[[str], None] | None) -> _Packing:
+    """Every file of the checkpoint, packed."""
+    checkpoint, found = skeleton.checkpoint, _Packing({"layers": {}, "files": {}}, {})
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    for number, file in enumerate(files, 1):
+        written: dict[str, Tensor] = {}
+        for name, tensor in checkpoint.read([name for name, info in checkpoint.tensors.items() if info.file == file]):
+            why = why_dense(name, tensor, linear)
+            if why is None:
+                tensors = pack_tensors(name, tensor)
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                found.manifest["layers"][name] = {"shape": list(tensor.shape), "dtype": dtype}
+                found.before += tensor.nbytes
+                found.after += sum(one.nbytes for one in tensors.values())
+            else:
+                tensors = {name: tensor}
+                if name in linear and skeleton.block_of(linear[name]):
+                    found.dense[linear[name]] = why
+            found.total_before += tensor.nbytes
+            found.total_after += sum(one.nbytes for one in tensors.values())
+            written |= tensors
+        packed = f"packed-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file(written, folder / packed, metadata={"format": "pt"})
+        found.manifest["files"][packed] = file
+        if tell:
+            tell(f"{file} -> {packed} ({number} of {len(files)})")
+    return found
+
+
+def _seal(folder: Path, manifest: dict[str, dict[str, object]]) -> None:
+    sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    write_json(folder / PACKED, {"format": FORMAT, "version": VERSION, **manifest, "sha256": sums})
+
+
+def _note(card: Path) -> None:
+    """Say on the model card that the folder is packed, after the metadata that the Hub reads."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    head, mark, rest = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
+    card.write_text(head + mark + _NOTE + rest, encoding="utf-8")
+
+
+def unpack(
+    folder: str | Path, output: str | Path, *, overwrite: bool = False, tell: Callable[[str], None] | None = None
+) -> Converted:
+    """Write the dense folder that a packed one stands for: the same tensors, bit for bit, in files of the same names.
+
+    Raises:
+        InputError: the folder is not packed, not whole, or cannot be written; nothing is left behind.
+    """
+    folder, output = user_path(folder, "folder"), user_path(output, "output")
+    with plain_errors():
+        if not (folder / PACKED).is_file():
+            raise InputError(f"{folder} holds no {PACKED}: give a folder that llmprune pack wrote")
+        packed = PackedFolder.open(folder)
+        check_output(output, folder, overwrite)
+        view = DenseView(packed)
+        with published(output, overwrite=overwrite) as partial:
+            for number, (file, dense) in enumerate(packed.files.items(), 1):
+                names = [name for name, info in view.tensors.items() if info.file == file]
+                save_file(dict(view.read(names)), partial / dense, metadata={"format": "pt"})
+                if tell:
+                    tell(f"{file} -> {dense} ({number} of {len(packed.files)})")
+            if len(packed.files) > 1:
+                _index(partial, packed)
+            copy_extras(folder, partial)
+            if (folder / RECORD).is_file():
+                shutil.copyfile(folder / RECORD, partial / RECORD)
+            if (folder / _CARD).is_file():
+                text = (folder / _CARD).read_text(encoding="utf-8").replace(_NOTE, "", 1)
+                if text:
+                    (partial / _CARD).write_text(text, encoding="utf-8")
+    sizes = {name: packed.tensors[name].nbytes for name in packed.tensors}
+    after = sum(view.tensors[name].nbytes for name in packed.layers)
+    before = sum(sizes.values()) - sum(sizes[name] for name in packed.others())
+    return Converted(output, len(packed.layers), {}, before, after, sum(sizes.values()), view.nbytes())
+
+
+def _index(folder: Path, packed: PackedFolder) -> None:
+    """The index of the dense files, as the stream writes it."""
+    weight_map = {name: file for file in packed.files.values() for name in read_header(folder, file)}
+    total = sum(info.nbytes for file in packed.files.values() for info in read_header(folder, file).values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

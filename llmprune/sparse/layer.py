@@ -1,0 +1,77 @@
+"""A linear layer whose 2:4 matrix stays packed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llmprune.kernels import cusparselt, dispatch
+from llmprune.kernels.ops import linear24
+from llmprune.kernels.reference import Packed, arrange, compress, unpack
+
+
+class Sparse24Linear(nn.Module):
+    """As `nn.Linear`, for inference.
+
+    Attributes:
+        values, meta: buffers, as in `kernels.reference.Packed`.
+        bias: a buffer (out,), or None.
+        weight: the dense matrix (out, in), unpacked anew each time.
+    """
+
+    values: Tensor
+    meta: Tensor
+    bias: Tensor | None
+    blob: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.columns, len(packed.values)
+        self.register_buffer("values", packed.values)
+        self.register_buffer("meta", packed.meta)
+        self.register_buffer("bias", bias)
+        self.register_buffer("blob", None, persistent=False)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> Sparse24Linear:
+        """Raises: ValueError: the matrix (out, in) is not 2:4."""
+        return cls(arrange(*compress(weight)), bias)
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.values, self.meta, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return unpack(self.packed)
+
+    def prepare(self) -> None:
+        """On a GPU, measure which road is quickest for how many tokens, and make what that road needs."""
+        rows, columns, dtype = self.out_features, self.in_features, self.values.dtype
+        if self.values.device.type != "cuda" or not dispatch.has_triton() or not cusparselt.supported(rows, columns, dtype):
+            return
+        self.blob = cusparselt.compress(self.weight)
+        if not dispatch.wants_blob(self.packed, self.blob):
+            self.blob = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear24(x, self.values, self.meta, self.bias, self.blob, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
+
+
+def nbytes(module: nn.Module) -> int:
+    """Bytes of all parameters and of buffers that are saved; what is shared counts once."""
+    kept = dict(module.state_dict(keep_vars=True))
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in kept.values()}.values())
+
+
+def sparse_layers(model: nn.Module) -> dict[str, Sparse24Linear]:
+    """By full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module called `name` is."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, new)

@@ -1,0 +1,91 @@
+"""Build a transformers model whose 2:4 linear layers stay packed, one layer at a time."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from llmprune.errors import InputError
+from llmprune.kernels.reference import arrange, compress, violation
+from llmprune.models.skeleton import Skeleton
+from llmprune.sparse.files import DenseView, linears, open_checkpoint
+from llmprune.sparse.layer import Sparse24Linear, replace_module, sparse_layers
+
+_PEEK = 16  # rows that show whether a matrix may be 2:4
+
+
+def load_packed(
+    folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype, *, dense: bool
+) -> PreTrainedModel | None:
+    """The model of a packed folder, or of a dense one that has 2:4 linear layers; None for any other.
+
+    Args:
+        dense: unpack all layers.
+
+    Raises:
+        InputError: a file is damaged, or does not fit the configuration.
+    """
+    checkpoint = open_checkpoint(folder)
+    if dense and not isinstance(checkpoint, DenseView):
+        return None
+    skeleton = Skeleton(checkpoint, config, device, dtype)
+    linear = linears(skeleton)
+    kept: set[str] = set()
+    if not dense:
+        for disk, name in linear.items():
+            if f"{name}.weight" not in _tied(skeleton) and (parts := _parts(skeleton, disk)):
+                kept |= _put(skeleton, name, *parts)
+        if not kept and not isinstance(checkpoint, DenseView):
+            return None
+    skeleton.load(name for name in skeleton.names if name not in kept)
+    skeleton.tie()
+    if (folder / "generation_config.json").is_file():
+        skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
+    if kept:
+        _tell(skeleton, list(linear.values()))
+        for module in sparse_layers(skeleton.model).values():
+            module.prepare()
+    return skeleton.model
+
+
+def _tied(skeleton: Skeleton) -> set[str]:
+    pairs = skeleton.model.all_tied_weights_keys.items()
+    return {name for pair in pairs for name in pair}
+
+
+def _parts(skeleton: Skeleton, disk: str) -> tuple[Tensor, Tensor] | None:
+    """A matrix's values and codes, if it is 2:4."""
+    checkpoint = skeleton.checkpoint
+    if isinstance(checkpoint, DenseView):
+        return checkpoint.packed.layer(disk) if disk in checkpoint.packed.layers else None
+    ((_, weight),) = checkpoint.read([disk])
+    if violation(weight[:_PEEK]) or violation(weight):
+        return None
+    return compress(weight)
+
+
+def _put(skeleton: Skeleton, name: str, values: Tensor, codes: Tensor) -> set[str]:
+    """Give the model a packed layer in place of the one called `name`; returns the tensors that it holds now."""
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"the weights of {name} in {skeleton.checkpoint.folder} are not finite (NaN or infinity)")
+    held, bias = {f"{name}.weight"}, None
+    if f"{name}.bias" in skeleton.names:
+        held.add(f"{name}.bias")
+        ((_, stored),) = skeleton.checkpoint.read([skeleton.names[f"{name}.bias"][0].disk])
+        bias = stored.to(skeleton.device, skeleton.dtype, copy=True)
+    packed = arrange(values.to(skeleton.device, skeleton.dtype), codes.to(skeleton.device))
+    replace_module(skeleton.model, name, Sparse24Linear(packed, bias))
+    return held
+
+
+def _tell(skeleton: Skeleton, names: list[str]) -> None:
+    """List the linear layers of the blocks that stay dense."""
+    packed = sparse_layers(skeleton.model)
+    rest = [name for name in names if name not in packed and skeleton.block_of(name)]
+    if rest:
+        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+        warnings.warn(f"not 2:4, so dense: {', '.join(rest[:3])}{more}", stacklevel=4)
