@@ -22,6 +22,7 @@ from llmprune.errors import InputError, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PACKED = "packed.json"  # what a folder of packed 2:4 matrices holds instead
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -120,6 +121,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not index.is_file():
         if (folder / SINGLE).is_file():
             return {}
+        if (folder / PACKED).is_file():
+            raise InputError(f"{folder} is packed: llmprune unpack it first")
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"{pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else "is it a model?"
         raise InputError(f"{folder} holds no {SINGLE} and no {INDEX}; {hint}")

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.errors import InputError, plain_errors, user_path
-from llmprune.models.checkpoint import INDEX, Checkpoint, read_header
+from llmprune.models.checkpoint import INDEX, PACKED, Checkpoint, read_header
 from llmprune.models.resolve import resolve
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, linears, pack_tensors, why_dense
-from llmprune.stream.publish import PACKED, RECORD, check_output, copy_extras, published, sha256, write_json
+from llmprune.stream.publish import RECORD, check_output, copy_extras, published, sha256, write_json
 
 _CARD = "README.md"
 _NOTE = """

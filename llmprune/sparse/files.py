@@ -29,9 +29,8 @@ from torch.nn import functional
 
 from llmprune.errors import InputError
 from llmprune.kernels.reference import compress, expand, violation
-from llmprune.models.checkpoint import Checkpoint, TensorInfo, opened, read_header, read_json
+from llmprune.models.checkpoint import PACKED, Checkpoint, TensorInfo, opened, read_header, read_json
 from llmprune.models.skeleton import Skeleton
-from llmprune.stream.publish import PACKED
 
 FORMAT, VERSION = "llmprune-2of4", 1
 _VALUES, _CODES = ".values", ".codes"

@@ -13,6 +13,7 @@ from llmprune.errors import InputError
 from llmprune.kernels.reference import arrange, compress, violation
 from llmprune.models.skeleton import Skeleton
 from llmprune.sparse.files import DenseView, linears, open_checkpoint
+from llmprune.sparse.fuse import fuse
 from llmprune.sparse.layer import Sparse24Linear, replace_module, sparse_layers
 
 _PEEK = 16  # rows that show whether a matrix may be 2:4
@@ -47,6 +48,8 @@ def load_packed(
         skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
     if kept:
         _tell(skeleton, list(linear.values()))
+        if device.type == "cuda":
+            fuse(skeleton.model)
         for module in sparse_layers(skeleton.model).values():
             module.prepare()
     return skeleton.model

@@ -18,8 +18,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llmprune.errors import InputError, reason
+from llmprune.models.checkpoint import PACKED
 
-RECORD, PACKED = "llmprune.json", "packed.json"  # what a folder that llmprune wrote holds: a run's record, or a manifest
+RECORD = "llmprune.json"
 _EXTRAS = (
     "config.json",
     "generation_config.json",

@@ -1,0 +1,86 @@
+"""Packed layers that read the same inputs, as one product: q, k and v; gate and up.
+
+The model's own code stays as it is: the first of them to be called computes all, the others hand out their parts. On a GPU
+that is one launch for several, and a matrix that is large enough to fill the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.kernels.reference import Packed
+from llmprune.sparse.layer import Sparse24Linear, replace_module
+
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Fused(nn.Module):
+    """Several layers above each other, and the outputs that have not been asked for yet."""
+
+    def __init__(self, layers: Sequence[Sparse24Linear]) -> None:
+        super().__init__()
+        packed = Packed(
+            torch.cat([layer.values for layer in layers]), torch.cat([layer.meta for layer in layers]), layers[0].in_features
+        )
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.whole = Sparse24Linear(packed, torch.cat(biases) if biases else None)
+        ends = torch.tensor([0, *(layer.out_features for layer in layers)]).cumsum(0).tolist()
+        self.places = list(pairwise(ends))
+        self._inputs: Tensor | None = None
+        self._outputs: Tensor | None = None
+        self._left: list[int] = []
+
+    def part(self, x: Tensor, number: int) -> Tensor:
+        """What layer `number` puts out for `x`."""
+        if self._inputs is not x or number not in self._left:
+            self._inputs, self._outputs, self._left = x, self.whole(x), list(range(len(self.places)))
+        assert self._outputs is not None
+        start, end = self.places[number]
+        found = self._outputs[..., start:end]
+        self._left = [other for other in self._left if other != number]
+        if not self._left:
+            self._inputs = self._outputs = None
+        return found
+
+
+class FusedPart(nn.Module):
+    """One of several layers that run as one. The first holds their weights."""
+
+    def __init__(self, fused: Fused, number: int) -> None:
+        super().__init__()
+        self.number = number
+        if number:
+            object.__setattr__(self, "fused", fused)  # a reference, not a child: weights are in one state once
+        else:
+            self.fused = fused
+
+    @property
+    def weight(self) -> Tensor:
+        start, end = self.fused.places[self.number]
+        return self.fused.whole.weight[start:end]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused.part(x, self.number)
+
+
+def fuse(model: nn.Module) -> int:
+    """Fuse what can be, in place; returns how many products that saves a token."""
+    saved = 0
+    for name, parent in list(model.named_modules()):
+        for names in _TOGETHER:
+            layers = [layer for own in names if isinstance(layer := getattr(parent, own, None), Sparse24Linear)]
+            if len(layers) == len(names) and _alike(layers):
+                fused = Fused(layers)
+                for number, own in enumerate(names):
+                    replace_module(model, f"{name}.{own}" if name else own, FusedPart(fused, number))
+                saved += len(names) - 1
+    return saved
+
+
+def _alike(layers: Sequence[Sparse24Linear]) -> bool:
+    """Whether all read as many columns, and have a bias or none."""
+    return len({(layer.in_features, layer.bias is None, layer.values.dtype) for layer in layers}) == 1

@@ -1,0 +1,252 @@
+"""Packed 2:4 matrices: the layout against a naive twin, kernels against it in Triton's interpreter, and as compiled code."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmprune.kernels import reference
+from llmprune.kernels.ops import linear24
+from llmprune.kernels.reference import POSITIONS, Packed
+
+triton = pytest.importorskip("triton")
+from llmprune.kernels import bits, decode, decompress  # noqa: E402
+
+HALF = (torch.bfloat16, torch.float16)
+SHAPES = [(7, 260), (130, 1024), (33, 12), (64, 776), (1, 4)]
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """A 2:4 matrix with groups of two, one and no nonzeros, and a row of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    w = scale * torch.randn(rows, columns // 4, 4, generator=generator)
+    kept = (
+        torch.rand(w.shape, generator=generator).argsort(-1)
+        < torch.tensor([2, 2, 2, 1, 0])[torch.randint(5, (rows, columns // 4, 1), generator=generator)]
+    )
+    w = torch.where(kept, w, 0.0).flatten(1).to(dtype)
+    w[rows // 2] = 0
+    return w
+
+
+def bits_of(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int16 if x.dtype.itemsize == 2 else torch.int32)
+
+
+def naive(packed: Packed) -> Tensor:
+    """Unpacked entry by entry, from the words' definition."""
+    rows, chunks, words = packed.meta.shape
+    dense = torch.zeros(rows, 4 * 8 * chunks * words, dtype=packed.values.dtype)
+    for row, chunk, word, plane in itertools.product(range(rows), range(chunks), range(words), range(8)):
+        group = chunk * 8 * words + plane * words + word
+        for value, place in enumerate(POSITIONS[(int(packed.meta[row, chunk, word]) >> (4 * plane)) & 15]):
+            dense[row, 4 * group + place] = packed.values[row, 2 * group + value]
+    return dense[:, : packed.columns]
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), [(3, 260), (2, 12), (5, 512)])
+def test_layout_is_the_documented_one(dtype: torch.dtype, rows: int, columns: int) -> None:
+    w = matrix(rows, columns, dtype)
+    packed = reference.pack(w)
+    assert torch.equal(naive(packed), w)
+    assert packed.values.shape[1] * 2 == packed.meta[0].numel() * 32
+    assert int(packed.meta.min()) >= 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_packing_loses_no_bit(data: st.DataObject) -> None:
+    """Any numbers, infinity, NaN and negative zeros included; at most two entries of a group are not +0."""
+    dtype = data.draw(st.sampled_from([*HALF, torch.float32]))
+    rows, groups = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 70))
+    number = st.one_of(st.floats(width=16), st.sampled_from([0.0, -0.0, float("inf"), float("nan"), 6e-8]))
+    group = st.tuples(number, number, st.sampled_from(POSITIONS))
+    w = torch.zeros(rows, groups, 4)
+    for row, place in itertools.product(range(rows), range(min(groups, 6))):
+        first, second, where = data.draw(group)
+        w[row, -1 - place, where[0]], w[row, -1 - place, where[1]] = first, second
+    w = w.flatten(1).to(dtype)
+    assert torch.equal(bits_of(reference.unpack(reference.pack(w))), bits_of(w))
+
+
+def test_a_third_negative_zero_becomes_a_positive_one() -> None:
+    w = torch.tensor([[1.0, -0.0, 2.0, -0.0, -0.0, -0.0, -0.0, 3.0]])
+    found = reference.unpack(reference.pack(w))
+    assert torch.equal(found, w)
+    assert found.signbit().tolist() == [[False, False, False, False, True, False, False, False]]
+
+
+@pytest.mark.parametrize(("w", "words"), [
+    (torch.tensor([[0, 0, 0, 0], [1.0, 0, 2, 3]]), "row 1, columns 0 to 3: 3 nonzeros, 2 allowed"),
+    (torch.ones(2, 6), "its 6 columns are not a multiple of 4"),
+])  # fmt: skip
+def test_what_is_not_two_of_four_is_refused(w: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        reference.pack(w)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("tile", [1, 2**20])
+def test_the_reference_is_a_dense_product(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_TILE", tile)
+    w, x, bias = matrix(33, 260, dtype), torch.randn(2, 5, 260).to(dtype), torch.randn(33).to(dtype)
+    found = reference.linear24(x, reference.pack(w), bias)
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, w) + bias)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel is given holds NaN, so that what it leaves unwritten is seen."""
+    empty = torch.empty
+
+    def filled(*args: object, **options: object) -> Tensor:
+        return empty(*args, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("tokens", [1, 5, 32])
+def test_decode_is_the_reference(dtype: torch.dtype, rows: int, columns: int, tokens: int) -> None:
+    w, packed = matrix(rows, columns, dtype), reference.pack(matrix(rows, columns, dtype))
+    generator = torch.Generator().manual_seed(1)
+    x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((tokens, columns), (rows,)))
+    found = [
+        decode.decode24(x, packed.values, packed.meta, bias, processors=processors, fast=False) for processors in (1, 1, 40)
+    ]
+    expected = x.double() @ w.double().T + bias.double()
+    for y in found:
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-2)
+    assert torch.equal(bits_of(found[0]), bits_of(found[1]))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("scale", "input_"), [(1e-6, 1.0), (3e4, 1 / 512)])
+def test_decode_of_extreme_values(dtype: torch.dtype, scale: float, input_: float) -> None:
+    """Sums are of 32 bits: only what is stored at the end can overflow, and subnormal values count."""
+    w = matrix(16, 512, dtype, scale=scale).clamp(-6e4, 6e4)
+    packed, x = reference.pack(w), torch.full((2, 512), input_).to(dtype)
+    found = decode.decode24(x, packed.values, packed.meta, None, processors=4, fast=False)
+    expected = x.double() @ w.double().T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_decompress_gives_every_bit(dtype: torch.dtype, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = matrix(rows, columns, dtype)
+    packed, empty = reference.pack(w), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
+    found = decompress.decompress24(packed.values, packed.meta, columns, fast=False)
+    assert torch.equal(bits_of(found), bits_of(w))
+
+
+def permute(a: int, b: int, selector: int) -> int:
+    """PTX's prmt.b32, without sign replication, which no selector here asks for."""
+    bytes_ = [(word >> (8 * i)) & 255 for word in (a, b) for i in range(4)]
+    nibbles = [(selector >> (4 * i)) & 15 for i in range(4)]
+    assert all(nibble < 8 for nibble in nibbles)
+    return sum(bytes_[nibble] << (8 * i) for i, nibble in enumerate(nibbles))
+
+
+def run_ptx(text: str, inputs: list[int]) -> list[int]:
+    """The few instructions that the kernel's assembly has; the operands after the eight outputs are the inputs."""
+    registers: dict[str, int] = {f"${8 + i}": value for i, value in enumerate(inputs)}
+
+    def value(name: str) -> int:
+        return int(name, 0) if name[0].isdigit() else registers[name]
+
+    for statement in text.strip().strip("{}").split(";"):
+        words = re.split(r"[ ,]+", statement.strip())
+        if words[0] == "mov.b32":
+            registers[words[1]] = value(words[2])
+        elif words[0] == "prmt.b32":
+            registers[words[1]] = permute(*map(value, words[2:]))
+        else:
+            assert words[0] in ("", ".reg")
+    return [registers[f"${i}"] for i in range(8)]
+
+
+def test_the_assembly_expands_every_code() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for codes in itertools.product(range(6), repeat=4):
+        halves = [pair.tolist() for pair in torch.randint(1, 2**16, (4, 2), generator=generator)]
+        word = sum(code << (4 * i) for i, code in enumerate(codes)) | 0x55550000
+        found = run_ptx(bits._PRMT.value, [word, *(low | high << 16 for low, high in halves)])
+        for i, (code, pair) in enumerate(zip(codes, halves, strict=True)):
+            group = [0, 0, 0, 0]
+            for place, half in zip(POSITIONS[code], pair, strict=True):
+                group[place] = half
+            assert found[2 * i : 2 * i + 2] == [group[0] | group[1] << 16, group[2] | group[3] << 16]
+
+
+def test_the_operation_is_a_good_citizen() -> None:
+    packed, bias = reference.pack(matrix(12, 260, torch.float32)), torch.randn(12)
+    for x in (torch.randn(3, 260), torch.randn(2, 1, 260)):
+        torch.library.opcheck(linear24, (x, packed.values, packed.meta, bias, None, 260))
+    with pytest.raises(RuntimeError, match="inputs of 256 columns for a matrix of 260"):
+        torch.compile(linear24, backend="aot_eager")(torch.randn(3, 256), packed.values, packed.meta, None, None, 260)
+
+
+COMPILE = """
+import os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from llmprune.kernels import decode, decompress
+
+tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+pointers = {"values_ptr": "*i32", "meta_ptr": "*i32"}
+sizes = {"M": "i32", "N": "i32", "K": "i32", "chunks": "i32", "each": "i32", "total": "i32", "count": "i32"}
+
+def build(name, kernel, types, constants, warps, capability):
+    types = {a: (types | sizes).get(a, "constexpr") for a in kernel.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, (a, t) in enumerate(types.items()) if t.startswith("*") or a in "NK"}
+    fixed = {(kernel.arg_names.index(a),): v for a, v in constants.items()}
+    source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attrs)
+    options = {"num_warps": warps, "num_stages": 2}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        used = subprocess.run([tools + "/cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+    print(name, capability, *re.findall(r"(?:STACK|LOCAL|REG):[0-9]+", used))
+
+for capability in (80, 90):
+    for kind, tokens, words in (("bf16", 8, 16), ("fp16", 16, 16), ("bf16", 32, 16), ("bf16", 16, 8)):
+        types = pointers | {"x_ptr": "*" + kind, "partial_ptr": "*fp32"}
+        constants = {"ROWS": decode._ROWS, "WORDS": words, "TOKENS": tokens, "FAST": True}
+        build("decode", decode._decode, types, constants, 8, capability)
+    types = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
+    build("add_up", decode._add_up, types, {"SPLITS": 7, "BIAS": True, "SIZE": 1024}, 4, capability)
+    types = pointers | {"out_ptr": "*i32"}
+    build("decompress", decompress._decompress, types, {"ROWS": 32, "WORDS": 16, "FAST": True}, 4, capability)
+"""
+
+
+def test_kernels_compile_for_two_generations_without_spilling() -> None:
+    """With the compiler that comes with Triton, in a process that does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == 2 * (["decode"] * 4 + ["add_up", "decompress"])
+    for line in lines:
+        used = {key: int(value) for key, value in (word.split(":") for word in line[2:])}
+        assert used["LOCAL"] == 0
+        assert used["STACK"] <= 8, line
+        assert used["REG"] <= 255
