@@ -118,9 +118,9 @@ def bench(
             raise InputError(f"no layer of {folder} is 2:4: prune it with --sparsity 2:4 first")
         where = next(iter(layers.values())).values.device
         tell = tell or (lambda text: None)
-        found = [time for shape in _shapes(layers.values()) for time in _layer_times(*shape, tokens, where, tell)]
+        found = [time for shape in _shapes(layers.values()) for time in layer_times(*shape, tokens, where, tell)]
         dense = load(folder, device=device, dtype=dtype, dense=True)
-        whole = [time for batch in batches for time in _model_times(dense, packed, batch, length, where, tell)]
+        whole = [time for batch in batches for time in model_times(dense, packed, batch, length, where, tell)]
         memory = bytes_per_second(where)
         sizes = {"dense": nbytes(dense), "packed": nbytes(packed)}
     name = (
@@ -141,9 +141,10 @@ def _shapes(layers: Any) -> list[tuple[Sparse24Linear, int]]:
     return [(same[0], len(same)) for same in largest]
 
 
-def _layer_times(
+def layer_times(
     layer: Sparse24Linear, count: int, tokens: Sequence[int], device: torch.device, tell: Callable[[str], None]
 ) -> list[LayerTime]:
+    """Against a dense product, as torch does it and, on a GPU, as Inductor's search finds it fastest."""
     tell(f"layer {layer.out_features} x {layer.in_features}")
     weight, packed = layer.weight, layer.packed
     size = packed.values.nbytes + packed.meta.nbytes
@@ -163,13 +164,13 @@ def _layer_times(
 
 
 def _tuned() -> Callable[[Tensor, Tensor], Tensor]:
-    """A dense product as Inductor's search finds it fastest."""
     return torch.compile(functional.linear, mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
-def _model_times(
+def model_times(
     dense: PreTrainedModel, packed: PreTrainedModel, batch: int, length: int, device: torch.device, tell: Callable[[str], None]
 ) -> list[ModelTime]:
+    """A forward over prompts, and a decoded token, for `batch` sequences of `length` tokens, or what the positions allow."""
     positions = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or length + _STEPS
     length = max(min(length, positions - _STEPS), 1)
     tell(f"whole model, batch {batch}")
@@ -226,8 +227,8 @@ def _mib(sizes: dict[str, int]) -> str:
 def show(found: Bench, console: Console) -> None:
     """The tables, and the advice below them."""
     table = Table(title=f"{found.device}, {found.dtype}; memory copies at {found.memory / 1e9:,.0f} GB/s", title_justify="left")
-    for name in ("layer", "tokens", "dense, µs", "2:4, µs", "speed-up", "2:4, GB/s", "of memory's speed"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+    for name in ("layer (how many)", "tokens", "dense, µs", "2:4, µs", "speed-up", "GB/s", "of copy"):
+        table.add_column(name, justify="left" if name.startswith("layer") else "right", no_wrap=True)
     last = ""
     for time in found.layers:
         shape = f"{time.rows} x {time.columns} ({time.layers})"

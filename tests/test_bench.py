@@ -1,0 +1,119 @@
+"""What `llmprune bench` measures and says; and the GPU script, proven on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_sparse import pruned
+
+import llmprune
+from llmprune.bench import LayerTime, ModelTime, advice, bench
+from llmprune.cli import main
+from llmprune.errors import InputError
+from llmprune.evaluate.speed import side_by_side
+
+ROOT = Path(llmprune.__file__).parent.parent
+
+
+def test_every_shape_and_batch_is_measured(saved, tmp_path: Path) -> None:
+    told: list[str] = []
+    found = bench(saved(pruned("llama")), device="cpu", tokens=(1, 3), batches=(1, 2), length=8, tell=told.append)
+    shapes = {(one.rows, one.columns): one.layers for one in found.layers}
+    assert shapes == {(48, 32): 6, (32, 48): 3, (32, 32): 6, (16, 32): 6}
+    assert len(found.layers) == 8
+    assert all(one.dense > 0 and one.packed > 0 for one in (*found.layers, *found.model))
+    assert [(one.phase, one.batch, one.tokens) for one in found.model] == [
+        ("prefill", 1, 8), ("decode", 1, 1), ("prefill", 2, 16), ("decode", 2, 2),
+    ]  # fmt: skip
+    wide = next(one for one in found.layers if one.columns == 48)
+    assert wide.dense_bytes == 32 * 48 * 2
+    assert "On a CPU" in found.advice[1]
+    assert found.weights["dense"] == 2 * llmprune.load(tmp_path / "source", device="cpu", dense=True).num_parameters()
+    assert set(told) >= {"layer 48 x 32", "whole model, batch 2"}
+    json.dumps(found.as_dict())
+
+
+def test_two_sides_are_timed_turn_about() -> None:
+    order: list[str] = []
+    seconds = side_by_side([lambda: order.append("a"), lambda: order.append("b")], torch.device("cpu"), turns=2)
+    assert len(seconds) == 2
+    changes = sum(x != y for x, y in pairwise(order))
+    assert changes == 5  # warm-ups aa bb, then a.. b.. a.. b..
+
+
+def test_advice_names_what_helps_and_what_does_not() -> None:
+    sizes = {"dense": 100, "packed": 60}
+    layers = [LayerTime(64, 64, 2, 1, 1.0, 1.2, 1, 1), LayerTime(4096, 4096, 2, 1, 2.0, 1.0, 1, 1)]
+    whole = [ModelTime("decode", 1, 1, 1.4, 1.0), ModelTime("decode", 8, 8, 1.0, 1.0), ModelTime("prefill", 1, 512, 0.9, 1.0)]
+    said = "\n".join(advice(torch.device("cuda"), layers, whole, sizes))
+    assert "Decode is faster: 1.40x at batch 1." in said
+    assert "does not speed up decode at batch 8 (1.00x)" in said
+    assert "does not speed up prefill at batch 1 (0.90x)" in said
+    assert "Layers too small to gain in decode: 64 x 64." in said
+    assert "60%" in said
+
+
+def test_the_command_prints_tables_and_writes_json(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved(pruned("llama"))
+    arguments = ["bench", str(source), "--tokens", "1", "--batches", "1", "--length", "4", "--device", "cpu"]
+    assert main([*arguments, "--json", str(tmp_path / "bench.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "48 x 32 (6)" in shown
+    assert "On a CPU" in shown
+    saved_ = json.loads((tmp_path / "bench.json").read_text())
+    assert main([*arguments, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == saved_.keys()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--tokens", "0"], "must be at least 1"),
+    (["--length", "-3"], "must be at least 1"),
+    (["--json", "/nowhere/at/all.json"], "its folder does not exist"),
+    (["--device", "cuda"], "device 'cuda' cannot be used here"),
+    (["--dtype", "int4"], "unknown dtype 'int4'"),
+    (["--token", "1"], "did you mean --tokens"),
+])  # fmt: skip
+def test_bad_input_is_one_line(arguments: list[str], words: str, saved, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(saved(pruned("llama")))
+    capsys.readouterr()
+    assert main(["bench", source, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_dense_model_has_nothing_to_bench(saved) -> None:
+    with pytest.raises(InputError, match=r"no layer of .* is 2:4: prune it with --sparsity 2:4 first"):
+        bench(saved(tiny_model("llama")), device="cpu")
+
+
+def test_commands_that_convert(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, packed, back = str(saved(pruned("llama", skip=("o_proj",)))), str(tmp_path / "p"), str(tmp_path / "b")
+    assert main(["pack", source, packed]) == 0
+    shown = capsys.readouterr().out
+    assert "18 matrices packed" in shown
+    assert "dense  model.layers.0.self_attn.o_proj: row 0, columns 0 to 3: 4 nonzeros, 2 allowed" in shown
+    assert main(["verify", packed]) == 0
+    assert main(["unpack", packed, back]) == 0
+    assert "18 matrices unpacked" in capsys.readouterr().out
+    assert main(["pack", source, packed]) == 2
+    assert main(["pack", source, packed, "--overwrite"]) == 0
+    assert main(["unpack", source, back]) == 2
+
+
+def test_the_gpu_script_runs_in_the_interpreter(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--small", "--output", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["kernel"] for row in found["checks"]} == {"decode", "decompress"}
+    assert all(row["right"] for row in found["checks"])
+    assert found["run"]["right"]
+    assert {"solvers", "layer 64x128", "llama batch 1 prompt 16"} <= found.keys()
