@@ -102,11 +102,13 @@ def main() -> None:
     parser.add_argument("--model", default="llama")
     parser.add_argument("--windows", type=int, default=100, help="evaluation windows (default: %(default)s)")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th cell from the I-th")
+    parser.add_argument("--scores", nargs="+", default=[*scores.names(), *LAYER_SCORES], help="only these (default: all)")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     result = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
     known = {(r["model"], r["removed"], r["amount"], r["score"], r["fit"]) for r in result["rows"]}
-    for cell in cells()[args.part[0] :: args.part[1]]:
+    wanted = [cell for cell in cells() if cell[2] in args.scores]
+    for cell in wanted[args.part[0] :: args.part[1]]:
         if (Path(args.model).name, *cell) in known:
             continue
         row = measure(args.model, *cell, args.windows)
