@@ -334,7 +334,7 @@ def test_given_windows() -> None:
         None,
         (i for i in range(3)),
     ],
-    ids=str,
+    ids=lambda given: f"{type(given).__name__} {given}"[:40] if isinstance(given, (list, dict)) else type(given).__name__,
 )
 def test_given_windows_that_are_none(given: object) -> None:
     with pytest.raises(InputError, match="calibration samples"):
