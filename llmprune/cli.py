@@ -1,40 +1,25 @@
-"""The command: `llmprune --model M --sparsity S` prunes; `verify`, `pack`, `unpack` and `bench` work on what that wrote.
-
-Imports torch only to work.
-"""
+"""The command: `llmprune --model M --sparsity S` prunes; `llmprune NAME ...` is a file of `commands`. Imports torch to work only."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import io
-import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NoReturn
 
-from llmprune import __version__, solvers
+from llmprune import __version__, commands, solvers
 from llmprune.config import PruneConfig, read_yaml
 from llmprune.errors import InputError, LostProcess, plain_errors, unknown, user_path
 from llmprune.structured import scores
 
 _NAMES = {"method": solvers.names, "score": scores.names}
 _TURN = 2  # seconds that a process waits for the first one to tell
-
-_EPILOG = """\
-other commands:
-  llmprune verify DIR       re-check the sums and patterns of a folder that llmprune wrote
-  llmprune pack DIR OUT     store 2:4 matrices as values and codes: 9/16 of their bytes in 16 bits
-  llmprune unpack DIR OUT   the dense folder again, bit for bit
-  llmprune bench DIR        time a 2:4 model against itself dense, on this machine
-
-example: llmprune --model llama --sparsity 2:4
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with plain_errors():
-            command = _COMMANDS.get(arguments[0]) if arguments else None
-            return command(arguments[1:]) if command else _prune(arguments)
+            if arguments and arguments[0] in commands.NAMES:
+                return _command(arguments[0], arguments[1:])
+            return _prune(arguments)
     except InputError as error:
         if _should_tell(error):
             print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -111,97 +97,42 @@ def _checked(values: dict[str, Any], path: str) -> dict[str, Any]:
     return values
 
 
-def _verify(arguments: list[str]) -> int:
-    parser = _Parser(prog="llmprune verify", description="Re-check a folder that llmprune wrote.", allow_abbrev=False)
-    parser.add_argument("folder", metavar="DIR")
-    options = _parse(parser, arguments)
-    _quiet_libraries()
-    from llmprune.integrity import verify
-
-    found = verify(options["folder"])
-    for problem in found.problems:
-        print(f"FAILED  {problem}")
-    print(f"{options['folder']}: {found.files} files and {found.matrices} matrices checked, {len(found.problems)} problems")
-    return 1 if found.problems else 0
-
-
-def _converter(name: str, description: str) -> _Parser:
-    parser = _Parser(prog=f"llmprune {name}", description=description, allow_abbrev=False)
-    parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("output", metavar="OUT", help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if llmprune wrote it")
-    return parser
-
-
-def _pack(arguments: list[str]) -> int:
-    options = _parse(_converter("pack", "Store the 2:4 matrices of a model as values and codes."), arguments)
-    _quiet_libraries()
-    from llmprune.sparse.convert import pack
-
-    found = pack(options["folder"], options["output"], overwrite=options["overwrite"], tell=print)
-    for name, why in found.dense.items():
-        print(f"dense  {name}: {why}")
-    print(
-        f"{found.layers} matrices packed, {found.before:,} -> {found.after:,} bytes ({found.after / found.before:.1%}); "
-        f"all tensors {found.total_before:,} -> {found.total_after:,} ({found.total_after / found.total_before:.1%})"
-    )
-    print(f"wrote {found.output}; next:")
-    print(f"  llmprune bench {found.output}")
-    print(f"  python -c 'import llmprune; llmprune.load(\"{found.output}\")'")
-    return 0
-
-
-def _unpack(arguments: list[str]) -> int:
-    options = _parse(_converter("unpack", "Write the dense model that a packed folder stands for."), arguments)
-    _quiet_libraries()
-    from llmprune.sparse.convert import unpack
-
-    found = unpack(options["folder"], options["output"], overwrite=options["overwrite"], tell=print)
-    print(f"{found.layers} matrices unpacked; all tensors {found.total_before:,} -> {found.total_after:,} bytes")
-    print(f"wrote {found.output}")
-    return 0
-
-
-def _bench(arguments: list[str]) -> int:
+def _command(name: str, arguments: list[str]) -> int:
+    """`llmprune NAME ...`, by its file in `commands`."""
+    command = commands.load(name)
     parser = _Parser(
-        prog="llmprune bench", description="Time a 2:4 model against itself dense, turn about.", allow_abbrev=False
+        prog=f"llmprune {name}",
+        description=f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.",
+        epilog=f"example: {command.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("folder", metavar="DIR", help="packed, or dense with zeros; or a Hub id")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="auto is the checkpoint's own (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="that each layer is fed (default: 1 to 2048)")
-    parser.add_argument("--batches", type=int, nargs="*", metavar="N", help="that the whole model is fed (default: 1 8 32)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write what was measured; - for standard output, without tables")
+    command.add(parser)
     options = _parse(parser, arguments)
     _quiet_libraries()
-    path = options.pop("json", None)
-    if path not in (None, "-") and not user_path(path, "file").resolve().parent.is_dir():
-        raise InputError(f"cannot write {path}: its folder does not exist")
-    from rich.console import Console
-
-    from llmprune.bench import bench, show
-
-    console = Console(highlight=False, stderr=path == "-")
-    found = bench(options.pop("folder"), **options, tell=lambda text: console.print(f"measuring {text}"))
-    text = json.dumps(found.as_dict(), indent=1)
-    if path == "-":
-        print(text)
-        return 0
-    show(found, console)
-    if path:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    return 0
+    return command.run(options)
 
 
-_COMMANDS = {"verify": _verify, "pack": _pack, "unpack": _unpack, "bench": _bench}
+def _epilog() -> str:
+    width = max(map(len, commands.NAMES))
+    lines = [f"  llmprune {name:<{width}}  {commands.load(name).SUMMARY}" for name in commands.NAMES]
+    return "\n".join(
+        [
+            "other commands (llmprune NAME --help):",
+            *lines,
+            "",
+            "exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted",
+            "",
+            "example: llmprune --model llama --sparsity 2:4",
+        ]
+    )
 
 
 def _prune_parser() -> _Parser:
     parser = _Parser(
         prog="llmprune",
         description="Prune a Hugging Face language model after training, block by block.",
-        epilog=_EPILOG,
+        epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -229,7 +160,7 @@ def _parse(parser: _Parser, arguments: list[str]) -> dict[str, Any]:
         if rest[0].startswith("-"):
             raise unknown("flag", rest[0].split("=")[0], flags)
         if parser.prog == "llmprune":
-            raise unknown("command", rest[0], _COMMANDS)
+            raise unknown("command", rest[0], commands.NAMES)
         raise InputError(f"unexpected argument {rest[0]!r}; see {parser.prog} --help")
     return {name: value for name, value in vars(known).items() if value is not None}
 

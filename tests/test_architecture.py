@@ -46,7 +46,8 @@ ALLOWED = {
     "pipeline": None,
     "__main__": {"cli"},
     "bench": None,
-    "cli": {"bench", "config", "solvers", "sparse", "structured", "pipeline", "integrity", "report"},
+    "commands": None,
+    "cli": {"commands", "config", "solvers", "structured", "pipeline", "report"},
 }
 
 

@@ -115,7 +115,7 @@ BAD = {
     "hub id, no network": (["--model", "owner/name", "--sparsity", "2:4"], "go online or pass a local folder"),
     "flag": ([*MODEL, "--sparsty", "2:4"], "did you mean --sparsity"),
     "flag with value": ([*MODEL, "--sparsity", "2:4", "--seqlne=3"], "did you mean --seqlen"),
-    "command": (["verfy", "x"], "unexpected argument 'verfy'; write"),
+    "command": (["verfy", "x"], "unknown command 'verfy'; did you mean verify"),
     "no model": (["--sparsity", "2:4"], "model is required: pass --model"),
     "no sparsity": (MODEL, "sparsity is required"),
     "samples": ([*MODEL, "--sparsity", "2:4", "--samples", "0"], "samples 0 is impossible"),

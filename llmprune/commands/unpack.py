@@ -1,0 +1,25 @@
+"""`llmprune unpack`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+SUMMARY = "the dense folder that a packed one stands for, bit for bit"
+EXAMPLE = "llmprune unpack llama-packed llama-dense"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="a folder that llmprune pack wrote")
+    parser.add_argument("output", metavar="OUT", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if llmprune wrote it")
+
+
+def run(options: Mapping[str, Any]) -> int:
+    from llmprune.sparse.convert import unpack
+
+    found = unpack(options["folder"], options["output"], overwrite=options["overwrite"], tell=print)
+    print(f"{found.layers} matrices unpacked; all tensors {found.total_before:,} -> {found.total_after:,} bytes")
+    print(f"wrote {found.output}")
+    return 0
