@@ -1,4 +1,4 @@
-"""The command: `llmprune --model M --sparsity S` prunes; `llmprune NAME ...` is a file of `commands`. Imports torch to work only."""
+"""The command: `llmprune --model M --sparsity S` prunes; `llmprune NAME ...` is a file of `commands`. Help imports no torch."""
 
 from __future__ import annotations
 
