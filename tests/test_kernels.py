@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmprune.kernels import reference
+from llmprune.kernels import dispatch, reference
 from llmprune.kernels.ops import linear24
 from llmprune.kernels.reference import POSITIONS, Packed
 
@@ -200,6 +201,18 @@ def test_the_operation_is_a_good_citizen() -> None:
         torch.library.opcheck(linear24, (x, packed.values, packed.meta, bias, None, 260))
     with pytest.raises(RuntimeError, match="inputs of 256 columns for a matrix of 260"):
         torch.compile(linear24, backend="aot_eager")(torch.randn(3, 256), packed.values, packed.meta, None, None, 260)
+
+
+def test_without_triton_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dispatch.has_triton.cache_clear()
+    with pytest.warns(UserWarning, match="Triton is not installed: packed 2:4 layers run on slow paths"):
+        assert not dispatch.has_triton()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not dispatch.has_triton()
+    dispatch.has_triton.cache_clear()
 
 
 COMPILE = """

@@ -303,3 +303,31 @@ def test_a_fused_part_may_be_called_alone_and_again() -> None:
         torch.testing.assert_close(fused.part(x, number), expected[number])
     x = 2 * x
     torch.testing.assert_close(fused.part(x, 1), 2 * expected[1])
+
+
+def test_loading_holds_one_dense_layer_at_a_time(saved, tmp_path: Path) -> None:
+    """Of a fresh process: the peak beyond what is kept is far from a dense copy of the model."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "head_dim": 128}
+    model = tiny_model("llama", **sizes).to(torch.bfloat16)
+    for block in find_blocks(model).values():
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data.unflatten(1, (-1, 4))[..., 2:] = 0
+    whole = 2 * model.num_parameters()
+    llmprune.pack(saved(model), tmp_path / "packed")
+    code = f"""
+import torch
+torch.set_num_threads(1)
+import llmprune
+from llmprune.hardware import map_large_allocations, peak_memory, restart_peak_memory
+import llmprune.pipeline
+map_large_allocations()
+llmprune.load({str(tmp_path / "source")!r}, device="cpu", dense=True)
+restart_peak_memory()
+before = peak_memory(torch.device("cpu"))["process"]
+model = llmprune.load({str(tmp_path / "packed")!r}, device="cpu")
+print(peak_memory(torch.device("cpu"))["process"] - before, before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown, _ = map(int, done.stdout.split())
+    assert grown < 0.9 * whole

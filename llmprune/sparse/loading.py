@@ -16,6 +16,7 @@ from llmprune.sparse.files import DenseView, linears, open_checkpoint
 from llmprune.sparse.fuse import fuse
 from llmprune.sparse.layer import Sparse24Linear, replace_module, sparse_layers
 
+_BFLOAT16 = (8, 0)  # CUDA devices from here on compute in it
 _PEEK = 16  # rows that show whether a matrix may be 2:4
 
 
@@ -30,6 +31,8 @@ def load_packed(
     Raises:
         InputError: a file is damaged, or does not fit the configuration.
     """
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < _BFLOAT16:
+        raise InputError(f"{torch.cuda.get_device_name(device)} has no bfloat16: pass dtype='float16' (--dtype float16)")
     checkpoint = open_checkpoint(folder)
     if dense and not isinstance(checkpoint, DenseView):
         return None
@@ -80,7 +83,7 @@ def _put(skeleton: Skeleton, name: str, values: Tensor, codes: Tensor) -> set[st
         held.add(f"{name}.bias")
         ((_, stored),) = skeleton.checkpoint.read([skeleton.names[f"{name}.bias"][0].disk])
         bias = stored.to(skeleton.device, skeleton.dtype, copy=True)
-    packed = arrange(values.to(skeleton.device, skeleton.dtype), codes.to(skeleton.device))
+    packed = arrange(values.to(skeleton.device, skeleton.dtype, copy=True), codes.to(skeleton.device))
     replace_module(skeleton.model, name, Sparse24Linear(packed, bias))
     return held
 
