@@ -98,7 +98,7 @@ def _file_problems(folder: Path, files: dict[str, str], own: str = RECORD) -> It
         elif sha256(folder / name) != expected:
             yield f"{name}: sha256 differs from the record"
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name not in (own, MANIFEST):
+        if path.name not in files and path.name not in (own, RECORD, MANIFEST):
             yield f"{path.name}: not in the record"
 
 

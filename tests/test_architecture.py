@@ -46,6 +46,7 @@ ALLOWED = {
     "pipeline": None,
     "__main__": {"cli"},
     "bench": None,
+    "evaluation": None,
     "commands": None,
     "cli": {"commands", "config", "solvers", "structured", "pipeline", "report"},
 }

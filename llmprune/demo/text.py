@@ -65,11 +65,18 @@ def _topics(split: Split) -> Iterator[tuple[str, list[str]]]:
 
 def _source_docstrings(split: Split) -> Iterator[tuple[str, list[str]]]:
     root = Path(sysconfig.get_path("stdlib"))
+    for path in modules(split):
+        yield ".".join(path.with_suffix("").parts), list(_docstrings(root / path))
+
+
+def modules(split: Split) -> Iterator[Path]:
+    """The standard library's Python sources of one split, relative to its folder."""
+    root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        name = ".".join(parts)
-        if not _LEFT_OUT & set(parts) and split_of(name) == split:
-            yield name, list(_docstrings(path))
+        own = path.relative_to(root)
+        parts = own.with_suffix("").parts
+        if not _LEFT_OUT & set(parts) and split_of(".".join(parts)) == split:
+            yield own
 
 
 def _docstrings(path: Path) -> Iterator[str]:

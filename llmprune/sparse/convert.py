@@ -130,7 +130,7 @@ def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: 
 
 
 def _seal(folder: Path, manifest: dict[str, dict[str, object]]) -> None:
-    sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != RECORD}  # which may grow
     write_json(folder / PACKED, {"format": FORMAT, "version": VERSION, **manifest, "sha256": sums})
 
 

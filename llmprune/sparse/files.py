@@ -6,7 +6,7 @@ A packed folder has the files of its dense one (configuration, tokenizer, record
 - `format`: "llmprune-2of4"; `version`: 1.
 - `layers`: of each packed matrix, by its name in the dense checkpoint, its `shape` [rows, columns] and `dtype`.
 - `files`: of each `packed-*.safetensors`, the dense checkpoint's file whose tensors it holds.
-- `sha256`: of every file of the folder but itself.
+- `sha256`: of every file of the folder but itself and the run's record.
 
 A packed matrix NAME is two tensors. `NAME.values` (rows, columns / 2), of the matrix's dtype: the two kept values of each
 group of four consecutive weights of a row, in order. `NAME.codes` (rows, ceil(columns / 8)) uint8: four bits a group, the even
@@ -53,7 +53,7 @@ class PackedFolder:
     Attributes:
         layers: packed matrices, by their names in the dense checkpoint.
         files: of each file, the dense checkpoint's.
-        sums: sha256 of every file of the folder but the manifest.
+        sums: sha256 of every file of the folder but the manifest and the record.
         tensors: everything that the files hold.
     """
 

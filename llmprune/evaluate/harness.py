@@ -1,0 +1,127 @@
+"""lm-eval's tasks on a model in memory, through lm-eval itself (EleutherAI, lm-evaluation-harness)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.errors import InputError, reason, unknown
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """One metric of one task.
+
+    Attributes:
+        error: its standard error, as lm-eval estimates it; None where it does not.
+        size: how many documents it was measured on.
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    size: int
+    higher_is_better: bool
+    fewshot: int
+
+
+class Tasks:
+    """Tasks that lm-eval knows by these names.
+
+    Args:
+        path: a folder of further task files, in lm-eval's own layout.
+
+    Raises:
+        InputError: lm-eval is not installed, the folder is none, or a name is unknown.
+    """
+
+    def __init__(self, names: Sequence[str], path: Path | None) -> None:
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise InputError("tasks need lm-eval: pip install 'llmprune[eval]'") from None
+        if path is not None and not path.is_dir():
+            raise InputError(f"task path {path} is no folder")
+        self.names = list(names)
+        include = None if path is None else str(path)
+        self._manager = TaskManager(include_path=include, include_defaults=False)
+        if set(names) - set(self._manager.all_tasks):  # its own take seconds to list
+            self._manager = TaskManager(include_path=include)
+        for name in names:
+            if name not in self._manager.all_tasks:
+                raise unknown("task", name, self._manager.all_tasks)
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        limit: int | None,
+        fewshot: int | None,
+        seed: int,
+    ) -> list[TaskScore]:
+        """Every metric of every task.
+
+        Raises:
+            InputError: a task's data cannot be loaded, or it cannot be run.
+        """
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        with _quiet():
+            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            try:
+                found = lm_eval.simple_evaluate(
+                    model=harness, tasks=self.names, task_manager=self._manager, limit=limit, num_fewshot=fewshot,
+                    random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+                    log_samples=False,
+                )  # fmt: skip
+            except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"lm-eval cannot run {', '.join(self.names)}: {reason(error)}") from None
+        assert found is not None
+        return list(_scores(found))
+
+
+def _scores(found: Any) -> Iterator[TaskScore]:
+    for task, results in found["results"].items():
+        sizes = found.get("n-samples", {}).get(task)
+        for key, value in results.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = results.get(f"{metric}_stderr,{kind}")
+            higher = found.get("higher_is_better", {}).get(task, {}).get(metric, True)
+            yield TaskScore(
+                task,
+                metric if kind == "none" else f"{metric} ({kind})",
+                float(value),
+                float(error) if isinstance(error, (int, float)) else None,
+                int(sizes["effective"]) if sizes else 0,
+                bool(higher),
+                int(found.get("n-shot", {}).get(task) or 0),
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's log and bars out of what the user reads."""
+    log, level, bars = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level, os.environ.get("TQDM_DISABLE")
+    log.setLevel(logging.ERROR)
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bars is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = bars
