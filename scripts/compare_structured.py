@@ -111,7 +111,11 @@ def main() -> None:
     for cell in wanted[args.part[0] :: args.part[1]]:
         if (Path(args.model).name, *cell) in known:
             continue
-        row = measure(args.model, *cell, args.windows)
+        try:
+            row = measure(args.model, *cell, args.windows)
+        except llmprune.InputError as impossible:
+            print(f"{' '.join(cell):<40} left out: {impossible}", flush=True)
+            continue
         print(f"{' '.join(cell):<40} {row['excess_loss']:.4f}  {row['seconds']:.0f} s", flush=True)
         result["rows"].append(row)
         result |= {"date": date.today().isoformat(), "versions": versions()}

@@ -1,0 +1,167 @@
+"""llmprune beside llm-compressor: the same model, calibration tokens and patterns, turn about on one machine.
+
+    python scripts/compare_peers.py --output eval/results/peers.json [--model llama] [--threads 1]
+
+Makes a virtual environment for llm-compressor (from PyPI) in --environment and keeps it there. Each cell is a process of
+its own: it loads the model in float32, prunes it, and saves it; seconds are those of the pruning call, peak memory that of
+the process. Perplexity of all is then measured by the same code, on held-out text that no calibration saw. That both pruned
+the same matrices is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_methods import dense_perplexity, evaluation, load
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmprune.data import calibration_windows
+from llmprune.evaluate.perplexity import excess_loss, perplexity
+from llmprune.models.discover import find_blocks
+from llmprune.models.resolve import resolve
+from llmprune.report.record import versions
+
+PEER, TORCH = "llmcompressor==0.14.0.1", "torch==2.13.0"
+METHODS, PATTERNS = ("wanda", "sparsegpt"), ("2:4", "50%")
+
+_COMMON = """
+import json, resource, sys, time
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+folder, tokens, method, pattern, threads, out = sys.argv[1:]
+torch.set_num_threads(int(threads))
+ids = load_file(tokens)["ids"]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+{prune}
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+save_file({{name: value.clone() for name, value in model.state_dict().items()}}, out)
+print(json.dumps({{"seconds": seconds, "peak_memory_bytes": 1024 * peak, "version": version}}))
+"""
+_OURS = """
+import llmprune
+start = time.perf_counter()
+llmprune.prune(model, calibration=ids, sparsity=pattern, method=method, eval_text="none", batch_size=8)
+seconds, version = time.perf_counter() - start, llmprune.__version__
+"""
+_THEIRS = """
+from datasets import Dataset
+from llmcompressor import __version__ as version, oneshot
+from llmcompressor.modifiers.pruning import WandaPruningModifier
+from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
+kind = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
+structure = {"mask_structure": pattern} if ":" in pattern else {}
+recipe = kind(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"], **structure)
+rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+start = time.perf_counter()
+oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids),
+        shuffle_calibration_samples=False, batch_size=8, pipeline="sequential")
+seconds = time.perf_counter() - start
+"""
+
+
+def make_environment(folder: Path) -> Path:
+    """The Python of a virtual environment that has llm-compressor."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"making {folder} with {PEER}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", TORCH, PEER], check=True)
+    return python
+
+
+def run(python: Path, code: str, arguments: list[str]) -> dict[str, Any]:
+    """What a cell's process measured of itself."""
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if code is _THEIRS:
+        environment.pop("PYTHONPATH")
+    command = [str(python), "-c", _COMMON.format(prune=code), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"a cell failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def same_task(model: PreTrainedModel, tool: str) -> None:
+    """Half of the weights of the blocks' linear layers are zero, and none elsewhere: else the two do not compare."""
+    blocks = [module for block in find_blocks(model).values() for module in block.modules() if isinstance(module, nn.Linear)]
+    inside = 1 - sum(int(own.weight.count_nonzero()) for own in blocks) / sum(own.weight.numel() for own in blocks)
+    embeddings = model.get_parameter("model.embed_tokens.weight")
+    outside = 1 - int(embeddings.count_nonzero()) / embeddings.numel()
+    if abs(inside - 0.5) > 1e-3 or outside > 1e-3:
+        raise SystemExit(f"{tool} left {inside:.1%} zeros in the blocks and {outside:.1%} in the embeddings: not comparable")
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "# Beside llm-compressor",
+        "",
+        "Written by `scripts/compare_peers.py`. "
+        f"Model `{result['model']}`, dense perplexity {result['dense']:.2f}; {result['samples']} calibration windows of "
+        f"{result['length']} tokens, the same for both; {result['windows']} evaluation windows; float32, "
+        f"{result['threads']} CPU thread(s), {result['date']}.",
+        "",
+        "| pattern | method | tool | perplexity | excess loss | seconds | peak memory |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for cell in result["cells"]:
+        lines.append(
+            f"| {cell['pattern']} | {cell['method']} | {cell['tool']} {cell['version']} | {cell['perplexity']:.2f} | "
+            f"{cell['excess_loss']:.4f} | {cell['seconds']:.1f} | {cell['peak_memory_bytes'] / 2**20:,.0f} MiB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=100, help="evaluation windows of 512 tokens")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--environment", type=Path, default=Path(tempfile.gettempdir()) / "llmprune-peers")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    peer, folder = make_environment(args.environment), resolve(args.model).path
+    tokenizer, text = evaluation(folder, args.windows)
+    windows = calibration_windows("pydoc", tokenizer, samples=args.samples, seqlen=args.length, seed=0)
+    dense = dense_perplexity(folder, args.windows)
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(), "versions": versions(), "model": args.model, "dense": dense.value,
+        "samples": args.samples, "length": args.length, "windows": args.windows, "threads": args.threads, "cells": [],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens, saved = Path(scratch) / "tokens.safetensors", Path(scratch) / "model.safetensors"
+        save_file({"ids": windows.ids.contiguous()}, tokens)
+        for pattern in PATTERNS:
+            for method in METHODS:
+                for tool, python, code in (("llmprune", Path(sys.executable), _OURS), ("llm-compressor", peer, _THEIRS)):
+                    arguments = [str(folder), str(tokens), method, pattern, str(args.threads), str(saved)]
+                    cell = {"pattern": pattern, "method": method, "tool": tool, **run(python, code, arguments)}
+                    model = load(folder)
+                    with torch.no_grad():
+                        model.load_state_dict(load_file(saved))
+                    same_task(model, tool)
+                    found = perplexity(model, text)
+                    cell |= {"perplexity": found.value, "excess_loss": excess_loss(dense, found)}
+                    result["cells"].append(cell)
+                    args.output.write_text(json.dumps(result, indent=1) + "\n")
+                    print(json.dumps(cell), flush=True)
+    args.output.with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
