@@ -18,9 +18,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmprune.errors import InputError, plain_errors
-from llmprune.evaluate.speed import bytes_per_second, copies, graphed, side_by_side
+from llmprune.evaluate.speed import bytes_per_second, side_by_side
 from llmprune.kernels import dispatch
 from llmprune.kernels.reference import Packed
+from llmprune.kernels.timing import copies, graphed
 from llmprune.pipeline import load
 from llmprune.report.record import versions
 from llmprune.sparse.layer import Sparse24Linear, nbytes, sparse_layers
@@ -28,6 +29,7 @@ from llmprune.sparse.layer import Sparse24Linear, nbytes, sparse_layers
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 BATCHES = (1, 8, 32)
 _STEPS = 16  # tokens that are decoded
+_FEW = 32  # tokens at most, in decoding
 _GAIN = 1.05  # what is called faster
 
 
@@ -111,7 +113,7 @@ def bench(
     """
     if min((*tokens, *batches, length), default=0) < 1:
         raise InputError("tokens, batches and length must be at least 1")
-    with torch.no_grad(), plain_errors():
+    with torch.no_grad(), plain_errors("measure fewer --tokens and --batches, or a shorter --length"):
         packed = load(folder, device=device, dtype=dtype)
         layers = sparse_layers(packed)
         if not layers:
@@ -151,13 +153,16 @@ def layer_times(
     many = copies(size, device)
     denses = [weight.clone() for _ in range(many)]
     packeds = [Packed(packed.values.clone(), packed.meta.clone(), packed.columns) for _ in range(many)]
+    blobs = [None if layer.blob is None else layer.blob.clone() for _ in range(many)]
     multiply = [functional.linear, *([_tuned()] if device.type == "cuda" else [])]
     found = []
     for number in tokens:
         x = torch.randn(number, layer.in_features, device=device, dtype=weight.dtype)
         dispatch.linear24(x, packed, None, layer.blob)  # measures the road before a graph is captured
+        torch._dynamo.reset()  # else its search stops after a few sizes
         sides = [graphed([partial(one, x, own) for own in denses], device) for one in multiply]
-        sides.append(graphed([partial(dispatch.linear24, x, own, None, layer.blob) for own in packeds], device))
+        pairs = zip(packeds, blobs, strict=True)
+        sides.append(graphed([partial(dispatch.linear24, x, own, None, blob) for own, blob in pairs], device))
         *dense, sparse = (seconds / many for seconds in side_by_side(sides, device))
         found.append(LayerTime(layer.out_features, layer.in_features, count, number, min(dense), sparse, weight.nbytes, size))
     return found
@@ -178,8 +183,9 @@ def model_times(
     models, both = (dense, packed), partial(side_by_side, device=device, turns=3)
     prompts = both([partial(model, ids, use_cache=False, logits_to_keep=1) for model in models])
     runs = both([partial(_generate, model, ids, new) for new in (1, 1 + _STEPS) for model in models])
-    steps = [max(long - short, 1e-9) / _STEPS for short, long in zip(runs[:2], runs[2:], strict=True)]
-    return [ModelTime("prefill", batch, batch * length, *prompts), ModelTime("decode", batch, batch, *steps)]
+    steps = [(long - short) / _STEPS for short, long in zip(runs[:2], runs[2:], strict=True)]
+    found = [ModelTime("prefill", batch, batch * length, *prompts)]
+    return found + ([ModelTime("decode", batch, batch, *steps)] if min(steps) > 0 else [])  # else too short to be seen
 
 
 def _generate(model: Any, ids: Tensor, new: int) -> None:
@@ -201,7 +207,7 @@ def advice(device: torch.device, layers: Sequence[LayerTime], whole: Sequence[Mo
     said = [f"Packed weights take {sizes['packed'] / sizes['dense']:.0%} of the dense ones' memory ({_mib(sizes)})."]
     if device.type == "cpu":
         said.append(
-            "On a CPU a packed layer is unpacked for every call, so it is slower than dense: it saves memory and nothing else. "
+            "On a CPU a packed layer is unpacked for every call, so it is slower than dense. "
             "For speed here load with dense=True, or remove heads and neurons instead; for 2:4 use a GPU."
         )
         return said
@@ -213,10 +219,10 @@ def advice(device: torch.device, layers: Sequence[LayerTime], whole: Sequence[Mo
             said.append(f"{phase.capitalize()} is faster: {', '.join(gains)}.")
         if losses:
             said.append(f"2:4 does not speed up {phase} at batch {', '.join(losses)} on this device.")
-        slow = [time for time in layers if (time.tokens <= 32) == few and time.speedup < 1]
+        slow = [time for time in layers if (time.tokens <= _FEW) == few and time.speedup < 1]
         if slow:
             shapes = dict.fromkeys(f"{time.rows} x {time.columns}" for time in slow)
-            said.append(f"Layers too small to gain in {phase}: {', '.join(shapes)}.")
+            said.append(f"Layers that are slower than dense in {phase}: {', '.join(shapes)}.")
     return said
 
 

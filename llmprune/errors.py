@@ -49,16 +49,16 @@ def user_path(text: str | Path, what: str) -> Path:
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Say in one line what the machine denied: a file, disk space or memory."""
+def plain_errors(hint: str = "lower --batch-size, --samples or --seqlen") -> Iterator[None]:
+    """Say in one line what the machine denied: a file, disk space or memory, and for memory what may help."""
     try:
         yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise InputError(f"cannot read or write {where}{error.strerror or reason(error)}") from None
     except MemoryError:
-        raise InputError("out of memory; lower --batch-size, --samples or --seqlen") from None
+        raise InputError(f"out of memory; {hint}") from None
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
-        raise InputError(f"out of memory; lower --batch-size, --samples or --seqlen ({reason(error)})") from None
+        raise InputError(f"out of memory; {hint} ({reason(error)})") from None

@@ -103,7 +103,7 @@ def evaluate(
             raise InputError(f"{name} must be at least {1 if name != 'seqlen' else 2}")
     if fewshot is not None and fewshot < 0:
         raise InputError(f"fewshot {fewshot} is impossible: give 0 or more")
-    with torch.no_grad(), plain_errors():
+    with torch.no_grad(), plain_errors("lower --batch-size or --seqlen"):
         harness = Tasks(tasks, None if task_path is None else user_path(task_path, "task path")) if tasks else None
 
         names = [str(model), *([] if baseline is None else [str(baseline)])]

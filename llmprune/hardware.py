@@ -46,15 +46,15 @@ def operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.ones(side, side, device=device, dtype=dtype)
     best = 0.0
     for _ in range(3):  # the first warms up
-        _finished(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ a
-        _finished(device)
+        synchronize(device)
         best = max(best, 2 * side**3 / (time.perf_counter() - start))
     return best
 
 
-def _finished(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for what the device has been told to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

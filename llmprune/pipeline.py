@@ -447,8 +447,8 @@ def load(model: str | Path, *, device: str = "auto", dtype: str | torch.dtype = 
     """A model that llmprune wrote, or any other: a bundled name, a folder or a Hub id, in eval mode.
 
     Linear layers that are 2:4, in a packed folder or a dense one, become `Sparse24Linear`: packed in memory, for inference. On
-    a CPU that saves memory and costs time. What stays dense in the blocks is listed in a warning. All else is as
-    `from_pretrained` loads it; needed, too, where `--per-layer` made layers of different sizes.
+    a CPU that saves memory and costs time. What stays dense in the blocks is listed in a warning. Models without such
+    layers load as `from_pretrained` loads them; needed, too, where `--per-layer` made layers of different sizes.
 
     Args:
         device: `auto` is CUDA where there is one, else the CPU.
@@ -458,7 +458,7 @@ def load(model: str | Path, *, device: str = "auto", dtype: str | torch.dtype = 
     Raises:
         InputError: it cannot be loaded, in one line.
     """
-    with plain_errors():
+    with plain_errors("free some, or load on another device"):
         folder = resolve(str(model))
         config, where = load_config(folder.path), pick_device(device)
         compute = _dtype(dtype, where, config)

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_methods import dense_perplexity, evaluation, load
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmprune.comparison import dense_perplexity, evaluation, load
 from llmprune.data import calibration_windows
 from llmprune.evaluate.perplexity import excess_loss, perplexity
 from llmprune.models.discover import find_blocks

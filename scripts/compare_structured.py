@@ -16,9 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from compare_methods import dense_perplexity, evaluation
-
 import llmprune
+from llmprune.comparison import dense_perplexity, evaluation
 from llmprune.config import LAYER_SCORES
 from llmprune.evaluate.perplexity import excess_loss, perplexity
 from llmprune.models.resolve import resolve

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import llmprune
 from llmprune.bench import layer_times, model_times
-from llmprune.evaluate.speed import bytes_per_second, synchronize
-from llmprune.hardware import operations_per_second
+from llmprune.evaluate.speed import bytes_per_second
+from llmprune.hardware import operations_per_second, synchronize
 from llmprune.kernels import cusparselt, decode, decompress, reference
 from llmprune.models.discover import find_blocks
 from llmprune.patterns import NM
@@ -76,13 +76,14 @@ def check(device: torch.device, *, fast: bool) -> list[dict[str, Any]]:
             w = two_of_four(rows, columns, dtype, device)
             packed, name = reference.pack(w), f"{rows}x{columns} {dtype}"
             bias = torch.randn(rows, device=device).to(dtype)
-            for tokens in (1, 3, 8, 16, 17, 32):
+            for tokens, stages in ((1, 1), (3, 1), (8, 2), (16, 1), (17, 2), (32, 1)):
                 x = torch.randn(tokens, columns, device=device).to(dtype)
-                run = partial(decode.decode24, x, packed.values, packed.meta, bias, processors=processors, fast=fast)
-                record("decode", f"{name} x {tokens}", run, x.double() @ w.double().T + bias.double(), bound)
+                own: dict[str, Any] = {"processors": processors, "fast": fast, "stages": stages}
+                run = partial(decode.decode24, x, packed.values, packed.meta, bias, **own)
+                record("decode", f"{name} x {tokens}, {stages} stages", run, x.double() @ w.double().T + bias.double(), bound)
             run = partial(decompress.decompress24, packed.values, packed.meta, packed.columns, fast=fast)
             record("decompress", name, run, w.double(), 0.0)
-            if device.type == "cuda" and cusparselt.supported(rows, columns, dtype):
+            if cusparselt.supported(rows, columns, dtype, device):
                 x = torch.randn(300, columns, device=device).to(dtype)
                 run = partial(cusparselt.multiply, x, cusparselt.compress(w), bias)
                 record("cusparselt", name, run, x.double() @ w.double().T + bias.double(), bound)

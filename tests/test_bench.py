@@ -35,7 +35,8 @@ def test_every_shape_and_batch_is_measured(saved, tmp_path: Path) -> None:
     wide = next(one for one in found.layers if one.columns == 48)
     assert wide.dense_bytes == 32 * 48 * 2
     assert "On a CPU" in found.advice[1]
-    assert found.weights["dense"] == 2 * llmprune.load(tmp_path / "source", device="cpu", dense=True).num_parameters()
+    dense = llmprune.load(tmp_path / "source", device="cpu", dense=True)
+    assert 2 * dense.num_parameters() <= found.weights["dense"] <= 2 * dense.num_parameters() + 100  # rotary frequencies
     assert set(told) >= {"layer 48 x 32", "whole model, batch 2"}
     json.dumps(found.as_dict())
 
@@ -56,7 +57,7 @@ def test_advice_names_what_helps_and_what_does_not() -> None:
     assert "Decode is faster: 1.40x at batch 1." in said
     assert "does not speed up decode at batch 8 (1.00x)" in said
     assert "does not speed up prefill at batch 1 (0.90x)" in said
-    assert "Layers too small to gain in decode: 64 x 64." in said
+    assert "Layers that are slower than dense in decode: 64 x 64." in said
     assert "60%" in said
 
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
+from llmprune.hardware import synchronize
+from llmprune.kernels.timing import Call
+
 _LEAST, _TURNS = 0.02, 5  # seconds that a turn takes at least; turns of each side
 _COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
-Call = Callable[[], Any]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what the device has been told to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def side_by_side(sides: Sequence[Call], device: torch.device, *, turns: int = _TURNS) -> list[float]:
@@ -43,34 +38,6 @@ def _timed(side: Call, count: int, device: torch.device) -> float:
         side()
     synchronize(device)
     return (time.perf_counter() - start) / count
-
-
-def graphed(calls: Sequence[Call], device: torch.device) -> Call:
-    """All calls in a row: on a GPU as one CUDA graph, so that launching them costs nothing."""
-
-    def row() -> None:
-        for call in calls:
-            call()
-
-    if device.type != "cuda":
-        return row
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # as torch asks: warm up on the side
-        row()
-        row()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        row()
-    return graph.replay
-
-
-def copies(nbytes: int, device: torch.device) -> int:
-    """How many matrices of so many bytes are more than three times the device's cache, so that none is found in it."""
-    if device.type != "cuda":
-        return 1
-    return 3 * torch.cuda.get_device_properties(device).L2_cache_size // max(nbytes, 1) + 1
 
 
 def bytes_per_second(device: torch.device) -> float:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_SPARSE_CORES = (8, 0)  # devices from here on have them
 _MULTIPLE_OF_SIDES, _MULTIPLE_OF_TOKENS = 16, 8  # for 16-bit numbers, as torch.sparse has them
 
 
-def supported(rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether this torch, on its current device, can take such a matrix this way."""
+def supported(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch, on this device, may take such a matrix this way."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _SPARSE_CORES:
+        return False
     sides = rows % _MULTIPLE_OF_SIDES == 0 and columns % _MULTIPLE_OF_SIDES == 0
     return sides and dtype.itemsize == 2 and torch.backends.cusparselt.is_available()
 
@@ -25,5 +28,6 @@ def compress(dense: Tensor) -> Tensor:
 
 def multiply(x: Tensor, blob: Tensor, bias: Tensor | None) -> Tensor:
     """x (tokens, columns) times the matrix's transpose, plus the bias: (tokens, rows)."""
-    padded = functional.pad(x, (0, 0, 0, -len(x) % _MULTIPLE_OF_TOKENS))
-    return torch.ops.aten._cslt_sparse_mm(blob, padded.t(), bias).t()[: len(x)]
+    short = -len(x) % _MULTIPLE_OF_TOKENS
+    padded = functional.pad(x, (0, 0, 0, short)) if short else x.contiguous()
+    return torch.ops.aten._cslt_sparse_mm(blob, padded.t(), bias).t()[: len(x)].contiguous()

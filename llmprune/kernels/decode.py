@@ -86,12 +86,15 @@ def _add_up(partial_ptr, bias_ptr, y_ptr, count, N, SPLITS: tl.constexpr, BIAS: 
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=there)
 
 
-def decode24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, *, processors: int, fast: bool) -> Tensor:
+def decode24(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, *, processors: int, fast: bool, stages: int = 1
+) -> Tensor:
     """x (tokens, columns) times Wᵀ, plus the bias, (tokens, rows), for at most `MOST` tokens.
 
     Args:
         values, meta: as in `reference.Packed`, 16-bit.
         processors: multiprocessors of the device.
+        stages: of the pipeline that loads; two take 139 KiB of shared memory at most, one 17.
         fast: with PTX and tensor cores in 16 bits; else in float32, by means that Triton's interpreter knows.
     """
     x = x.contiguous()
@@ -104,7 +107,7 @@ def decode24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, *, pr
     padded = next(size for size in (8, 16, 32) if size >= tokens)
     _decode[blocks, splits](
         values.view(torch.int32), meta, x, partial, tokens, rows, columns, chunks, each,
-        ROWS=_ROWS, WORDS=width, TOKENS=padded, FAST=fast, num_warps=8, num_stages=2,
+        ROWS=_ROWS, WORDS=width, TOKENS=padded, FAST=fast, num_warps=8, num_stages=stages,
     )  # fmt: skip
     y = torch.empty(tokens, rows, dtype=x.dtype if fast else torch.float32, device=x.device)  # the interpreter rounds wrongly
     size = 1024

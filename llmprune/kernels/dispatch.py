@@ -2,7 +2,7 @@
 
 Roads: `decode` (a kernel for few tokens), `decompress` (a kernel writes the dense matrix, then cuBLAS), `cusparselt` (the
 sparse tensor cores, through torch) and, everywhere, `reference`. Each is checked against the reference before it may be
-chosen.
+remembered; while a CUDA graph is captured nothing can be measured, and what is not known yet takes a Triton road.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmprune import __version__
+from llmprune.hardware import synchronize
 from llmprune.kernels import cusparselt, reference
 from llmprune.kernels.reference import Packed
+from llmprune.kernels.timing import copies, graphed
 
 _BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; more are as the last
 _TOLERANCE = 2e-2  # of the largest output: 16-bit outputs of float32 sums
-_RUNS = 20
+_RUNS = 10
+_TWO_STAGES = 160 * 1024  # bytes of shared memory
 Road = Callable[[Tensor, Packed, "Tensor | None", "Tensor | None"], Tensor]
 
 
@@ -36,16 +39,18 @@ def linear24(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None
     Args:
         blob: the same matrix as cuSPARSELt wants it, if there is such a copy.
     """
-    if x.device.type != "cuda" or packed.values.dtype.itemsize != 2 or not has_triton():
+    if x.device.type != "cuda" or packed.values.dtype.itemsize != 2 or not len(x) or not has_triton():
         return reference.linear24(x, packed, bias)
-    return _roads()[_choose(x, packed, blob)](x, packed, bias, blob)
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        return _roads()[_choose(x, packed, blob)](x, packed, bias, blob)
 
 
 def wants_blob(packed: Packed, blob: Tensor) -> bool:
     """Whether some number of tokens takes the road through cuSPARSELt, where there is a blob."""
     sizes = [size for size in _BUCKETS if size > _most()]
-    x = blob.new_empty(sizes[-1], packed.columns, dtype=packed.values.dtype).normal_()
-    return "cusparselt" in {_choose(x[:size], packed, blob) for size in sizes}
+    x = _random(sizes[-1], packed)
+    with torch.cuda.device(blob.device):
+        return "cusparselt" in {_choose(x[:size], packed, blob) for size in sizes}
 
 
 @cache
@@ -65,8 +70,10 @@ def _roads() -> dict[str, Road]:
     from llmprune.kernels import decode, decompress  # need Triton
 
     def by_decode(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None) -> Tensor:
-        count = torch.cuda.get_device_properties(x.device).multi_processor_count
-        return decode.decode24(x, packed.values, packed.meta, bias, processors=count, fast=True)
+        own = torch.cuda.get_device_properties(x.device)
+        stages = 2 if own.shared_memory_per_block_optin >= _TWO_STAGES else 1
+        processors = own.multi_processor_count
+        return decode.decode24(x, packed.values, packed.meta, bias, processors=processors, fast=True, stages=stages)
 
     def by_decompress(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None) -> Tensor:
         dense = decompress.decompress24(packed.values, packed.meta, packed.columns, fast=True)
@@ -90,7 +97,7 @@ def _choose(x: Tensor, packed: Packed, blob: Tensor | None) -> str:
     if key not in table:
         if torch.cuda.is_current_stream_capturing():  # nothing may be measured now
             return "decode" if len(x) <= _most() else "decompress"
-        table[key] = _fastest(x.new_empty(bucket, packed.columns).normal_(), packed, blob)
+        table[key] = _fastest(_random(bucket, packed).to(x.dtype), packed, blob)
         _remember(x.device, table)
     road = table[key]
     return "decompress" if road == "decode" and len(x) > _most() else road
@@ -102,6 +109,13 @@ def _most() -> int:
     return MOST
 
 
+def _random(tokens: int, packed: Packed) -> Tensor:
+    """Inputs that leave the user's own random numbers as they are."""
+    values = packed.values
+    generator = torch.Generator(values.device).manual_seed(0)
+    return torch.randn(tokens, packed.columns, generator=generator, device=values.device, dtype=values.dtype)
+
+
 def _fastest(x: Tensor, packed: Packed, blob: Tensor | None) -> str:
     """The quickest road that gives the right result."""
     right = reference.linear24(x, packed, None).float()
@@ -111,23 +125,28 @@ def _fastest(x: Tensor, packed: Packed, blob: Tensor | None) -> str:
             continue
         try:
             gap = float((road(x, packed, None, blob).float() - right).abs().max())
-        except RuntimeError:  # Triton and CUDA raise what they like: a road that cannot be driven is not taken
+            if gap <= _TOLERANCE * float(right.abs().max()):
+                seconds[name] = _measured(road, x, packed, blob)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # noqa: BLE001  Triton and CUDA raise what they like: such a road is not taken
             continue
-        if gap <= _TOLERANCE * float(right.abs().max()):
-            seconds[name] = _measured(partial(road, x, packed, None, blob))
-    return min(seconds, key=lambda name: seconds[name])
+    return min(seconds, key=lambda name: seconds[name], default="reference")
 
 
-def _measured(run: Callable[[], Any]) -> float:
-    """Seconds of one call, the least of several rows of calls."""
+def _measured(road: Road, x: Tensor, packed: Packed, blob: Tensor | None) -> float:
+    """Seconds of one call, in a CUDA graph over copies of the matrix; the least of several replays."""
+    many = copies(packed.values.nbytes + packed.meta.nbytes, x.device)
+    mats = [Packed(packed.values.clone(), packed.meta.clone(), packed.columns) for _ in range(many)]
+    blobs = [None if blob is None else blob.clone() for _ in mats]
+    replay = graphed([partial(road, x, own, None, twin) for own, twin in zip(mats, blobs, strict=True)], x.device)
     best = float("inf")
-    for _ in range(3):
-        torch.cuda.synchronize()
+    for _ in range(_RUNS):
+        synchronize(x.device)
         start = time.perf_counter()
-        for _ in range(_RUNS):
-            run()
-        torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / _RUNS)
+        replay()
+        synchronize(x.device)
+        best = min(best, (time.perf_counter() - start) / many)
     return best
 
 
@@ -136,20 +155,21 @@ def _table(device: torch.device) -> dict[str, str]:
     """What was measured on such a device before, by these versions; shared by all that use it in this process."""
     try:
         found = json.loads(_file(device).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):
         return {}
-    return {key: road for key, road in found.items() if road in _roads()} if isinstance(found, dict) else {}
+    known = found.items() if isinstance(found, dict) else ()
+    return {key: road for key, road in known if isinstance(road, str) and road in _roads()}
 
 
 def _remember(device: torch.device, table: dict[str, str]) -> None:
     """Write the table, whole or not at all; a cache that cannot be written is no error."""
-    path = _file(device)
     try:
+        path = _file(device)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as stream:
             json.dump(table, stream, indent=1, sort_keys=True)
         Path(stream.name).replace(path)
-    except OSError:
+    except (OSError, RuntimeError):
         pass
 
 
@@ -157,5 +177,5 @@ def _file(device: torch.device) -> Path:
     import triton
 
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} triton {triton.__version__}"
+    name = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} triton {triton.__version__} {__version__}"
     return root / "llmprune" / f"{''.join(c if c.isalnum() else '-' for c in name)}.json"

@@ -35,11 +35,6 @@ class Packed:
     columns: int
 
 
-def nbytes(rows: int, columns: int, dtype: torch.dtype) -> int:
-    """Bytes of a matrix as it is stored on disk."""
-    return rows * (columns // 2 * dtype.itemsize + -(-columns // 8))
-
-
 def violation(weight: Tensor) -> str | None:
     """Why a matrix (rows, columns) is not 2:4; None if it is."""
     if weight.shape[1] % 4:
@@ -69,8 +64,14 @@ def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
         key += (one != 0).long() << i
         key += ((one == 0) & one.signbit()).long() << (4 + i)
     codes = _codes(weight.device)[key]
-    places = torch.tensor(POSITIONS, device=weight.device)[codes.long()]
+    places = _places(weight.device)[codes.long()]
     return groups.gather(-1, places).flatten(1).contiguous(), codes
+
+
+@cache
+def _places(device: torch.device) -> Tensor:
+    """Where the two values of a group stand, by code; kept, as nothing may be copied to a device while a graph is captured."""
+    return torch.tensor(POSITIONS, device=device)
 
 
 @cache
@@ -130,16 +131,15 @@ def expand(values: Tensor, codes: Tensor) -> Tensor:
     """The matrix of values (rows, columns / 2) and codes (rows, columns / 4)."""
     if values.dtype.itemsize == 2:
         return _expand_half(values, codes)
-    places = torch.tensor(POSITIONS, device=values.device)[codes.long()]
+    places = _places(values.device)[codes.long()]
     dense = values.new_zeros(*codes.shape, 4)
     return dense.scatter_(-1, places, values.unflatten(1, (-1, 2))).flatten(1)
 
 
 def _expand_half(values: Tensor, codes: Tensor) -> Tensor:
     """16-bit values: a group is one 64-bit word into which its two values are shifted."""
-    shifts = torch.tensor([[16 * place for place in pair] for pair in POSITIONS], device=values.device)
     pair = values.contiguous().view(torch.int16).unflatten(1, (-1, 2)).long() & 0xFFFF
-    where = shifts[codes.long()]
+    where = 16 * _places(values.device)[codes.long()]
     word = (pair[..., 0] << where[..., 0]) | (pair[..., 1] << where[..., 1])
     return word.view(values.dtype)
 
@@ -148,9 +148,8 @@ def linear24(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """`x` (..., columns) times the matrix's transpose, plus `bias`: (..., rows)."""
     rows = len(packed.values)
     step = max(_TILE // max(packed.columns, 1), 1)
-    parts = [
-        functional.linear(x, unpack(Packed(packed.values[i : i + step], packed.meta[i : i + step], packed.columns)))
-        for i in range(0, rows, step)
-    ]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return y if bias is None else y + bias
+    parts = []
+    for i in range(0, rows, step):
+        tile = Packed(packed.values[i : i + step], packed.meta[i : i + step], packed.columns)
+        parts.append(functional.linear(x, unpack(tile), None if bias is None else bias[i : i + step]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

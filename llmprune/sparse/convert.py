@@ -15,15 +15,22 @@ from llmprune.errors import InputError, plain_errors, user_path
 from llmprune.models.checkpoint import INDEX, PACKED, Checkpoint, read_header
 from llmprune.models.resolve import resolve
 from llmprune.models.skeleton import Skeleton, load_config
-from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, linears, pack_tensors, why_dense
+from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, pack_tensors, why_dense
 from llmprune.stream.publish import RECORD, check_output, copy_extras, published, sha256, write_json
 
-_CARD = "README.md"
-_NOTE = """
-<!-- packed -->
-**Packed.** 2:4 matrices are stored as values and codes. Load this folder with `llmprune.load(folder)`; transformers do not read
-it. `llmprune unpack` gives back the dense model.
-<!-- /packed -->
+_CARD, _DENSE_CARD = "README.md", "README.dense.md"
+_NOTE = f"""
+# A packed 2:4 model
+
+Matrices that are 2:4 are stored as values and codes. transformers do not read this folder; llmprune does:
+
+```python
+import llmprune
+
+model = llmprune.load(FOLDER)  # dense=True for plain layers
+```
+
+`llmprune unpack` gives back the dense model, whose card is `{_DENSE_CARD}`.
 """
 
 
@@ -33,7 +40,7 @@ class Converted:
 
     Attributes:
         layers: how many matrices are packed.
-        dense: linear layers of the blocks that are not, and why.
+        dense: matrices of the blocks that are not, and why.
         before, after: bytes of the packed matrices, dense and packed.
         total_before, total_after: bytes of all tensors.
     """
@@ -60,7 +67,7 @@ def pack(
         InputError: no linear layer is 2:4, or a folder cannot be read or written; nothing is left behind.
     """
     output = user_path(output, "output")
-    with plain_errors():
+    with plain_errors("free some, or use a machine with more"):
         source = resolve(str(folder)).path
         if (source / PACKED).is_file():
             raise InputError(f"{source} is packed already")
@@ -71,13 +78,11 @@ def pack(
         with published(output, overwrite=overwrite) as partial:
             found = _pack_files(skeleton, linear, partial, tell)
             if not found.layers:
-                some = next(iter(found.dense.items()), ("the model", "it has no linear layers"))
-                raise InputError(f"no layer of {source} is 2:4 ({some[0]}: {some[1]}): prune it with --sparsity 2:4 first")
+                raise _nothing(source, found.dense, linear)
             copy_extras(source, partial)
-            for name in (RECORD, _CARD):
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, partial / name)
-            _note(partial / _CARD)
+            if (source / RECORD).is_file():
+                shutil.copyfile(source / RECORD, partial / RECORD)
+            _write_card(source, partial)
             _seal(partial, found.manifest)
         return found.converted(output)
 
@@ -102,7 +107,7 @@ class _Packing:
 
 def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: Callable[[str], None] | None) -> _Packing:
     """Every file of the checkpoint, packed."""
-    checkpoint, found = skeleton.checkpoint, _Packing({"layers": {}, "files": {}}, {})
+    checkpoint, found = skeleton.checkpoint, _Packing({"layers": {}, "files": {}}, left_dense(skeleton))
     files = sorted({info.file for info in checkpoint.tensors.values()})
     for number, file in enumerate(files, 1):
         written: dict[str, Tensor] = {}
@@ -129,16 +134,27 @@ def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: 
     return found
 
 
+def _nothing(source: Path, dense: dict[str, str], linear: dict[str, str]) -> InputError:
+    """Why nothing was packed."""
+    own = [(name, why) for name, why in dense.items() if name in linear.values()]
+    if not own:
+        name, why = next(iter(dense.items()), ("it", "no matrix of a block is known"))
+        return InputError(f"nothing of {source} can be packed: only linear layers can ({name}: {why})")
+    return InputError(f"no layer of {source} is 2:4 ({own[0][0]}: {own[0][1]}): prune it with --sparsity 2:4 first")
+
+
 def _seal(folder: Path, manifest: dict[str, dict[str, object]]) -> None:
     sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != RECORD}  # which may grow
     write_json(folder / PACKED, {"format": FORMAT, "version": VERSION, **manifest, "sha256": sums})
 
 
-def _note(card: Path) -> None:
-    """Say on the model card that the folder is packed, after the metadata that the Hub reads."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    head, mark, rest = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
-    card.write_text(head + mark + _NOTE + rest, encoding="utf-8")
+def _write_card(source: Path, folder: Path) -> None:
+    """A card that says how to load the packed folder, with the metadata of the dense one's, which is kept beside it."""
+    text = (source / _CARD).read_text(encoding="utf-8") if (source / _CARD).is_file() else ""
+    head, mark, _ = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
+    (folder / _CARD).write_text(head + mark + _NOTE, encoding="utf-8")
+    if text:
+        (folder / _DENSE_CARD).write_text(text, encoding="utf-8")
 
 
 def unpack(
@@ -150,7 +166,7 @@ def unpack(
         InputError: the folder is not packed, not whole, or cannot be written; nothing is left behind.
     """
     folder, output = user_path(folder, "folder"), user_path(output, "output")
-    with plain_errors():
+    with plain_errors("free some, or use a machine with more"):
         if not (folder / PACKED).is_file():
             raise InputError(f"{folder} holds no {PACKED}: give a folder that llmprune pack wrote")
         packed = PackedFolder.open(folder)
@@ -167,10 +183,8 @@ def unpack(
             copy_extras(folder, partial)
             if (folder / RECORD).is_file():
                 shutil.copyfile(folder / RECORD, partial / RECORD)
-            if (folder / _CARD).is_file():
-                text = (folder / _CARD).read_text(encoding="utf-8").replace(_NOTE, "", 1)
-                if text:
-                    (partial / _CARD).write_text(text, encoding="utf-8")
+            if (folder / _DENSE_CARD).is_file():
+                shutil.copyfile(folder / _DENSE_CARD, partial / _CARD)
     sizes = {name: packed.tensors[name].nbytes for name in packed.tensors}
     after = sum(view.tensors[name].nbytes for name in packed.layers)
     before = sum(sizes.values()) - sum(sizes[name] for name in packed.others())

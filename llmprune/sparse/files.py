@@ -177,6 +177,16 @@ def why_dense(name: str, weight: Tensor, linear: Mapping[str, str]) -> str | Non
     return violation(weight)
 
 
+def left_dense(skeleton: Skeleton) -> dict[str, str]:
+    """Matrices of the blocks that are in no linear layer, and so are never packed, and why."""
+    return {
+        site.name: "stored transposed" if site.transposed else "an expert's, one of several in a tensor"
+        for block in skeleton.describe()
+        for site in block.sites
+        if site.transposed or site.part
+    }
+
+
 def pack_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
     """The two tensors of a packed matrix, as they are stored."""
     values, codes = compress(weight)

@@ -30,21 +30,17 @@ class Fused(nn.Module):
         self.whole = Sparse24Linear(packed, torch.cat(biases) if biases else None)
         ends = torch.tensor([0, *(layer.out_features for layer in layers)]).cumsum(0).tolist()
         self.places = list(pairwise(ends))
-        self._inputs: Tensor | None = None
-        self._outputs: Tensor | None = None
-        self._left: list[int] = []
+        self._kept: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
 
     def part(self, x: Tensor, number: int) -> Tensor:
         """What layer `number` puts out for `x`."""
-        if self._inputs is not x or number not in self._left:
-            self._inputs, self._outputs, self._left = x, self.whole(x), list(range(len(self.places)))
-        assert self._outputs is not None
+        kept = self._kept  # one object: another thread may put its own there meanwhile
+        if kept is None or kept[0] is not x or number not in kept[2]:
+            kept = (x, self.whole(x), tuple(range(len(self.places))))
+        left = tuple(other for other in kept[2] if other != number)
+        self._kept = (kept[0], kept[1], left) if left else None
         start, end = self.places[number]
-        found = self._outputs[..., start:end]
-        self._left = [other for other in self._left if other != number]
-        if not self._left:
-            self._inputs = self._outputs = None
-        return found
+        return kept[1][..., start:end]
 
 
 class FusedPart(nn.Module):
@@ -67,9 +63,8 @@ class FusedPart(nn.Module):
         return self.fused.part(x, self.number)
 
 
-def fuse(model: nn.Module) -> int:
-    """Fuse what can be, in place; returns how many products that saves a token."""
-    saved = 0
+def fuse(model: nn.Module) -> None:
+    """Fuse what can be, in place. The state of a fused model has other names than that of one that is not."""
     for name, parent in list(model.named_modules()):
         for names in _TOGETHER:
             layers = [layer for own in names if isinstance(layer := getattr(parent, own, None), Sparse24Linear)]
@@ -77,8 +72,6 @@ def fuse(model: nn.Module) -> int:
                 fused = Fused(layers)
                 for number, own in enumerate(names):
                     replace_module(model, f"{name}.{own}" if name else own, FusedPart(fused, number))
-                saved += len(names) - 1
-    return saved
 
 
 def _alike(layers: Sequence[Sparse24Linear]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from llmprune.kernels import cusparselt, dispatch
@@ -14,6 +16,7 @@ class Sparse24Linear(nn.Module):
 
     Attributes:
         values, meta: buffers, as in `kernels.reference.Packed`.
+        blob: the same again as cuSPARSELt wants it, where that was measured to be worth it; not saved.
         bias: a buffer (out,), or None.
         weight: the dense matrix (out, in), unpacked anew each time.
     """
@@ -46,12 +49,23 @@ class Sparse24Linear(nn.Module):
 
     def prepare(self) -> None:
         """On a GPU, measure which road is quickest for how many tokens, and make what that road needs."""
-        rows, columns, dtype = self.out_features, self.in_features, self.values.dtype
-        if self.values.device.type != "cuda" or not dispatch.has_triton() or not cusparselt.supported(rows, columns, dtype):
+        rows, columns, values = self.out_features, self.in_features, self.values
+        if not dispatch.has_triton() or not cusparselt.supported(rows, columns, values.dtype, values.device):
             return
-        self.blob = cusparselt.compress(self.weight)
-        if not dispatch.wants_blob(self.packed, self.blob):
+        try:
+            blob = cusparselt.compress(self.weight)
+        except RuntimeError:  # this cuSPARSELt does not drive this device
+            return
+        if dispatch.wants_blob(self.packed, blob):
+            self.blob = blob
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
+        """As for any module; the copy for cuSPARSELt, which is no plain number, does not survive another dtype."""
+        before = self.values.dtype
+        super()._apply(fn, recurse)
+        if self.values.dtype != before:
             self.blob = None
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return linear24(x, self.values, self.meta, self.bias, self.blob, self.in_features)
@@ -61,9 +75,8 @@ class Sparse24Linear(nn.Module):
 
 
 def nbytes(module: nn.Module) -> int:
-    """Bytes of all parameters and of buffers that are saved; what is shared counts once."""
-    kept = dict(module.state_dict(keep_vars=True))
-    return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in kept.values()}.values())
+    """Bytes of all parameters and buffers, copies for cuSPARSELt included; what is shared counts once."""
+    return sum(tensor.nbytes for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
 
 
 def sparse_layers(model: nn.Module) -> dict[str, Sparse24Linear]:

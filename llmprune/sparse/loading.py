@@ -31,8 +31,6 @@ def load_packed(
     Raises:
         InputError: a file is damaged, or does not fit the configuration.
     """
-    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < _BFLOAT16:
-        raise InputError(f"{torch.cuda.get_device_name(device)} has no bfloat16: pass dtype='float16' (--dtype float16)")
     checkpoint = open_checkpoint(folder)
     if dense and not isinstance(checkpoint, DenseView):
         return None
@@ -50,12 +48,19 @@ def load_packed(
     if (folder / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
     if kept:
-        _tell(skeleton, list(linear.values()))
+        _tell(skeleton)
+        skeleton.model.save_pretrained = (
+            _refuse_to_save  # from_pretrained would take what it writes for a model without weights
+        )
         if device.type == "cuda":
             fuse(skeleton.model)
         for module in sparse_layers(skeleton.model).values():
             module.prepare()
     return skeleton.model
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    raise InputError("a packed model is not saved: copy its folder; llmprune pack and unpack convert folders")
 
 
 def _tied(skeleton: Skeleton) -> set[str]:
@@ -76,6 +81,9 @@ def _parts(skeleton: Skeleton, disk: str) -> tuple[Tensor, Tensor] | None:
 
 def _put(skeleton: Skeleton, name: str, values: Tensor, codes: Tensor) -> set[str]:
     """Give the model a packed layer in place of the one called `name`; returns the tensors that it holds now."""
+    device = skeleton.device
+    if device.type == "cuda" and skeleton.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < _BFLOAT16:
+        raise InputError(f"{torch.cuda.get_device_name(device)} has no bfloat16: pass dtype='float16' (--dtype float16)")
     if not bool(torch.isfinite(values).all()):
         raise InputError(f"the weights of {name} in {skeleton.checkpoint.folder} are not finite (NaN or infinity)")
     held, bias = {f"{name}.weight"}, None
@@ -88,10 +96,9 @@ def _put(skeleton: Skeleton, name: str, values: Tensor, codes: Tensor) -> set[st
     return held
 
 
-def _tell(skeleton: Skeleton, names: list[str]) -> None:
-    """List the linear layers of the blocks that stay dense."""
-    packed = sparse_layers(skeleton.model)
-    rest = [name for name in names if name not in packed and skeleton.block_of(name)]
+def _tell(skeleton: Skeleton) -> None:
+    """List the matrices of the blocks that stay dense."""
+    rest = [site.name for block in skeleton.describe() for site in block.sites]
     if rest:
         more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
-        warnings.warn(f"not 2:4, so dense: {', '.join(rest[:3])}{more}", stacklevel=4)
+        warnings.warn(f"not packed, so dense: {', '.join(rest[:3])}{more}", stacklevel=4)

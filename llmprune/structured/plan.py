@@ -54,7 +54,7 @@ def parameters_left(text: str, whole: int) -> int:
     if not match or not float(match[1]):
         raise InputError(f"target_params {text!r} is impossible: give a share to keep such as 75%, or a number such as 6.5B")
     number, unit = float(match[1]), match[2]
-    share = unit == "%" or (not unit and "." in match[1])
+    share = unit == "%" or (not unit and number < 1)
     left = int(number * (whole / 100 if unit == "%" else whole)) if share else int(number * _UNITS[unit])
     if left >= whole:
         raise InputError(f"target_params {text} leaves all of the {whole:,} parameters: ask for fewer")

@@ -1,0 +1,323 @@
+"""`llmprune compare`: models pruned by several methods to several patterns, cell by cell, and the tables and plots of it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.data import Windows, evaluation_windows
+from llmprune.errors import InputError, plain_errors, reason
+from llmprune.evaluate.perplexity import Perplexity, excess_loss, perplexity
+from llmprune.hardware import peak_memory, pick_device, restart_peak_memory
+from llmprune.models.checkpoint import read_json
+from llmprune.models.resolve import resolve
+from llmprune.models.skeleton import load_config, load_model
+from llmprune.patterns import parse
+from llmprune.pipeline import prune
+from llmprune.recipes import QUALITIES
+from llmprune.report.record import versions
+from llmprune.solvers import load as load_solver
+
+METHODS = ("magnitude", "ria", "dsnot", "wanda", "sparsegpt", "admm", "alps", *QUALITIES)
+PATTERNS = ("2:4", "4:8", "50%", "60%", "70%")
+_LABELS = {  # where the plot names a method, in points from its dot, so that names do not overlap
+    **dict.fromkeys(QUALITIES, ((-4, -13), "right")),
+    "ria": ((5, -11), "left"),
+    "dsnot": ((-5, 2), "right"),
+    "wanda": ((7, -3), "left"),
+}
+PRICED = "2:4"  # the pattern whose seconds and memory the short table and the plot show
+Cells = list[dict[str, Any]]
+
+
+def compare(
+    models: Sequence[str],
+    output: Path,
+    *,
+    methods: Sequence[str] = METHODS,
+    patterns: Sequence[str] = PATTERNS,
+    text: str = "pydoc",
+    samples: int = 128,
+    seqlen: int = 512,
+    windows: int | None = 100,
+    device: str = "auto",
+    tell: Callable[[str], None] | None = None,
+) -> Cells:
+    """Prune every model by every method or preset to every pattern, in memory, in float32.
+
+    Calibration and evaluation take the splits of one text, and all cells share both. A cell that `output`, a JSON file, has
+    already is kept, so that a comparison can be stopped, and goes on when it is asked for again.
+
+    Args:
+        windows: evaluation windows, the first ones; None: all.
+        tell: hears of every cell that is done.
+
+    Raises:
+        InputError: a name is unknown, the file is another's, or a model or text cannot be loaded.
+    """
+    for method in methods:
+        if method not in QUALITIES:
+            load_solver(method)
+    names = [str(parse(pattern)) for pattern in patterns]
+    settings = {"text": text, "samples": samples, "seqlen": seqlen, "windows": windows}
+    with plain_errors():
+        cells = _known(output, settings)
+        done = {(cell["model"], cell["method"], cell["sparsity"]) for cell in cells}
+        for model, pattern, method in ((m, p, q) for m in models for p in names for q in methods):
+            if (_short(model), method, pattern) in done:
+                continue
+            cells.append(_measure(model, method, pattern, settings, device))
+            result = {"date": date.today().isoformat(), "versions": versions(), "threads": torch.get_num_threads()}
+            _write(output, json.dumps(result | settings | {"cells": cells}, indent=1) + "\n")
+            if tell:
+                tell(_line(cells[-1]))
+        _write(output.with_suffix(".md"), listing(cells))
+    return cells
+
+
+def _known(output: Path, settings: dict[str, Any]) -> Cells:
+    """The cells of an earlier, unfinished comparison with these settings."""
+    if not output.exists():
+        return []
+    found = read_json(output)
+    if not isinstance(found.get("cells"), list):
+        raise InputError(f"{output} is no comparison: choose another file")
+    for name, value in settings.items():
+        if found.get(name, value) != value:
+            raise InputError(f"{output} was measured with {name} {found[name]}, not {value}: choose another file")
+    return found["cells"]
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _line(cell: dict[str, Any]) -> str:
+    return (
+        f"{cell['model']}  {cell['sparsity']}  {cell['method']}: perplexity {cell['perplexity']:.3f}, "
+        f"excess loss {cell['excess_loss']:.4f}, {cell['seconds']:.0f} s"
+    )
+
+
+def _short(model: str) -> str:
+    return Path(model).name
+
+
+def load(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """The whole model in float32."""
+    return load_model(folder, load_config(folder), pick_device(device), torch.float32)
+
+
+def evaluation(
+    folder: Path, windows: int | None, text: str = "pydoc", seqlen: int = 512
+) -> tuple[PreTrainedTokenizerBase, Windows]:
+    """The model's tokenizer, and the first windows of a text's evaluation split."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"cannot read the tokenizer in {folder}: {reason(error)}") from None
+    found = evaluation_windows(text, tokenizer, seqlen=seqlen)
+    return tokenizer, Windows(found.ids[:windows], found.text)
+
+
+@functools.cache
+def dense_perplexity(
+    folder: Path, windows: int | None, text: str = "pydoc", seqlen: int = 512, device: str = "cpu"
+) -> Perplexity:
+    return perplexity(load(folder, device), evaluation(folder, windows, text, seqlen)[1])
+
+
+def _measure(name: str, method: str, pattern: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """One cell: a fresh model, pruned in memory."""
+    folder, (text, seqlen, windows) = resolve(name).path, (settings[key] for key in ("text", "seqlen", "windows"))
+    tokenizer, held_out = evaluation(folder, windows, text, seqlen)
+    restart_peak_memory()
+    model = load(folder, device)
+    how = "quality" if method in QUALITIES else "method"
+    options: dict[str, Any] = {how: method, "samples": settings["samples"], "seqlen": seqlen, "sparsity": pattern}
+    record = prune(model, tokenizer=tokenizer, calibration=text, eval_text="none", **options).record
+    peak = peak_memory(model.device)
+    found, dense = perplexity(model, held_out), dense_perplexity(folder, windows, text, seqlen, device)
+    return {
+        "model": _short(name),
+        "method": method,
+        "recipe": record.recipe["text"],
+        "sparsity": pattern,
+        "dense": dense.value,
+        "perplexity": found.value,
+        "excess_loss": excess_loss(dense, found),
+        "output_error": mean(site.error for site in record.sites),
+        "seconds": record.pruning_seconds(),
+        "overhead": record.overhead(),
+        "peak_memory_bytes": peak.get("device", peak["process"]),
+    }
+
+
+def papers_table(cells: Cells) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """A table a model, as papers print it: name, header, rows; perplexity by method and pattern, the dense model on top."""
+    for model, own in by_model(cells).items():
+        patterns = _patterns(own)
+        priced = _priced(own)
+        methods = dict.fromkeys(method for method, _ in own)
+        rows = [["dense", *[f"{next(iter(own.values()))['dense']:.2f}"] * len(patterns), "", ""]]
+        for method in methods:
+            row = [f"{own[method, p]['perplexity']:.2f}" if (method, p) in own else "" for p in patterns]
+            cost = own.get((method, priced))
+            rows.append([method, *row, *(_price(cost) if cost else ["", ""])])
+        yield model, ["method", *patterns, f"seconds, {priced}", "peak memory"], rows
+
+
+def _patterns(own: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    there = dict.fromkeys(pattern for _, pattern in own)
+    return sorted(there, key=lambda p: PATTERNS.index(p) if p in PATTERNS else len(PATTERNS))
+
+
+def _price(cell: dict[str, Any]) -> list[str]:
+    return [f"{cell['seconds']:.0f}", f"{cell['peak_memory_bytes'] / 2**20:,.0f} MiB"]
+
+
+def tables(cells: Cells) -> str:
+    """A table a model in Markdown: excess loss by method and pattern, and what 2:4 cost."""
+    lines: list[str] = []
+    for model, own in by_model(cells).items():
+        patterns = _patterns(own)
+        lines += [
+            f"`{model}`, dense perplexity {next(iter(own.values()))['dense']:.2f}; excess loss in nats a token:",
+            "",
+            f"| method | {' | '.join(patterns)} | seconds | peak memory |",
+            f"|---|{'---:|' * (len(patterns) + 2)}",
+        ]
+        for method in (method for method in METHODS if (method, PRICED) in own):
+            losses = [f"{own[method, p]['excess_loss']:.4f}" if (method, p) in own else "" for p in patterns]
+            lines.append(f"| {' | '.join([method, *losses, *_price(own[method, PRICED])])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def listing(cells: Cells) -> str:
+    """Every cell with all that was measured."""
+    lines = [
+        "# Every method x pattern\n",
+        "Written by `llmprune compare`; the .json beside says when and with which versions. Output error:",
+        "mean of the matrices', each on the inputs it was solved for. Overhead: pruning as a multiple of its forward passes.\n",
+        "| model | pattern | method | perplexity | excess loss | output error | seconds | overhead | peak memory |",
+        f"|---|---|---|{'---:|' * 6}",
+    ]
+    order = sorted(cells, key=lambda c: (c["model"], c["sparsity"], -c["excess_loss"]))
+    for c in order:
+        numbers = f"{c['perplexity']:.2f} | {c['excess_loss']:.4f} | {c['output_error']:.2%} | {c['seconds']:.0f}"
+        memory = f"{c['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        lines.append(f"| {c['model']} | {c['sparsity']} | {c['method']} | {numbers} | {c['overhead']:.2f}x | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(cells: Cells, file: Path) -> bool:
+    """Two panels a model: perplexity against sparsity, excess loss against seconds. False: matplotlib is not installed."""
+    try:
+        import matplotlib as mpl
+        from matplotlib import pyplot as plt
+    except ImportError:
+        return False
+    mpl.rcParams |= {"svg.hashsalt": "llmprune", "svg.fonttype": "none", "font.size": 9}
+    models = by_model(cells)
+    figure, panels = plt.subplots(len(models), 2, figsize=(9.2, 3.4 * len(models)), squeeze=False, layout="constrained")
+    for (left, right), (model, own) in zip(panels, models.items(), strict=True):
+        _plot_perplexity(left, own)
+        _plot_cost(right, own)
+        left.set_title(f"{model}: held-out perplexity")
+        right.set_title(f"{model}: what {_priced(own)} costs")
+    for panel in panels.flat:
+        _pale(panel)
+    figure.patch.set_alpha(0)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+    return True
+
+
+_INK, _ACCENT = "#808080", "#d9730d"  # readable on light and dark pages
+
+
+def _priced(own: dict[tuple[str, str], dict[str, Any]]) -> str:
+    patterns = _patterns(own)
+    return PRICED if PRICED in patterns else patterns[0]
+
+
+def _plot_perplexity(panel: Any, own: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """A line a method over unstructured sparsities; N:M patterns are dots at theirs."""
+    dense = next(iter(own.values()))["dense"]
+    panel.axhline(dense, color=_INK, linestyle=":", linewidth=1)
+    panel.annotate("dense", (0, dense), (2, -10), xycoords=("axes fraction", "data"), textcoords="offset points", color=_INK)
+    for method in dict.fromkeys(method for method, _ in own):
+        points = sorted((_share(p), c["perplexity"], ":" in p) for (m, p), c in own.items() if m == method)
+        color = _ACCENT if method in QUALITIES else _INK
+        line = [(x, y) for x, y, fixed in points if not fixed]
+        dots = [(x, y) for x, y, fixed in points if fixed]
+        if line:
+            panel.plot(*zip(*line, strict=True), "-", color=color, linewidth=1)
+            panel.annotate(method, line[-1], (4, -3), textcoords="offset points", color=color)
+        if dots:
+            panel.plot(*zip(*dots, strict=True), "o", color=color, markersize=3)
+            if not line:
+                panel.annotate(method, dots[-1], (4, -3), textcoords="offset points", color=color)
+    panel.set(yscale="log", xlabel="sparsity (dots: N:M)", ylabel="perplexity")
+    panel.margins(x=0.25)
+    panel.xaxis.set_major_formatter("{x:.0%}")
+
+
+def _share(pattern: str) -> float:
+    """The fraction of zeros that a pattern asks for."""
+    kept, _, of = pattern.partition(":")
+    return 1 - int(kept) / int(of) if of else float(pattern.rstrip("%")) / 100
+
+
+def _plot_cost(panel: Any, own: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Excess loss against seconds of pruning; the presets in colour."""
+    priced = _priced(own)
+    at = {m: (c["seconds"], c["excess_loss"]) for (m, p), c in own.items() if p == priced and c["excess_loss"] > 0}
+    presets = [at[name] for name in QUALITIES if name in at]
+    others = [xy for name, xy in at.items() if name not in QUALITIES]
+    for points, style, color in ((presets, "o-", _ACCENT), (others, "o", _INK)):
+        if points:
+            panel.plot(*zip(*points, strict=True), style, color=color)
+    for method, xy in at.items():
+        offset, side = _LABELS.get(method, ((5, 4), "left"))
+        color = _ACCENT if method in QUALITIES else _INK
+        panel.annotate(method, xy, offset, textcoords="offset points", color=color, ha=side)
+    panel.set(xscale="log", yscale="log", xlabel="seconds of pruning", ylabel="excess loss, nats a token")
+    panel.margins(0.15)
+
+
+def _pale(panel: Any) -> None:
+    """Axes that suit any page: few plain ticks, no background."""
+    for axis in (panel.xaxis, panel.yaxis):
+        if axis.get_scale() == "log":
+            low, high = axis.get_view_interval()
+            steps = [mantissa * 10.0**power for power in range(-4, 6) for mantissa in (1, 2, 5)]
+            axis.set_ticks([step for step in steps if low <= step <= high])
+            axis.set_ticks([], minor=True)
+            axis.set_major_formatter("{x:g}")
+    panel.patch.set_alpha(0)
+    panel.tick_params(which="both", colors=_INK)
+    for part in (panel.title, panel.xaxis.label, panel.yaxis.label):
+        part.set_color(_INK)
+    for spine in panel.spines.values():
+        spine.set_color(_INK)
+
+
+def by_model(cells: Cells) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
+    """Model -> (method, pattern) -> cell."""
+    models: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for cell in cells:
+        models.setdefault(cell["model"], {})[cell["method"], cell["sparsity"]] = cell
+    return models

@@ -1,0 +1,40 @@
+"""Calls timed as a GPU runs them: captured in a CUDA graph, on weights that are not in its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+_MOST = 64  # copies
+Call = Callable[[], Any]
+
+
+def graphed(calls: Sequence[Call], device: torch.device) -> Call:
+    """All calls in a row: on a GPU as one CUDA graph, so that launching them costs nothing."""
+
+    def row() -> None:
+        for call in calls:
+            call()
+
+    if device.type != "cuda":
+        return row
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # as torch asks: warm up on the side
+            row()
+            row()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            row()
+    return graph.replay
+
+
+def copies(nbytes: int, device: torch.device) -> int:
+    """How many matrices of so many bytes are more than three times the device's cache, at most 64: few are found in it."""
+    if device.type != "cuda":
+        return 1
+    return min(3 * torch.cuda.get_device_properties(device).L2_cache_size // max(nbytes, 1) + 1, _MOST)
