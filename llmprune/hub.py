@@ -190,7 +190,7 @@ def _explained(repo_id: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, ValueError) as error:
+    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, KeyError, RuntimeError, ValueError) as error:
         raise _explanation(error, repo_id) from None
 
 

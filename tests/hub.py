@@ -102,8 +102,9 @@ def running(hub: Hub) -> Iterator[Hub]:
 class Refusal(Exception):
     """An answer that is an error."""
 
-    def __init__(self, code: int, message: str, error: str = "") -> None:
+    def __init__(self, code: int, message: str, error: str = "", **more: str) -> None:
         super().__init__(message)
+        self.body = {"error": message, **more}
         self.code, self.headers = code, {"X-Error-Message": message} | ({"X-Error-Code": error} if error else {})
 
 
@@ -139,7 +140,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if not self._fault():
                 self._route()
         except Refusal as refusal:
-            self.reply(refusal.code, json.dumps({"error": str(refusal)}).encode(), **refusal.headers)
+            self.reply(refusal.code, json.dumps(refusal.body).encode(), **refusal.headers)
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
@@ -218,7 +219,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         name = f"{asked['organization']}/{asked['name']}"
         self.may_write(name)
         if name in self.hub.repositories:
-            raise Refusal(409, "You already created this model repo")
+            raise Refusal(409, "You already created this model repo", url=f"{self.hub.endpoint}/{name}")
         made = self.hub.repositories[name] = Repository(private=asked.get("visibility") == "private")
         made.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         self.tell({"url": f"{self.hub.endpoint}/{name}"})

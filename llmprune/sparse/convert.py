@@ -19,7 +19,8 @@ from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, line
 from llmprune.stream.publish import RECORD, check_output, copy_extras, published, sha256, write_json
 
 _CARD = "README.md"
-_LIBRARY = "\nlibrary_name: transformers\n", "\nlibrary_name: llmprune # transformers, once unpacked\n"  # dense, packed
+_DENSE = "\nlibrary_name: transformers\n"
+_PACKED = "\nlibrary_name: llmprune # transformers, once unpacked\n"
 _NOTE = """
 <!-- packed -->
 **Packed.** 2:4 matrices are stored as values and codes. Load this folder with `llmprune.load(folder)`; transformers do not read
@@ -139,7 +140,7 @@ def _note(card: Path) -> None:
     """Say on the model card that the folder is packed: in the metadata that the Hub reads, and after it."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     head, mark, rest = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
-    card.write_text(head.replace(*_LIBRARY, 1) + mark + _NOTE + rest, encoding="utf-8")
+    card.write_text(head.replace(_DENSE, _PACKED, 1) + mark + _NOTE + rest, encoding="utf-8")
 
 
 def unpack(
@@ -169,7 +170,7 @@ def unpack(
             if (folder / RECORD).is_file():
                 shutil.copyfile(folder / RECORD, partial / RECORD)
             if (folder / _CARD).is_file():
-                text = (folder / _CARD).read_text(encoding="utf-8").replace(_NOTE, "", 1).replace(*reversed(_LIBRARY), 1)
+                text = (folder / _CARD).read_text(encoding="utf-8").replace(_NOTE, "", 1).replace(_PACKED, _DENSE, 1)
                 if text:
                     (partial / _CARD).write_text(text, encoding="utf-8")
     sizes = {name: packed.tensors[name].nbytes for name in packed.tensors}
