@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from llmprune.errors import InputError
 
 if TYPE_CHECKING:
+    from llmprune.hub import push
     from llmprune.integrity import verify
     from llmprune.pipeline import Result, load, prune
     from llmprune.sparse.convert import pack, unpack
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Result", "__version__", "load", "pack", "prune", "unpack", "verify"]
+__all__ = ["InputError", "Result", "__version__", "load", "pack", "prune", "push", "unpack", "verify"]
 
 _HOMES = dict.fromkeys(("Result", "load", "prune"), "llmprune.pipeline") | {
+    "push": "llmprune.hub",
     "verify": "llmprune.integrity",
     "pack": "llmprune.sparse.convert",
     "unpack": "llmprune.sparse.convert",

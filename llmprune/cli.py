@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from llmprune import __version__, commands, solvers
 from llmprune.config import PruneConfig, read_yaml
-from llmprune.errors import InputError, LostProcess, plain_errors, unknown, user_path
+from llmprune.errors import InputError, LostProcess, MachineError, plain_errors, unknown, user_path
 from llmprune.structured import scores
 
 _NAMES = {"method": solvers.names, "score": scores.names}
@@ -23,7 +23,10 @@ _TURN = 2  # seconds that a process waits for the first one to tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+    """Run the command; returns the exit code.
+
+    0 done, 1 a check failed, 2 bad input, 3 the network or the Hub failed, 130 interrupted.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds, so that nothing half-written stays
     for stream in (sys.stdout, sys.stderr):
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         if _should_tell(error):
             print(f"llmprune: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, MachineError) else 2
     except KeyboardInterrupt:
         print("llmprune: interrupted", file=sys.stderr)
         return 130
@@ -121,7 +124,7 @@ def _epilog() -> str:
             "other commands (llmprune NAME --help):",
             *lines,
             "",
-            "exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted",
+            "exit codes: 0 done, 1 a check failed, 2 bad input, 3 the network or the Hub failed, 130 interrupted",
             "",
             "example: llmprune --model llama --sparsity 2:4",
         ]
@@ -169,6 +172,7 @@ def _quiet_libraries() -> None:
     """Keep transformers' and the Hub's own bars and advice out of what the user reads."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -97,6 +97,9 @@ class PruneConfig:
     )
     overwrite: bool = _option("replace the output folder if it is not empty", False)
     restart: bool = _option("begin anew where an unfinished run to the same output could be continued", False)
+    push_to_hub: str | None = _option(
+        "push the output folder to this repository on the Hub, too; `llmprune push` can do so later", None, metavar="USER/NAME"
+    )
     device: str = _option("auto, cpu, cuda, cuda:1, ... (default: %(default)s)", "auto")
     dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is float32 on CPU, else the checkpoint's", "auto")
 
@@ -165,6 +168,20 @@ class PruneConfig:
             return cls(**values)
         except InputError as error:
             raise InputError(f"{where}: {error}" if where else str(error)) from None
+
+
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """The command line's words for options that are not at their defaults."""
+    words = []
+    for field_ in dataclasses.fields(PruneConfig):
+        name, value = f"--{field_.name.replace('_', '-')}", options.get(field_.name, field_.default)
+        if value is None or value == field_.default or (field_.default == () and not value):
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            words += [name, *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    return words
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

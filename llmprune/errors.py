@@ -12,6 +12,10 @@ class InputError(ValueError):
     """Bad input: one line that says what is wrong, where, and what to do. The command exits with code 2 on it."""
 
 
+class MachineError(InputError):
+    """The network, or a machine in it, failed: no input is to blame. The command exits with code 3 on it."""
+
+
 class LostProcess(InputError):
     """Another of the processes that share the run has ended; the error that matters is its own."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,21 @@ from llmprune.sparse.files import PackedFolder
 from llmprune.stream.publish import RECORD, sha256
 from llmprune.stream.resume import MANIFEST
 
+_DOWNLOADED = (".gitattributes", ".git", ".cache")  # what a download from the Hub adds
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found; `problems` is empty when all holds."""
+    """What `verify` found; `problems` is empty when all holds.
+
+    Attributes:
+        sums: sha256 that the record, or the packed folder's manifest, says of every file but itself.
+    """
 
     files: int
     matrices: int
     problems: tuple[str, ...]
+    sums: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,7 @@ def verify(folder: str | Path) -> Verification:
         raise InputError(f"{folder / RECORD} is no record of a run: {reason(error)}") from None
     with plain_errors():
         problems = (*_file_problems(folder, files), *_site_problems(folder, sites))
-    return Verification(len(files), len(sites), problems)
+    return Verification(len(files), len(sites), problems, files)
 
 
 def _verify_packed(packed: PackedFolder) -> Verification:
@@ -88,7 +95,7 @@ def _verify_packed(packed: PackedFolder) -> Verification:
                 yield str(error)
 
     problems = (*_file_problems(packed.folder, packed.sums, PACKED), *damaged())
-    return Verification(len(packed.sums), len(packed.layers), problems)
+    return Verification(len(packed.sums), len(packed.layers), problems, packed.sums)
 
 
 def _file_problems(folder: Path, files: dict[str, str], own: str = RECORD) -> Iterator[str]:
@@ -98,7 +105,7 @@ def _file_problems(folder: Path, files: dict[str, str], own: str = RECORD) -> It
         elif sha256(folder / name) != expected:
             yield f"{name}: sha256 differs from the record"
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name not in (own, RECORD, MANIFEST):
+        if path.name not in files and path.name not in (own, RECORD, MANIFEST, *_DOWNLOADED):
             yield f"{path.name}: not in the record"
 
 

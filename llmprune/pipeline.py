@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune import hub
 from llmprune.config import DTYPES, PruneConfig
 from llmprune.data import Given
 from llmprune.errors import InputError, plain_errors, reason, unknown
@@ -27,7 +29,7 @@ from llmprune.models.skeleton import FOREIGN, Skeleton, load_config, load_model
 from llmprune.plan import Plan, make_plan
 from llmprune.preflight import check_room, describe, estimate, shortage
 from llmprune.ranks import joined
-from llmprune.report.card import model_card
+from llmprune.report.card import licence, model_card
 from llmprune.report.console import Progress
 from llmprune.report.record import RunRecord, SiteRecord, versions
 from llmprune.run import Job, Resume, Work, run
@@ -94,16 +96,49 @@ def prune(
     config = PruneConfig.create({**options, **named})
     with torch.no_grad(), plain_errors(), joined() as ranks:
         job = Job(config, given, progress or Progress(), ranks)
-        if isinstance(model, PreTrainedModel):
-            return _prune_in_memory(job, model, None, tokenizer)
-        folder = resolve(job.config.model)
-        model_config = load_config(folder.path)
-        tokenizer = tokenizer or _load_tokenizer(folder.path)
-        if job.config.structured:
-            return _make_smaller(job, folder, model_config, tokenizer)
-        if job.config.output is not None:
-            return _prune_folder(job, folder, model_config, tokenizer)
-        return _prune_in_memory(job, _load_whole(folder, model_config, job), folder, tokenizer)
+        _check_push(job)
+        result = _prune(job, model, tokenizer)
+        _push(job, result)
+        return result
+
+
+def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Result:
+    """By the road that suits where the model is and what is asked."""
+    if isinstance(model, PreTrainedModel):
+        return _prune_in_memory(job, model, None, tokenizer)
+    folder = resolve(job.config.model)
+    config = load_config(folder.path)
+    tokenizer = tokenizer or _load_tokenizer(folder.path)
+    if job.config.structured:
+        return _make_smaller(job, folder, config, tokenizer)
+    if job.config.output is not None:
+        return _prune_folder(job, folder, config, tokenizer)
+    return _prune_in_memory(job, _load_whole(folder, config, job), folder, tokenizer)
+
+
+def _check_push(job: Job) -> None:
+    """Refuse a push that cannot go well before the work, not after it."""
+    repository = job.config.push_to_hub
+    if repository is None:
+        return
+    if job.config.output is None:
+        raise InputError(f"push_to_hub {repository} pushes the output folder: name one")
+    if job.ranks.first:
+        hub.check_ready(repository)
+
+
+def _push(job: Job, result: Result) -> None:
+    """Push the output folder, where that is asked for; it is complete, whatever comes of that."""
+    repository, output = job.config.push_to_hub, result.output
+    if repository is None or output is None:
+        return
+    if job.ranks.first:
+        try:
+            job.progress.note(f"pushed: {hub.push(output, repository, tell=job.progress.note)}")
+        except InputError as error:
+            later = shlex.join(["llmprune", "push", str(output), repository])
+            raise type(error)(f"{error}; {output} is complete, and `{later}` pushes it later") from None
+    job.ranks.agree(None)
 
 
 def _make_smaller(job: Job, folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Result:
@@ -296,7 +331,7 @@ def _continued(job: Job, output: Path, fingerprint: Mapping[str, Any]) -> Abstra
 
 def _fingerprint(job: Job, checkpoint: Checkpoint, texts: Texts, record: RunRecord) -> dict[str, Any]:
     """All that decides the result, in terms that a message can show."""
-    passing = {"model", "output", "overwrite", "restart", "activations", "calibration", "eval_text"}
+    passing = {"model", "output", "overwrite", "restart", "activations", "calibration", "eval_text", "push_to_hub"}
     options = {f"--{name.replace('_', '-')}": value for name, value in asdict(job.config).items() if name not in passing}
     windows = {"calibration text": texts.calibration, "evaluation text": texts.evaluation}
     return {
@@ -375,6 +410,8 @@ def _announce(
         model={
             "name": folder.name if folder else config.model,
             "hub_id": folder.hub_id if folder else None,
+            "commit": folder.commit if folder else None,
+            "license": licence(folder.path) if folder else {},
             "class": type(work.model).__name__,
             "parameters": work.parameters,
             "blocks": len(work.blocks),
@@ -409,8 +446,8 @@ def _announce(
 
 
 def _write_record(folder: Path, record: RunRecord, name: str) -> None:
-    """Add the model card, and last the record with the sums of all other files."""
-    (folder / "README.md").write_text(model_card(record, name), encoding="utf-8")
+    """Add the model card, and last the record with the sums of all other files. The card names the repository, if any."""
+    (folder / "README.md").write_text(model_card(record, record.arguments["push_to_hub"] or name), encoding="utf-8")
     record.size["bytes_after"] = Checkpoint(folder).nbytes()
     record.files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     write_json(folder / RECORD, record.as_dict())

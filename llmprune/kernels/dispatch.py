@@ -71,7 +71,7 @@ def _roads() -> dict[str, Road]:
 
     def by_decode(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None) -> Tensor:
         own = torch.cuda.get_device_properties(x.device)
-        stages = 2 if own.shared_memory_per_block_optin >= _TWO_STAGES else 1
+        stages = 2 if getattr(own, "shared_memory_per_block_optin", 0) >= _TWO_STAGES else 1
         processors = own.multi_processor_count
         return decode.decode24(x, packed.values, packed.meta, bias, processors=processors, fast=True, stages=stages)
 

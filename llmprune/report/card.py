@@ -2,25 +2,76 @@
 
 from __future__ import annotations
 
-import yaml
+import math
+import shlex
+from pathlib import Path
 
-from llmprune.report.record import RunRecord
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
+
+from llmprune.config import as_flags
+from llmprune.evaluate.perplexity import Perplexity
+from llmprune.report.record import RunRecord, versions
+
+_LICENCE = ("license", "license_name", "license_link")
+_NOT_THE_RESULT = ("model", "output", "overwrite", "restart", "push_to_hub", "activations")
+_GIVEN = "given tokens"
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """What the model card in a folder says of the licence, under the Hub's own names; nothing where it does not."""
+    try:
+        facts = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {name: facts[name] for name in _LICENCE if isinstance(facts.get(name), str)}
 
 
 def model_card(record: RunRecord, name: str) -> str:
-    """Markdown with Hub metadata: what was done, what was measured, how to load it."""
-    return "\n".join(
-        [_front_matter(record), f"# {name}", "", _summary(record), "", *_numbers(record), "", _usage(name, record), ""]
-    )
+    """Markdown with Hub metadata: what was done, what was measured, how to load it, its limits, how to make it again.
+
+    Args:
+        name: what it is to be loaded by: a folder, or a repository on the Hub.
+    """
+    parts = [
+        f"{_front_matter(record, name)}# {name}",
+        _summary(record),
+        "\n".join(_numbers(record)),
+        _usage(name, record),
+        _limits(record),
+        _again(record),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(record: RunRecord) -> str:
+def _front_matter(record: RunRecord, name: str) -> str:
     tags = ["llmprune", "pruned", *(["structured-pruning"] if record.structure else [])]
     tags += ["sparse", record.recipe["method"]] if record.arguments["sparsity"] else []
-    facts: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    facts = {
+        "library_name": "llmprune" if record.structure.get("differ_by_layer") else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+        **record.model.get("license", {}),
+    }
     if record.model["hub_id"]:
+        # the Hub knows adapter, merge, quantized and finetune: weights of the same precision, with other values
         facts |= {"base_model": record.model["hub_id"], "base_model_relation": "finetune"}
-    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
+    measured = [("", record.pruned), (" of the dense model", record.dense)]
+    results = [_result(found, whose) for whose, found in measured if found and math.isfinite(found.value)]
+    if results:
+        facts |= {"eval_results": results, "model_name": name.rpartition("/")[2]}
+    return f"---\n{ModelCardData(**facts).to_yaml()}\n---\n\n"
+
+
+def _result(found: Perplexity, whose: str) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=found.text,
+        dataset_name=found.text,
+        metric_type="perplexity",
+        metric_value=found.value,
+        metric_name=f"token perplexity{whose}, {found.windows} windows of {found.length} tokens",
+    )
 
 
 def _summary(record: RunRecord) -> str:
@@ -77,6 +128,31 @@ def _usage(name: str, record: RunRecord) -> str:
         )
     return (
         f"{stored if record.sites else ''}{other}```python\n{how}\n```\n\n"
-        f"`llmprune verify {name}` re-checks every file's sha256 and every matrix's pattern; `llmprune.json` holds the "
-        "arguments, versions and per-matrix errors of the run."
+        "`llmprune verify` with the folder's path re-checks every file's sha256 and every matrix's pattern; `llmprune.json` "
+        "holds the arguments, versions and per-matrix errors of the run."
     )
+
+
+def _limits(record: RunRecord) -> str:
+    told = "What the table shows is all that was measured: other texts, tasks and languages may lose more."
+    if not (record.dense and record.pruned):
+        told = "Nothing was measured on text: evaluate it before you use it."
+    if record.sites:
+        told += " Zeros make nothing faster by themselves: that takes kernels for them, as there are for 2:4."
+    source = " The source model's own limits and licence hold on." if record.model["hub_id"] else ""
+    return f"## Limits\n\n{told}{source}"
+
+
+def _again(record: RunRecord) -> str:
+    """The command that makes the same model, where there is one."""
+    arguments, model = record.arguments, record.model
+    made_with = ", ".join(f"{package} {version}" for package, version in versions().items())
+    if arguments["calibration"] == _GIVEN or model["name"] == model["class"]:
+        how = "It was made from Python, of a model in memory or with tokens of its own: `llmprune.json` holds the arguments."
+    else:
+        source = f"{model['hub_id']}@{model['commit']}" if model.get("commit") else model["name"]
+        rest = {name: value for name, value in arguments.items() if name not in _NOT_THE_RESULT}
+        processes = record.compute["processes"]
+        start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+        how = f"```bash\n{shlex.join([*start, 'llmprune', '--model', source, *as_flags(rest)])}\n```"
+    return f"## Made with\n\n{how}\n\nVersions: {made_with}; {record.compute['dtype']} on {record.compute['device']}."

@@ -19,6 +19,7 @@ from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, left
 from llmprune.stream.publish import RECORD, check_output, copy_extras, published, sha256, write_json
 
 _CARD, _DENSE_CARD = "README.md", "README.dense.md"
+_DENSE, _PACKED = "\nlibrary_name: transformers\n", "\nlibrary_name: llmprune # transformers, once unpacked\n"
 _NOTE = f"""
 # A packed 2:4 model
 
@@ -152,7 +153,7 @@ def _write_card(source: Path, folder: Path) -> None:
     """A card that says how to load the packed folder, with the metadata of the dense one's, which is kept beside it."""
     text = (source / _CARD).read_text(encoding="utf-8") if (source / _CARD).is_file() else ""
     head, mark, _ = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
-    (folder / _CARD).write_text(head + mark + _NOTE, encoding="utf-8")
+    (folder / _CARD).write_text(head.replace(_DENSE, _PACKED, 1) + mark + _NOTE, encoding="utf-8")
     if text:
         (folder / _DENSE_CARD).write_text(text, encoding="utf-8")
 

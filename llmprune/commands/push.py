@@ -1,0 +1,25 @@
+"""`llmprune push`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+SUMMARY = "verify a folder that llmprune wrote and push it to the Hub, in one commit"
+EXAMPLE = "llmprune push llama-2of4-balanced me/llama-2of4 --private"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="dense or packed")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; created if it is not there")
+    parser.add_argument("--private", action="store_true", help="create it private")
+    parser.add_argument("--revision", metavar="BRANCH", help="push to this branch; created if it is not there (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+
+
+def run(options: Mapping[str, Any]) -> int:
+    from llmprune.hub import push
+
+    print(f"pushed {options['folder']}: {push(**options, tell=print)}")
+    return 0
