@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from llmprune.errors import InputError, user_path
 
-NAMES = ("verify", "pack", "unpack", "bench")
+NAMES = ("verify", "pack", "unpack", "bench", "report")
 
 
 class Command(Protocol):
