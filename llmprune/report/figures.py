@@ -48,7 +48,7 @@ _STYLE = {
 
 
 def figures(page: dict[str, Any]) -> dict[str, str]:
-    """SVG by name: `perplexity`, `growth`, `seconds`, `price` hold all runs; `error0`, `zeros0`, `kept0`, `mask0-0`, ... one."""
+    """SVG by name: `perplexity`, `growth`, `seconds`, `price` hold all runs; `error0`, `kept0`, `mask0-0` and the like one."""
     runs = page["runs"]
     found = {name: draw(runs) for name, draw in _TOGETHER.items()}
     for number, run in enumerate(runs):

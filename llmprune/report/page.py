@@ -17,7 +17,7 @@ from llmprune.sparse.files import PackedFolder
 
 MOST = 12  # runs on a page
 NONE = "not measured"
-NOTHING = "–"  # there is nothing to measure
+NOTHING = "none"  # there is nothing to measure
 _MASKS = 4
 Cell = dict[str, Any]
 

@@ -13,6 +13,7 @@ from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, 
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError, user_path
 from llmprune.models.checkpoint import INDEX, PACKED, SINGLE, read_json
+from llmprune.patterns import parse
 from llmprune.report.record import SCHEMA, RunRecord
 from llmprune.stream.publish import RECORD
 
@@ -139,15 +140,17 @@ def _labels(names: Sequence[str], places: Sequence[Path]) -> list[str]:
 def _read_run(file: Path, label: str) -> Saved:
     saved = read_json(file)
     if saved.get("schema") != SCHEMA:
-        raise InputError(f"{file} has schema {str(saved.get('schema'))[:40]!r}; this llmprune reads {SCHEMA}")
+        raise InputError(f"{file} has schema {saved.get('schema')!r:.40}; this llmprune reads {SCHEMA}")
     try:
         record: RunRecord = _read(RunRecord, saved, "")
         versions = _read(dict[str, str], _member(saved, "versions", ""), "versions")
         _read_parts(record)
-    except _Misfit as error:
+        for pattern in dict.fromkeys(site.pattern for site in record.sites):
+            parse(pattern)
+        known = {field.name for field in dataclasses.fields(PruneConfig)}
+        config = PruneConfig.create({name: value for name, value in record.arguments.items() if name in known})
+    except (_Misfit, InputError) as error:
         raise InputError(f"{file} is no whole record of a run: {error}; prune again, or name another") from None
-    known = {field.name for field in dataclasses.fields(PruneConfig)}
-    config = PruneConfig.create({name: value for name, value in record.arguments.items() if name in known}, where=str(file))
     weights = file.name == RECORD and any((file.parent / name).is_file() for name in (SINGLE, INDEX, PACKED))
     return Saved(label, file, file.parent if weights else None, record, config, versions)
 
