@@ -70,6 +70,14 @@ def alone(folder: Path, to: Path) -> Path:
     return to
 
 
+def with_weights(folder: Path, to: Path) -> Path:
+    """A record of its own, beside the same weights."""
+    alone(folder, to)
+    for file in folder.glob("model*"):
+        (to / file.name).symlink_to(file)
+    return to
+
+
 def report(*arguments: object) -> int:
     return cli.main(["report", *map(str, arguments)])
 
@@ -149,6 +157,17 @@ def test_structure_is_shown_by_layer(folders: dict[str, Path]) -> None:
     assert run["masks"] == []
 
 
+def test_the_fit_of_blocks_is_shown(folders: dict[str, Path], tmp_path: Path) -> None:
+    own = {"steps": 4, "rate": 0.02, "nbytes": 8, "seconds": 0.5}
+    fits = [{"block": block, "before": 0.2, "after": 0.1 / (1 + block)} | own for block in range(3)]
+    folder = change(alone(folders["wanda"], tmp_path / "run"), damage(reconstructions=fits))
+    [run] = (page := content(read_runs([str(folder)])))["runs"]
+    assert run["fit"] == {"blocks": [0, 1, 2], "before": [0.2] * 3, "after": [fit["after"] for fit in fits]}
+    assert "Fit of the blocks" in html.render(page, "r.json")
+    change(folder, lambda record: record["reconstructions"][1].update(after=0.3))
+    assert "reconstructions[1].after" in refusal(folder / "llmprune.json")
+
+
 def test_what_was_not_measured_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = change(alone(folders["wanda"], tmp_path / "run"), lambda record: record.update(dense=None, pruned=None))
     assert report(folder, "-o", tmp_path / "r.html") == 0
@@ -197,7 +216,7 @@ def test_a_deep_model_and_many_runs_stay_small(folders: dict[str, Path], tmp_pat
 
     deep = change(alone(folders["wanda"], tmp_path / "deep"), deepen)
     assert report(deep, "-o", tmp_path / "deep.html") == 0
-    many = [alone(folders["wanda"], tmp_path / f"run{number}") for number in range(MOST)]
+    many = [with_weights(folders["wanda"], tmp_path / f"run{number}") for number in range(MOST)]
     assert report(*many, "-o", tmp_path / "many.html") == 0
     assert max((tmp_path / name).stat().st_size for name in ("deep.html", "many.html")) < 1e6
     assert report(deep, *many, "-o", tmp_path / "more.html") == 2
@@ -229,9 +248,7 @@ def test_a_damaged_record_is_one_line(
     name: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit, words = DAMAGES[name]
-    folder = alone(folders["wanda"], tmp_path / "run")
-    for file in folders["wanda"].glob("model*"):
-        (folder / file.name).symlink_to(file)
+    folder = with_weights(folders["wanda"], tmp_path / "run")
     assert report(change(folder, edit), "-o", tmp_path / "r.html") == 2
     error = capsys.readouterr().err
     assert words in error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.commands import file_to_write
-from llmprune.errors import InputError
+from llmprune.errors import InputError, user_path
 
 SUMMARY = "one page about a run, or several side by side, to look at and share"
 EXAMPLE = "llmprune report llama-2of4-balanced -o report.html"
@@ -28,7 +28,7 @@ def run(options: Mapping[str, Any]) -> int:
     if len(names) > page.MOST:
         raise InputError(f"{len(names)} runs are too many to tell apart on one page: name at most {page.MOST}")
     runs = saved.read_runs(names, benches)
-    inputs = [one.file for one in runs] + [file_to_write(name) for name in benches]
+    inputs = [one.file for one in runs] + [user_path(name, "bench") for name in benches]
     twin = html.check_target(target, inputs, [one.folder for one in runs if one.folder], overwrite=options["overwrite"])
     found = page.content(runs)
     html.write({twin: html.as_json(found), target: html.render(found, twin.name)})

@@ -1,4 +1,7 @@
-"""The figures of a report as inline SVG: the same bytes for the same data, in colours that the page sets by its theme."""
+"""The figures of a report as inline SVG: the same bytes for the same data, in colours that the page sets by its theme.
+
+Runs that share a figure go by their numbers, which the page explains beside their names.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Draw = Callable[[Sequence[dict[str, Any]]], str]
 _WIDTH = 4.1  # inches
@@ -54,6 +58,8 @@ def figures(page: dict[str, Any]) -> dict[str, str]:
     for number, run in enumerate(runs):
         found |= {f"{name}{number}": heat(grid, share=name == "zeros") for name, grid in run["maps"].items()}
         found |= {f"mask{number}-{own}": mask(one) for own, one in enumerate(run["masks"])}
+        if run["fit"]:
+            found[f"fit{number}"] = fit(run["fit"])
         if run["kept"]:
             found[f"kept{number}"] = heat(run["kept"], share=True)
     return {name: _own_names(svg, name) for name, svg in found.items() if svg}
@@ -73,7 +79,7 @@ def perplexity(runs: Sequence[dict[str, Any]]) -> str:
             axes.plot([after], [row], "o", color=color, markersize=8)
             _beside(axes, (before, row), run["facts"]["perplexity_before"]["text"], left=before <= after)
             _beside(axes, (after, row), run["facts"]["perplexity_after"]["text"], left=before > after)
-        axes.set_yticks(range(len(shown)), [_plain(run["label"]) for run, *_ in shown] if len(runs) > 1 else [""])
+        axes.set_yticks(range(len(shown)), [_number(runs, runs.index(run)) for run, *_ in shown])
         axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="perplexity: open before, filled after")
         axes.margins(x=0.3)
         axes.spines["left"].set_visible(False)
@@ -87,24 +93,37 @@ def _beside(axes: Axes, place: tuple[float, float], text: str, *, left: bool) ->
 
 def growth(runs: Sequence[dict[str, Any]]) -> str:
     """Mean output error by depth, one line a run; of a single run the range of its matrices too."""
-    shown = [(number, run["label"], run["growth"]) for number, run in enumerate(runs) if run["growth"]]
+    shown = [(number, run["growth"]) for number, run in enumerate(runs) if run["growth"]]
     if not shown:
         return ""
     with _figure(2.5) as (axes, finished):
-        for number, label, found in shown:
+        for number, found in shown:
             color, blocks = _SERIES[number % len(_SERIES)], found["blocks"]
             if len(runs) == 1:
                 edges = [[100 * error for error in found[edge]] for edge in ("least", "largest")]
                 axes.fill_between(blocks, *edges, color=color, alpha=0.15, linewidth=0)
             errors, line = [100 * error for error in found["mean"]], _LINES[number // len(_SERIES) % len(_LINES)]
-            axes.plot(blocks, errors, line, color=color, marker="o", markersize=4, label=_plain(label))
-        axes.set(xlabel="block", ylabel="output error, %")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(axis="y")
-        if len(runs) > 1:
-            axes.legend(frameon=False, fontsize=8.5, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+            axes.plot(blocks, errors, line, color=color, marker=_marker(blocks), markersize=4)
+        _by_block(axes)
     return finished()
+
+
+def fit(errors: dict[str, Any]) -> str:
+    """A block's output error before and after its fit, by depth."""
+    with _figure(2.5) as (axes, finished):
+        for when, color in (("before", _SERIES[5]), ("after", _SERIES[0])):
+            shares = [100 * error for error in errors[when]]
+            axes.plot(errors["blocks"], shares, color=color, marker=_marker(shares), markersize=4, label=f"{when} the fit")
+        _by_block(axes)
+        axes.legend(frameon=False, fontsize=8.5)
+    return finished()
+
+
+def _by_block(axes: Axes) -> None:
+    axes.set(xlabel="block", ylabel="output error, %")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y")
 
 
 def seconds(runs: Sequence[dict[str, Any]]) -> str:
@@ -131,16 +150,16 @@ def seconds(runs: Sequence[dict[str, Any]]) -> str:
 
 def price(runs: Sequence[dict[str, Any]]) -> str:
     """Excess loss against seconds of pruning, a dot a run; nothing for a single run."""
-    facts = [(run["label"], run["facts"]["seconds"]["value"], run["facts"]["excess_loss"]["value"]) for run in runs]
+    facts = [(run["facts"]["seconds"]["value"], run["facts"]["excess_loss"]["value"]) for run in runs]
     at: dict[tuple[float, float], list[int]] = {}
-    for number, (_, taken, loss) in enumerate(facts):
+    for number, (taken, loss) in enumerate(facts):
         if loss is not None:
             at.setdefault((taken, loss), []).append(number)
     if len(runs) == 1 or not at:
         return ""
     with _figure(2.5) as (axes, finished):
         for place, numbers in at.items():
-            color, labels = _SERIES[numbers[0] % len(_SERIES)], ", ".join(_plain(facts[number][0]) for number in numbers)
+            color, labels = _SERIES[numbers[0] % len(_SERIES)], ", ".join(_number(runs, number) for number in numbers)
             axes.plot(*([one] for one in place), "o", color=color, markersize=8)
             axes.annotate(labels, place, (0, 8), textcoords="offset points", color=color, ha="center")
         axes.set(xlabel="seconds of pruning", ylabel="excess loss")
@@ -239,6 +258,15 @@ def _own_names(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
     return svg.replace("xlink:href=", "href=").replace("url(#", f"url(#{name}-")
+
+
+def _number(runs: Sequence[dict[str, Any]], number: int) -> str:
+    """What a run is called in a figure."""
+    return str(number + 1) if len(runs) > 1 else ""
+
+
+def _marker(blocks: Sequence[float]) -> str:
+    return "o" if len(blocks) <= 2 * _FEW else ""
 
 
 def _percent(value: float) -> str:

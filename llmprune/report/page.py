@@ -11,20 +11,20 @@ from llmprune.config import PruneConfig
 from llmprune.evaluate.perplexity import excess_loss
 from llmprune.models.checkpoint import PACKED
 from llmprune.report.masks import masks
-from llmprune.report.record import Removal, RunRecord, SiteRecord
+from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord
 from llmprune.report.saved import Bench, Saved
 from llmprune.sparse.files import PackedFolder
 
 MOST = 12  # runs on a page
 NONE = "not measured"
 NOTHING = "none"  # there is nothing to measure
-_MASKS = 4
+_MASKS = 4  # on a page of one run; of several, one each at least
 Cell = dict[str, Any]
 
 
 def content(runs: Sequence[Saved]) -> dict[str, Any]:
     """All of a report about one run or several."""
-    each = [_run(run, 2 if len(runs) > 1 else _MASKS) for run in runs]
+    each = [_run(run, max(_MASKS // len(runs), 1)) for run in runs]
     title = f"{len(each)} runs" if len(each) > 1 else each[0]["label"]
     return {"report": 1, "title": title, "compared": _compared(each) if len(each) > 1 else None, "runs": each}
 
@@ -43,6 +43,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "maps": _maps(record),
         "kept": _kept(record.removals),
         "removed_layers": record.structure.get("removed_layers", []),
+        "fit": _fit(record.reconstructions),
         "growth": _growth(record.sites or record.removals),
         "seconds": dict(record.seconds),
         "memory": _memory(record),
@@ -128,6 +129,12 @@ def _growth(changed: Sequence[SiteRecord | Removal]) -> dict[str, Any] | None:
     errors = [by_block[block] for block in sorted(by_block)]
     parts = {"mean": [mean(own) for own in errors], "least": list(map(min, errors)), "largest": list(map(max, errors))}
     return {"blocks": sorted(by_block)} | parts if errors else None
+
+
+def _fit(fits: Sequence[Reconstruction]) -> dict[str, Any] | None:
+    """Each block's error before and after it was fitted to the dense block's output."""
+    errors = {"before": [one.before for one in fits], "after": [one.after for one in fits]}
+    return {"blocks": [one.block for one in fits]} | errors if fits else None
 
 
 def _memory(record: RunRecord) -> dict[str, Any]:

@@ -192,6 +192,9 @@ def _ranges(record: RunRecord) -> Iterator[tuple[str, bool, str]]:
         yield f"sites[{number}].shape", min(site.shape) > 0, "two sizes above 0"
         yield f"sites[{number}].sparsity", 0 <= site.sparsity <= 1, "0 to 1"
         yield f"sites[{number}].error", site.error >= 0, "0 or more"
+    for number, fit in enumerate(record.reconstructions):
+        yield f"reconstructions[{number}].block", 0 <= fit.block < blocks, f"0 to {blocks - 1}"
+        yield f"reconstructions[{number}].after", 0 <= fit.after <= fit.before, "0 to what it was before"
     for number, gone in enumerate(record.removals):
         yield f"removals[{number}].block", 0 <= gone.block < blocks, f"0 to {blocks - 1}"
         yield f"removals[{number}].kept", 0 <= gone.kept <= gone.count != 0, "0 to its count"
