@@ -30,7 +30,7 @@ ALLOWED = {
     "stream": {"models", "data", "hardware", "stream"},
     "evaluate": {"data", "hardware", "kernels", "ranks", "stream"},
     "plan": {"models", "patterns"},
-    "report": {"config", "evaluate", "report"},
+    "report": {"config", "evaluate", "models", "patterns", "report", "sparse", "stream"},
     "recipes": {"config"},
     "reconstruct": {"models", "ranks", "report", "stream"},
     "solving": {"linalg", "models", "patterns", "ranks", "recipes", "report", "solvers", "stats"},

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 from llmprune.errors import InputError, user_path
 
-NAMES = ("eval", "compare", "verify", "pack", "unpack", "bench", "push")
+NAMES = ("eval", "compare", "report", "verify", "pack", "unpack", "bench", "push")
 
 
 class Command(Protocol):

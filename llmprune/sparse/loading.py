@@ -49,9 +49,7 @@ def load_packed(
         skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
     if kept:
         _tell(skeleton)
-        skeleton.model.save_pretrained = (
-            _refuse_to_save  # from_pretrained would take what it writes for a model without weights
-        )
+        vars(skeleton.model)["save_pretrained"] = _refuse_to_save  # from_pretrained would read what it writes without weights
         if device.type == "cuda":
             fuse(skeleton.model)
         for module in sparse_layers(skeleton.model).values():

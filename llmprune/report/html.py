@@ -1,0 +1,73 @@
+"""Write a report: the page, and its JSON twin beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import InputError
+
+_TEMPLATE = "template.html.jinja"
+
+
+def render(page: dict[str, Any], twin: str) -> str:
+    """The page as HTML; `twin` is the name of the file that holds it as data.
+
+    Raises:
+        InputError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+
+        from llmprune.report.figures import figures
+    except ImportError as error:
+        raise InputError(f"a report needs {error.name}, which is not installed: pip install 'llmprune[report]'") from None
+    svg = {name: Markup(text) for name, text in figures(page).items()}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(files("llmprune.report").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(page=page, svg=svg, twin=twin) + "\n"
+
+
+def check_target(target: Path, inputs: Iterable[Path], folders: Iterable[Path], *, overwrite: bool) -> Path:
+    """Refuse an output that would cost the user something; returns the twin's path.
+
+    Raises:
+        InputError: it is no name of a page, is there already, or lies where it would harm a run.
+    """
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"output {target} is no page's name: end it with .html")
+    twin = target.with_suffix(".json")
+    for path in (target, twin):
+        if path.resolve() in {one.resolve() for one in inputs}:
+            raise InputError(f"output {path} is what the report is made from: choose another with --output")
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: it is no ordinary file")
+        if path.exists() and not overwrite:
+            raise InputError(f"output {path} is there already: choose another with --output, or pass --overwrite to replace it")
+    if home := next((folder for folder in folders if target.resolve().parent == folder.resolve()), None):
+        raise InputError(
+            f"output {target} lies in the run {home}, which llmprune verify would then fail: choose another folder"
+        )
+    return twin
+
+
+def write(texts: dict[Path, str]) -> None:
+    """Write files, each whole or not at all."""
+    partials = {path: path.resolve().parent / f".{path.name}.{os.getpid()}.partial" for path in texts}
+    try:
+        for path, text in texts.items():
+            partials[path].write_bytes(text.encode("utf-8", "backslashreplace"))
+        for path, partial in partials.items():
+            partial.replace(path.resolve())
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+def as_json(page: dict[str, Any]) -> str:
+    return json.dumps(page, separators=(",", ":")) + "\n"
