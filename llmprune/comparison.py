@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -258,6 +259,7 @@ def _plot_perplexity(panel: Any, own: dict[tuple[str, str], dict[str, Any]]) -> 
     dense = next(iter(own.values()))["dense"]
     panel.axhline(dense, color=_INK, linestyle=":", linewidth=1)
     panel.annotate("dense", (0, dense), (2, -10), xycoords=("axes fraction", "data"), textcoords="offset points", color=_INK)
+    ends: list[tuple[float, float, str, str]] = []
     for method in dict.fromkeys(method for method, _ in own):
         points = sorted((_share(p), c["perplexity"], ":" in p) for (m, p), c in own.items() if m == method)
         color = _ACCENT if method in QUALITIES else _INK
@@ -265,14 +267,24 @@ def _plot_perplexity(panel: Any, own: dict[tuple[str, str], dict[str, Any]]) -> 
         dots = [(x, y) for x, y, fixed in points if fixed]
         if line:
             panel.plot(*zip(*line, strict=True), "-", color=color, linewidth=1)
-            panel.annotate(method, line[-1], (4, -3), textcoords="offset points", color=color)
         if dots:
             panel.plot(*zip(*dots, strict=True), "o", color=color, markersize=3)
-            if not line:
-                panel.annotate(method, dots[-1], (4, -3), textcoords="offset points", color=color)
+        ends.append((*(line or dots)[-1], method, color))
+    _name_ends(panel, ends)
     panel.set(yscale="log", xlabel="sparsity (dots: N:M)", ylabel="perplexity")
     panel.margins(x=0.25)
     panel.xaxis.set_major_formatter("{x:.0%}")
+
+
+def _name_ends(panel: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """Name each line at its end, none over another."""
+    values = [math.log(y) for _, y, _, _ in ends]
+    points = 190 / max(max(values) - min(values), 0.1)  # of the panel's height, a unit of log perplexity
+    lowest = -math.inf
+    for x, y, name, color in sorted(ends, key=lambda end: end[1]):
+        at = math.log(y) * points
+        lowest = max(at, lowest + 9)
+        panel.annotate(name, (x, y), (4, lowest - at - 3), textcoords="offset points", color=color)
 
 
 def _share(pattern: str) -> float:
