@@ -23,6 +23,8 @@ from llmprune.models.sites import Block
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
 
+pytestmark = pytest.mark.xdist_group("families")  # the last test reads what all others wrote
+
 _OLD = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 DENSE: dict[str, dict] = FAMILIES | {
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED},
