@@ -19,7 +19,7 @@ from llmprune.cli import main
 from llmprune.errors import InputError
 from llmprune.evaluate.speed import side_by_side
 
-ROOT = Path(llmprune.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 
 
 def test_every_shape_and_batch_is_measured(saved, tmp_path: Path) -> None:

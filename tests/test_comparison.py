@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import llmprune
 from llmprune.cli import main
 from llmprune.comparison import _share, compare, papers_table
 from llmprune.errors import InputError
 
-ROOT = Path(llmprune.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 QUICK = {"samples": 2, "seqlen": 64, "windows": 2, "device": "cpu"}
 FLAGS = ["--samples", "2", "--seqlen", "64", "--windows", "2", "--device", "cpu"]
 

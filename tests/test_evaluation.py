@@ -18,7 +18,7 @@ from llmprune.evaluation import Score, evaluate
 from llmprune.integrity import verify
 from llmprune.models.resolve import resolve
 
-TASKS = Path(llmprune.__file__).parent.parent / "eval" / "tasks"
+TASKS = Path(__file__).parent.parent / "eval" / "tasks"
 QUICK = {"task_path": TASKS, "limit": 3, "seqlen": 64, "windows": 2, "dtype": "float32", "device": "cpu"}
 
 
