@@ -14,18 +14,32 @@ from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from llmprune import __version__, commands, solvers
-from llmprune.config import PruneConfig, read_yaml
+from llmprune.config import DTYPES, LAYER_SCORES, PLACES, PruneConfig, read_yaml
 from llmprune.errors import InputError, LostProcess, MachineError, plain_errors, unknown, user_path
+from llmprune.recipes import QUALITIES, TARGETS
 from llmprune.structured import scores
+from llmprune.terminal import Terminal
 
-_NAMES = {"method": solvers.names, "score": scores.names}
+_NAMES = {"method": solvers.names, "score": scores.names}  # of options that name a file of ours
+_CHOICES = {
+    "quality": tuple(QUALITIES),
+    "target": TARGETS,
+    "dtype": DTYPES,
+    "activations": PLACES,
+    "layer_score": LAYER_SCORES,
+    "device": ("auto", "cpu", "cuda"),
+}
+_PATHS = {
+    *("model", "models", "folder", "runs", "baseline", "output", "config", "json", "bench", "task_path"),
+    *("calibration", "eval_text", "text", "texts"),
+}
 _TURN = 2  # seconds that a process waits for the first one to tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code.
 
-    0 done, 1 a check failed, 2 bad input, 3 the network or the Hub failed, 130 interrupted.
+    0 done, 1 a check failed, 2 bad input, 3 the machine, the network or the Hub failed, 130 interrupted.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds, so that nothing half-written stays
@@ -71,18 +85,26 @@ def _prune(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     options = _parse(parser, arguments)
+    if shell := options.pop("print_completion", None):
+        print(_completion(shell))
+        return 0
+    terminal = Terminal.take(options)
     path = options.pop("config", None)
     if path is not None:
         options = _under(options, _checked(read_yaml(user_path(path, "config")), path))
     config = PruneConfig.create({"output": "auto"} | options)
 
-    _quiet_libraries()
+    terminal.settle_libraries()
     from llmprune import pipeline
     from llmprune.report.console import Console, Progress
 
-    with Console() if os.environ.get("RANK", "0") == "0" else nullcontext(Progress()) as console:
+    first = os.environ.get("RANK", "0") == "0"
+    shown = Console(terminal.console, each_site=terminal.verbose) if first and not terminal.quiet else nullcontext(Progress())
+    with shown as progress:
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        pipeline.prune(values.pop("model"), progress=console, **values)
+        result = pipeline.prune(values.pop("model"), progress=progress, **values)
+    if first:
+        terminal.write({"output": result.output, **result.record.as_dict()})
     return 0
 
 
@@ -110,10 +132,13 @@ def _command(name: str, arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add(parser)
+    commands.declare(command, parser)
     options = _parse(parser, arguments)
-    _quiet_libraries()
-    return command.run(options)
+    terminal = Terminal.take(options)
+    terminal.settle_libraries()
+    outcome = command.run(options, terminal)
+    terminal.write(outcome.done)
+    return outcome.code
 
 
 def _epilog() -> str:
@@ -124,7 +149,7 @@ def _epilog() -> str:
             "other commands (llmprune NAME --help):",
             *lines,
             "",
-            "exit codes: 0 done, 1 a check failed, 2 bad input, 3 the network or the Hub failed, 130 interrupted",
+            "exit codes: 0 done, 1 a check failed, 2 bad input, 3 the machine, the network or the Hub failed, 130 interrupted",
             "",
             "example: llmprune --model llama --sparsity 2:4",
         ]
@@ -140,6 +165,7 @@ def _prune_parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"llmprune {__version__}")
+    parser.add_argument("--print-completion", metavar="SHELL", help="print a script that completes llmprune in bash, zsh, ...")
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; flags win over it")
     for field in dataclasses.fields(PruneConfig):
         flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%(default)s", str(field.default))
@@ -153,7 +179,31 @@ def _prune_parser() -> _Parser:
         else:
             kind = int if str(field.type).startswith("int") else str
             parser.add_argument(flag, type=kind, metavar=field.metadata["metavar"] or field.name[0].upper(), **common)
+    Terminal.add(parser)
     return parser
+
+
+def _completion(shell: str) -> str:
+    """A script for `shell` that completes the command, its options, names and files."""
+    import shtab
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise unknown("shell", shell, shtab.SUPPORTED_SHELLS)
+    whole = _prune_parser()
+    words = whole.add_subparsers()
+    parsers: list[argparse.ArgumentParser] = [whole]
+    for name in commands.NAMES:
+        command = commands.load(name)
+        parsers.append(words.add_parser(name, help=command.SUMMARY))
+        commands.declare(command, parsers[-1])
+    for action in (action for parser in parsers for action in parser._actions):
+        if action.dest in _PATHS:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif action.dest in _NAMES:
+            action.choices = _NAMES[action.dest]()
+        else:
+            action.choices = _CHOICES.get(action.dest, action.choices)
+    return shtab.complete(whole, shell)
 
 
 def _parse(parser: _Parser, arguments: list[str]) -> dict[str, Any]:
@@ -166,14 +216,6 @@ def _parse(parser: _Parser, arguments: list[str]) -> dict[str, Any]:
             raise unknown("command", rest[0], commands.NAMES)
         raise InputError(f"unexpected argument {rest[0]!r}; see {parser.prog} --help")
     return {name: value for name, value in vars(known).items() if value is not None}
-
-
-def _quiet_libraries() -> None:
-    """Keep transformers' and the Hub's own bars and advice out of what the user reads."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":

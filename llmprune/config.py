@@ -65,7 +65,7 @@ class PruneConfig:
         "fit the kept weights and norms of each block to the dense block's output (default: in best only)", None
     )
     calibration: str = _option(
-        "calibration text: pydoc, wikitext2, c4, a Hub dataset id, or a .txt, .jsonl, .json, .parquet file, plain or "
+        "calibration text: pydoc, wikitext2, c4, ptb, a Hub dataset id, or a .txt, .jsonl, .json, .parquet file, plain or "
         ".gz (default: pydoc for the bundled model, else c4)",
         "auto", metavar="TEXT",
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Text to token windows, for calibration and for evaluation.
 
-A text is named (`pydoc`, `wikitext2`, `c4`), a Hub dataset id, or a local .txt, .jsonl, .json, .parquet file, plain
+A text is named (`pydoc`, `wikitext2`, `c4`, `ptb`), a Hub dataset id, or a local .txt, .jsonl, .json, .parquet file, plain
 or .gz. Calibration windows are disjoint, drawn at random with a seed; evaluation windows follow the papers' protocol:
 the whole split concatenated and cut into disjoint windows, a shorter rest left out.
 """
@@ -22,14 +22,51 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmprune.demo import text as pydoc
-from llmprune.errors import InputError, reason, unknown, user_path
+from llmprune.errors import InputError, MachineError, reason, unknown, user_path
 
 Given: TypeAlias = Tensor | Mapping[str, Any] | Sequence[Any]  # calibration samples that the caller tokenised
 Use = Literal["calibration", "evaluation"]
-NAMED = ("pydoc", "wikitext2", "c4")
+NAMED = ("pydoc", "wikitext2", "c4", "ptb")
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _SEPARATOR = "\n\n"
 _ENOUGH = 4  # calibration windows are drawn from this many times the tokens needed, where there are as many
+
+
+@dataclass(frozen=True, slots=True)
+class _HubText:
+    """Where a text lies on the Hub; its splits are `train`, to calibrate, and `test`, to evaluate.
+
+    Attributes:
+        name: the configuration.
+        files: by use, where not all files of the split are wanted or the dataset does not say which they are.
+        joined: what the papers put between rows that are lines of one text; None: each row is a document.
+    """
+
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    files: Mapping[Use, str] | None = None
+    column: str = "text"
+    joined: str | None = None
+
+
+_HUB = {
+    "wikitext2": _HubText("Salesforce/wikitext", name="wikitext-2-raw-v1", joined=_SEPARATOR),
+    "c4": _HubText(
+        "allenai/c4",
+        files={
+            "calibration": "en/c4-train.00000-of-01024.json.gz",
+            "evaluation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    "ptb": _HubText(  # its own files are a script, which datasets no longer run: the Hub's conversion
+        "ptb-text-only/ptb_text_only",
+        revision="refs/convert/parquet",
+        files={"calibration": "penn_treebank/train/*.parquet", "evaluation": "penn_treebank/test/*.parquet"},
+        column="sentence",
+        joined=" ",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,22 +282,18 @@ def _read_hub(text: str, use: Use) -> Sequence[str]:
     if text not in NAMED and "/" not in text:
         raise InputError(f"{unknown('text', text, NAMED)}; otherwise pass a file or a Hub dataset id such as owner/name")
     import datasets  # slow to import, seldom needed
+    from huggingface_hub.constants import is_offline_mode
 
-    split = "train" if use == "calibration" else "test"
-    arguments: dict[str, Any] = {"path": text, "split": split}
-    if text == "wikitext2":
-        arguments |= {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
-    elif text == "c4":
-        part = "en/c4-train.00000-of-01024.json.gz" if use == "calibration" else "en/c4-validation.00000-of-00008.json.gz"
-        arguments |= {"path": "allenai/c4", "data_files": {split: part}}
+    known, split = _HUB.get(text, _HubText(text)), "train" if use == "calibration" else "test"
+    files = {split: known.files[use]} if known.files else None
     try:
-        rows = datasets.load_dataset(**arguments)
+        rows = datasets.load_dataset(known.path, known.name, split=split, data_files=files, revision=known.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"cannot load text {text} from the Hub ({reason(error)}); go online or pass a local file") from None
-    if "text" not in rows.column_names:
-        raise InputError(f"Hub dataset {text} has no `text` column, only {', '.join(rows.column_names)}")
-    if text == "wikitext2":  # rows are lines of articles: only joined do they make text
-        return [_SEPARATOR.join(rows["text"])]
-    if text == "c4" and use == "evaluation":  # as the papers do
-        return rows[:1100]["text"]
-    return rows["text"]
+        kind = MachineError if isinstance(error, ConnectionError) and not is_offline_mode() else InputError
+        raise kind(f"cannot load text {text} from the Hub ({reason(error)}); go online or pass a local file") from None
+    if known.column not in rows.column_names:
+        raise InputError(f"Hub dataset {text} has no `{known.column}` column, only {', '.join(rows.column_names)}")
+    texts = rows[known.column]
+    if known.joined is not None:
+        return [known.joined.join(texts)]
+    return texts[:1100] if text == "c4" and use == "evaluation" else texts  # as the papers do

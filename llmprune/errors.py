@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ class InputError(ValueError):
 
 
 class MachineError(InputError):
-    """The network, or a machine in it, failed: no input is to blame. The command exits with code 3 on it."""
+    """This machine, the network or one in it failed: no input is to blame. The command exits with code 3 on it."""
 
 
 class LostProcess(InputError):
@@ -52,6 +53,12 @@ def user_path(text: str | Path, what: str) -> Path:
     return path
 
 
+def denied(error: OSError, text: str) -> InputError:
+    """The error for what the system refused: the machine's where room or the hardware is what it lacks."""
+    lacking = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+    return (MachineError if error.errno in lacking else InputError)(text)
+
+
 @contextmanager
 def plain_errors(hint: str = "lower --batch-size, --samples or --seqlen") -> Iterator[None]:
     """Say in one line what the machine denied: a file, disk space or memory, and for memory what may help."""
@@ -59,10 +66,10 @@ def plain_errors(hint: str = "lower --batch-size, --samples or --seqlen") -> Ite
         yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise InputError(f"cannot read or write {where}{error.strerror or reason(error)}") from None
+        raise denied(error, f"cannot read or write {where}{error.strerror or reason(error)}") from None
     except MemoryError:
-        raise InputError(f"out of memory; {hint}") from None
+        raise MachineError(f"out of memory; {hint}") from None
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
-        raise InputError(f"out of memory; {hint} ({reason(error)})") from None
+        raise MachineError(f"out of memory; {hint} ({reason(error)})") from None

@@ -50,7 +50,8 @@ ALLOWED = {
     "evaluation": None,
     "comparison": None,
     "commands": None,
-    "cli": {"commands", "config", "solvers", "structured", "pipeline", "report"},
+    "terminal": set(),
+    "cli": {"commands", "terminal", "config", "recipes", "solvers", "structured", "pipeline", "report"},
 }
 
 

@@ -281,7 +281,7 @@ def test_a_full_disk_is_one_line(limit: int, words: str, folder: Path, text: Pat
     )
     run = ["--model", str(folder), "--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *run], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 3, done.stderr
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr

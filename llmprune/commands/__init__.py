@@ -1,20 +1,33 @@
 """The command's further words, one file each: `llmprune NAME ...`.
 
-A file has `SUMMARY` (one line), `EXAMPLE`, `add(parser)`, which declares its options, and `run(options)`, which does the work
-and returns the exit code. What is heavy is imported in `run`: help must not wait for torch.
+A file has `SUMMARY` (one line), `EXAMPLE`, `add(parser)`, which declares its options, and `run(options, terminal)`, which does
+the work. What is heavy is imported in `run`: help must not wait for torch.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol, cast
 
-from llmprune.errors import InputError, user_path
+from llmprune.terminal import Terminal
 
 NAMES = ("eval", "compare", "report", "verify", "pack", "unpack", "bench", "push")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command did.
+
+    Attributes:
+        done: what `--json` writes.
+        code: the exit code: 0 done, 1 a check failed.
+    """
+
+    done: Mapping[str, Any]
+    code: int = 0
 
 
 class Command(Protocol):
@@ -25,7 +38,7 @@ class Command(Protocol):
 
     def add(self, parser: argparse.ArgumentParser) -> None: ...
 
-    def run(self, options: Mapping[str, Any]) -> int: ...
+    def run(self, options: Mapping[str, Any], terminal: Terminal) -> Outcome: ...
 
 
 def load(name: str) -> Command:
@@ -33,15 +46,7 @@ def load(name: str) -> Command:
     return cast(Command, import_module(f"llmprune.commands.{name}"))
 
 
-def file_to_write(text: str) -> Path:
-    """A file that an option names, checked before the work that would fill it.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    path = user_path(text, "file")
-    if not path.resolve().parent.is_dir():
-        raise InputError(f"cannot write {text}: its folder does not exist")
-    if path.is_dir():
-        raise InputError(f"cannot write {text}: it is a folder")
-    return path
+def declare(command: Command, parser: argparse.ArgumentParser) -> None:
+    """All options of a command: its own, and what all share."""
+    command.add(parser)
+    Terminal.add(parser)

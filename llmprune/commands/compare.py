@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from llmprune.commands import file_to_write
+from llmprune.commands import Outcome
+from llmprune.terminal import Terminal, file_to_write
 
 SUMMARY = "prune models by several methods to several patterns, and print the table that papers print"
 EXAMPLE = "llmprune compare llama --methods wanda sparsegpt balanced --sparsity 2:4 50% --output compare.json"
@@ -29,24 +30,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(options: Mapping[str, Any]) -> int:
+def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     output = file_to_write(options["output"])
-    from rich.console import Console
     from rich.table import Table
 
     from llmprune.comparison import METHODS, PATTERNS, compare, papers_table, plot
 
-    console = Console(highlight=False, soft_wrap=True)
     rest = {name: options[name] for name in ("text", "samples", "seqlen", "windows", "device")}
     chosen = {"methods": options.get("methods", METHODS), "patterns": options.get("sparsity", PATTERNS)}
-    cells = compare(options["models"], output, **chosen, **rest, tell=console.print)
+    cells = compare(options["models"], output, **chosen, **rest, tell=terminal.say)
     for model, header, rows in papers_table(cells):
         table = Table(title=f"{model}: token perplexity, held-out {options['text']}", title_justify="left")
         for name in header:
             table.add_column(name, justify="left" if name == "method" else "right")
         for row in rows:
             table.add_row(*row)
-        console.print(table)
+        terminal.console.print(table, soft_wrap=True)
     drawn = plot(cells, output.with_suffix(".svg"))
-    console.print(f"wrote {output}, {output.with_suffix('.md')}" + (f", {output.with_suffix('.svg')}" if drawn else ""))
-    return 0
+    terminal.say(f"wrote {output}, {output.with_suffix('.md')}" + (f", {output.with_suffix('.svg')}" if drawn else ""))
+    return Outcome({"cells": cells})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmprune.commands import file_to_write
+from llmprune.commands import Outcome
+from llmprune.terminal import Terminal
 
 SUMMARY = "measure perplexity and lm-eval's tasks, alone or beside the dense model"
 EXAMPLE = "llmprune eval llama-2of4-balanced --baseline llama --task-path eval/tasks --tasks pydoc_summary"
@@ -27,26 +27,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of examples and draws (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto is float32 on CPU, else the checkpoint's")
-    parser.add_argument("--json", metavar="FILE", help="write what was measured; - for standard output, without the table")
 
 
-def run(options: Mapping[str, Any]) -> int:
-    only, path = options.get("json") == "-", options.get("json")
-    target = file_to_write(path) if path and not only else None
-    from rich.console import Console
-
+def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     from llmprune.evaluation import evaluate, show
 
-    console = Console(highlight=False, stderr=only)
-    rest = {name: value for name, value in options.items() if name not in ("model", "json")}
+    rest = {name: value for name, value in options.items() if name != "model"}
     if "tasks" in rest:
         rest["tasks"] = [name for word in rest["tasks"] for name in word.split(",") if name]
-    found = evaluate(options["model"], **rest, tell=console.print)
-    text = json.dumps(found.as_dict(), indent=1)
-    if only:
-        print(text)
-        return 0
-    show(found, console)
-    if target:
-        target.write_text(text + "\n", encoding="utf-8")
-    return 0
+    found = evaluate(options["model"], **rest, tell=terminal.say)
+    show(found, terminal.console)
+    return Outcome(found.as_dict())

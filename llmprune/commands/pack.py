@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
+
+from llmprune.commands import Outcome
+from llmprune.terminal import Terminal
 
 SUMMARY = "store 2:4 matrices as values and codes: 9/16 of their bytes in 16 bits"
 EXAMPLE = "llmprune pack llama-2of4-balanced llama-packed"
@@ -16,17 +20,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if llmprune wrote it")
 
 
-def run(options: Mapping[str, Any]) -> int:
+def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     from llmprune.sparse.convert import pack
 
-    found = pack(options["folder"], options["output"], overwrite=options["overwrite"], tell=print)
+    found = pack(options["folder"], options["output"], overwrite=options["overwrite"], tell=terminal.say)
     for name, why in found.dense.items():
-        print(f"dense  {name}: {why}")
-    print(
+        terminal.say(f"dense  {name}: {why}")
+    terminal.say(
         f"{found.layers} matrices packed, {found.before:,} -> {found.after:,} bytes ({found.after / found.before:.1%}); "
         f"all tensors {found.total_before:,} -> {found.total_after:,} ({found.total_after / found.total_before:.1%})"
     )
-    print(f"wrote {found.output}; next:")
-    print(f"  llmprune bench {found.output}")
-    print(f"  python -c 'import llmprune; llmprune.load(\"{found.output}\")'")
-    return 0
+    terminal.say(f"wrote {found.output}; next:")
+    terminal.say(f"  llmprune bench {found.output}")
+    terminal.say(f"  python -c 'import llmprune; llmprune.load(\"{found.output}\")'")
+    return Outcome(asdict(found))

@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from llmprune.commands import Outcome
+from llmprune.terminal import Terminal
+
 SUMMARY = "verify a folder that llmprune wrote and push it to the Hub, in one commit"
 EXAMPLE = "llmprune push llama-2of4-balanced me/llama-2of4 --private"
 
@@ -18,8 +21,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
 
 
-def run(options: Mapping[str, Any]) -> int:
+def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     from llmprune.hub import push
 
-    print(f"pushed {options['folder']}: {push(**options, tell=print)}")
-    return 0
+    url = push(**options, tell=terminal.say)
+    terminal.say(f"pushed {options['folder']}: {url}")
+    return Outcome({"folder": options["folder"], "repo_id": options["repo_id"], "url": url})

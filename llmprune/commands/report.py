@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from llmprune.commands import file_to_write
+from llmprune.commands import Outcome
 from llmprune.errors import InputError, user_path
+from llmprune.terminal import Terminal, file_to_write
 
 SUMMARY = "one page about a run, or several side by side, to look at and share"
 EXAMPLE = "llmprune report llama-2of4-balanced -o report.html"
@@ -20,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the page and its JSON twin")
 
 
-def run(options: Mapping[str, Any]) -> int:
+def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     names, benches = options["runs"], options.get("bench", [])
     target = file_to_write(options["output"])
     from llmprune.report import html, page, saved
@@ -32,5 +33,5 @@ def run(options: Mapping[str, Any]) -> int:
     twin = html.check_target(target, inputs, [one.folder for one in runs if one.folder], overwrite=options["overwrite"])
     found = page.content(runs)
     html.write({twin: html.as_json(found), target: html.render(found, twin.name)})
-    print(f"wrote {target} and {twin}")
-    return 0
+    terminal.say(f"wrote {target} and {twin}")
+    return Outcome(found)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
+
+from llmprune.commands import Outcome
+from llmprune.terminal import Terminal
 
 SUMMARY = "the dense folder that a packed one stands for, bit for bit"
 EXAMPLE = "llmprune unpack llama-packed llama-dense"
@@ -16,10 +20,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if llmprune wrote it")
 
 
-def run(options: Mapping[str, Any]) -> int:
+def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     from llmprune.sparse.convert import unpack
 
-    found = unpack(options["folder"], options["output"], overwrite=options["overwrite"], tell=print)
-    print(f"{found.layers} matrices unpacked; all tensors {found.total_before:,} -> {found.total_after:,} bytes")
-    print(f"wrote {found.output}")
-    return 0
+    found = unpack(options["folder"], options["output"], overwrite=options["overwrite"], tell=terminal.say)
+    terminal.say(f"{found.layers} matrices unpacked; all tensors {found.total_before:,} -> {found.total_after:,} bytes")
+    terminal.say(f"wrote {found.output}")
+    return Outcome(asdict(found))

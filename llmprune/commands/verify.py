@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
+
+from llmprune.commands import Outcome
+from llmprune.terminal import Terminal
 
 SUMMARY = "re-check the sums and patterns of a folder that llmprune wrote"
 EXAMPLE = "llmprune verify llama-2of4-balanced"
@@ -14,11 +18,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR")
 
 
-def run(options: Mapping[str, Any]) -> int:
+def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     from llmprune.integrity import verify
 
     found = verify(options["folder"])
     for problem in found.problems:
-        print(f"FAILED  {problem}")
-    print(f"{options['folder']}: {found.files} files and {found.matrices} matrices checked, {len(found.problems)} problems")
-    return 1 if found.problems else 0
+        terminal.say(f"FAILED  {problem}")
+    count = len(found.problems)
+    terminal.say(f"{options['folder']}: {found.files} files and {found.matrices} matrices checked, {count} problems")
+    return Outcome({"folder": options["folder"], **asdict(found)}, code=1 if found.problems else 0)

@@ -44,10 +44,14 @@ class Progress:
 
 
 class Console(Progress):
-    """Shows on standard output. Use as a context manager, so that the live bar is taken down on any exit."""
+    """Shows on a console. Use as a context manager, so that the live bar is taken down on any exit.
 
-    def __init__(self, console: RichConsole | None = None) -> None:
-        self._console = console or RichConsole(highlight=False, soft_wrap=True)
+    Args:
+        each_site: a line for each matrix, too.
+    """
+
+    def __init__(self, console: RichConsole, *, each_site: bool = False) -> None:
+        self._console, self._each_site = console, each_site
         self._live = Bar(
             TextColumn("block {task.fields[block]}"),
             BarColumn(),
@@ -79,10 +83,10 @@ class Console(Progress):
             "compute": f"{record.compute['dtype']} on {record.compute['device']}{_shared(record.compute['processes'])}",
             **({"needs": record.predicted["text"]} if record.predicted else {}),
         }.items():
-            self._console.print(f"{title:<11}  {value}", markup=False)
+            self._line(f"{title:<11}  {value}")
 
     def note(self, text: str) -> None:
-        self._console.print(f"note: {text}", markup=False)
+        self._line(f"note: {text}")
 
     def start(self, blocks: int, sites: int) -> None:
         self._blocks, self._sites, self._done, self._began = blocks, sites, 0, time.monotonic()
@@ -98,6 +102,11 @@ class Console(Progress):
     def site(self, site: SiteRecord) -> None:
         self._done += 1
         self._in_block.append(site)
+        if self._each_site:
+            self._line(
+                f"  {site.name}  {site.pattern}  {site.shape[0]} x {site.shape[1]}  zeros {site.sparsity:.2%}  "
+                f"output error {site.error:.2%}  {site.tokens:,} tokens  {site.seconds:.2f} s"
+            )
         if self._console.is_terminal:
             self._live.update(self._task, completed=self._done, eta=self._eta())
 
@@ -123,16 +132,19 @@ class Console(Progress):
             self._done = index + 1
         line = f"block {index + 1}/{self._blocks}  {came}  ETA {self._eta()}"
         self._in_block, self._gone, self._fit, self._came = [], [], "", ""
-        self._console.print(line, markup=False)
+        self._line(line)
         if self._console.is_terminal:
             self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
 
     def summary(self, record: RunRecord, output: Path | None) -> None:
         self._stop()
-        self._console.print(_table(record))
+        self._console.print(_table(record), soft_wrap=True)
         if output is not None:
             own = bool(record.structure.get("differ_by_layer"))
-            self._console.print(f"wrote {output}; next:\n{_next_steps(output, own=own)}", markup=False)
+            self._line(f"wrote {output}; next:\n{_next_steps(output, own=own)}")
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def _stop(self) -> None:
         if self._live.live.is_started:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, MachineError
 
 _AT_ONCE = 64  # tensors that are mapped together
 
@@ -21,7 +21,7 @@ class MappedTensors(MutableSequence[Tensor]):
     """A list of tensors on the disk of `folder`. What is set must have the shape and dtype of what it replaces.
 
     Raises:
-        InputError: the disk is full.
+        MachineError: the disk is full.
     """
 
     def __init__(self, folder: Path, tensors: Iterable[Tensor] = ()) -> None:
@@ -66,7 +66,7 @@ class MappedTensors(MutableSequence[Tensor]):
         try:
             os.posix_fallocate(self._file.fileno(), start, value.nbytes)  # a full disk shows here, not as a bus error
         except OSError as error:
-            raise InputError(f"no room for the activations in {self._folder}: {error.strerror}") from None
+            raise MachineError(f"no room for the activations in {self._folder}: {error.strerror}") from None
         self._tensors.append(
             torch.frombuffer(self._maps[-1], dtype=value.dtype, count=value.numel(), offset=offset).view(value.shape)
         )
@@ -82,7 +82,7 @@ class MappedTensors(MutableSequence[Tensor]):
             try:
                 os.ftruncate(self._file.fileno(), self._mapped)
             except OSError as error:
-                raise InputError(f"no room for the activations in {self._folder}: {error.strerror}") from None
+                raise MachineError(f"no room for the activations in {self._folder}: {error.strerror}") from None
             self._maps.append(mmap.mmap(self._file.fileno(), _AT_ONCE * size, offset=self._used))
         self._used += size
         return self._used - size

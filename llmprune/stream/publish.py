@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from llmprune.errors import InputError, reason
+from llmprune.errors import InputError, MachineError, denied, reason
 from llmprune.models.checkpoint import PACKED
 
 RECORD = "llmprune.json"
@@ -50,7 +50,7 @@ def copy_extras(source: Path, folder: Path) -> None:
         try:
             shutil.copyfile(path, folder / path.name)
         except OSError as error:
-            raise InputError(f"cannot copy {path} beside the output folder: {error.strerror}") from None
+            raise denied(error, f"cannot copy {path} beside the output folder: {error.strerror}") from None
 
 
 def write_json(path: Path, value: object) -> None:
@@ -108,7 +108,7 @@ def published(output: Path, *, overwrite: bool) -> Iterator[Path]:
         yield partial
         publish(partial, output, overwrite=overwrite)
     except SafetensorError as error:
-        raise InputError(f"cannot write the weights beside {output}: {reason(error)}") from None
+        raise MachineError(f"cannot write the weights beside {output}: {reason(error)}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from llmprune.errors import InputError, reason
+from llmprune.errors import InputError, MachineError, reason
 from llmprune.models.checkpoint import read_json
 from llmprune.stream.publish import fsync, sha256
 
@@ -103,7 +103,7 @@ def continued(
         try:
             yield manifest
         except SafetensorError as error:
-            raise InputError(f"cannot write the weights beside {output}: {reason(error)}") from None
+            raise MachineError(f"cannot write the weights beside {output}: {reason(error)}") from None
         finally:
             if partial.exists() and manifest.blocks:
                 tell(f"{len(manifest.blocks)} blocks are finished: the same command goes on from there")
