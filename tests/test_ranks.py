@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,11 +72,18 @@ except InputError as error:
 """
 
 
+def free_port() -> int:
+    """One below those that the system hands out by itself, so that no other test's connection takes it meanwhile."""
+    for port in random.sample(range(10_000, 30_000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
+
+
 def start(size: int, *arguments: object) -> list[subprocess.Popen]:
     """The processes of one run, started as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _RUN, str(TESTS), *map(str, arguments)]
     return [
@@ -87,7 +96,11 @@ def start(size: int, *arguments: object) -> list[subprocess.Popen]:
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     """Exit codes and errors."""
-    return [(process.wait(timeout=120), process.stderr.read().decode()) for process in processes]
+    try:
+        return [(process.wait(timeout=240), process.stderr.read().decode()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def together(size: int, *arguments: object) -> None:
