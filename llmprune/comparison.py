@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from llmprune.data import Windows, evaluation_windows
 from llmprune.errors import InputError, plain_errors, reason
 from llmprune.evaluate.perplexity import Perplexity, excess_loss, perplexity
-from llmprune.hardware import peak_memory, pick_device, restart_peak_memory
+from llmprune.hardware import pick_device, restart_peak_memory
 from llmprune.models.checkpoint import read_json
 from llmprune.models.resolve import resolve
 from llmprune.models.skeleton import load_config, load_model
@@ -148,7 +148,6 @@ def _measure(name: str, method: str, pattern: str, settings: dict[str, Any], dev
     how = "quality" if method in QUALITIES else "method"
     options: dict[str, Any] = {how: method, "samples": settings["samples"], "seqlen": seqlen, "sparsity": pattern}
     record = prune(model, tokenizer=tokenizer, calibration=text, eval_text="none", **options).record
-    peak = peak_memory(model.device)
     found, dense = perplexity(model, held_out), dense_perplexity(folder, windows, text, seqlen, device)
     return {
         "model": _short(name),
@@ -161,7 +160,7 @@ def _measure(name: str, method: str, pattern: str, settings: dict[str, Any], dev
         "output_error": mean(site.error for site in record.sites),
         "seconds": record.pruning_seconds(),
         "overhead": record.overhead(),
-        "peak_memory_bytes": peak.get("device", peak["process"]),
+        "peak_memory_bytes": record.peak_memory.get("device", record.peak_memory["process"]),
     }
 
 

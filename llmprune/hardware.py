@@ -82,12 +82,6 @@ def _glibc(name: str, *arguments: int) -> None:
         function(*arguments)
 
 
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Highest memory so far, in bytes: resident in this process, and allocated by torch on the device."""
-    peak = {"process": _peak_resident()}
-    return peak | ({"device": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})
-
-
 def restart_peak_memory() -> None:
     """Count this process's peak anew from here, where Linux can."""
     clear = Path("/proc/self/clear_refs")
@@ -95,8 +89,11 @@ def restart_peak_memory() -> None:
         clear.write_text("5")
 
 
-def _peak_resident() -> int:
-    """Linux's own count of this program: getrusage would start from what the parent process held at the fork."""
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes.
+
+    Linux's own count of this program: getrusage would start from what the parent process held at the fork.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -19,7 +19,7 @@ from llmprune import hub
 from llmprune.config import DTYPES, PruneConfig
 from llmprune.data import Given
 from llmprune.errors import InputError, plain_errors, reason, unknown
-from llmprune.hardware import map_large_allocations, peak_memory, pick_device, pick_dtype
+from llmprune.hardware import map_large_allocations, pick_device, pick_dtype
 from llmprune.models.checkpoint import Checkpoint, read_json
 from llmprune.models.discover import find_blocks
 from llmprune.models.names import Names, locate, match_names
@@ -97,7 +97,8 @@ def prune(
     with torch.no_grad(), plain_errors(), joined() as ranks:
         job = Job(config, given, progress or Progress(), ranks)
         _check_push(job)
-        result = _prune(job, model, tokenizer)
+        with job.clock:
+            result = _prune(job, model, tokenizer)
         _push(job, result)
         return result
 
@@ -194,7 +195,7 @@ def _shrink_folder(
         record.dense, record.pruned = scouted.dense, shrinking.stream(decision, writer if manifest else NoSink())
         record.removals = shrinking.removals
         record.structure = structure(decision, scouted, skeleton) | {"fingerprint": fingerprint}
-        record.peak_memory = peak_memory(skeleton.device)
+        record.peak_memory = job.clock.peaks()
         if manifest:
             with job.clock("write"):
                 writer.finish()
@@ -431,8 +432,10 @@ def _announce(
         predicted=predicted,
         skipped=work.plan.skipped,
         seconds=job.clock.seconds,
+        phase_memory=job.clock.memory,
         size={"bytes_before": work.nbytes},
     )
+    job.clock.device = work.device
     job.progress.header(record, what, asked)
     if folder and folder.bundled:
         size = f"{work.parameters / 1e6:.0f}M-parameter demo"

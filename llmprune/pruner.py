@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmprune import solvers
+from llmprune.clock import Clock
 from llmprune.errors import InputError
 from llmprune.models.names import Names, Piece, locate
 from llmprune.models.sites import Block, Site, Stage, part_text
@@ -19,7 +20,7 @@ from llmprune.ranks import Ranks
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import reconstruct
 from llmprune.report.console import Progress
-from llmprune.report.record import Clock, Reconstruction, SiteRecord
+from llmprune.report.record import Reconstruction, SiteRecord
 from llmprune.solvers.base import Solution
 from llmprune.solving import Observed, Round, lean, make_batches, make_rounds, solve
 from llmprune.stats import Cross, Gram, InputSample, Statistic

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune import solvers
+from llmprune.clock import Clock
 from llmprune.config import PruneConfig
 from llmprune.data import Given, Windows
 from llmprune.errors import InputError, user_path
 from llmprune.evaluate.perplexity import streamed_perplexity
-from llmprune.hardware import peak_memory
 from llmprune.models.experts import observable
 from llmprune.models.names import Names
 from llmprune.models.sites import Block
@@ -28,7 +28,7 @@ from llmprune.ranks import Ranks
 from llmprune.recipes import Recipe, choose_recipe
 from llmprune.reconstruct import check_batches
 from llmprune.report.console import Progress
-from llmprune.report.record import Clock, RunRecord
+from llmprune.report.record import RunRecord
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import Sink, Source, stream
 from llmprune.stream.resume import Manifest
@@ -174,7 +174,7 @@ def run(
     record.sites, record.reconstructions = pruner.records, pruner.reconstructions
     record.skipped |= dict.fromkeys(pruner.uncalled, "the model's forward never runs it")
     record.size["nonzero_before"], record.size["nonzero_after"] = pruner.nonzero
-    record.peak_memory = peak_memory(work.device)
+    record.peak_memory = job.clock.peaks()
 
 
 @dataclass(frozen=True, slots=True)

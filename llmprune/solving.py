@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from llmprune import solvers
+from llmprune.clock import Clock
 from llmprune.errors import InputError
 from llmprune.linalg import masked_least_squares
 from llmprune.models.sites import Site, Stage
 from llmprune.patterns import Pattern, Stacked
 from llmprune.ranks import Ranks
 from llmprune.recipes import Recipe
-from llmprune.report.record import Clock
 from llmprune.solvers.base import Solution
 from llmprune.stats import Cross, Gram, InputSample, Statistic, lean_on_pool
 

@@ -48,7 +48,7 @@ def prune(source: Path, output: Path) -> dict[str, Any]:
     """In this process."""
     import llmprune.pipeline
 
-    loaded = peak_memory(torch.device("cpu"))["process"]
+    loaded = peak_memory()
     watch = Stopwatch()
     options: dict[str, Any] = {"calibration": "pydoc", "samples": SAMPLES, "seqlen": SEQLEN, "method": "wanda"}
     record = llmprune.prune(source, output=output, sparsity="2:4", progress=watch, **options).record

@@ -91,9 +91,9 @@ def measure(
     w: Tensor, h: Tensor, ours: Callable[[], Tensor], plain: Callable[[], Tensor] | None, repeats: int
 ) -> dict[str, Any]:
     restart_peak_memory()
-    before = peak_memory(CPU)["process"]
+    before = peak_memory()
     runs = [timed(ours)]
-    row: dict[str, Any] = {"memory_bytes": peak_memory(CPU)["process"] - before}
+    row: dict[str, Any] = {"memory_bytes": peak_memory() - before}
     plains: list[tuple[float, Tensor]] = []
     for turn in range(repeats):
         if turn and sum(seconds for seconds, _ in [*runs, *plains]) > ENOUGH:

@@ -26,6 +26,7 @@ from llmprune.errors import InputError
 from llmprune.report import html
 from llmprune.report.page import MOST, content
 from llmprune.report.saved import read_runs
+from llmprune.terminal import Terminal
 
 Record = dict[str, Any]
 BENCH: Record = {
@@ -106,6 +107,10 @@ def test_numbers_are_the_records(folders: dict[str, Path], tmp_path: Path) -> No
     assert facts["bytes_after"]["value"] == record["size"]["bytes_after"]
     assert facts["peak_memory"]["value"] == max(record["peak_memory"].values())
     assert run["seconds"] == record["seconds"]
+    held = {phase: peak["process"] / 2**20 for phase, peak in record["phase_memory"].items()}
+    assert run["phase_memory"] == {"of": "process", "mebibytes": held}
+    assert held.keys() == record["seconds"].keys()
+    assert max(held.values()) == pytest.approx(record["peak_memory"]["process"] / 2**20, rel=0.02)
     assert run["versions"] == record["versions"]
     errors = [site["error"] for site in record["sites"]]
     assert sorted(error for row in run["maps"]["error"]["values"] for error in row) == sorted(errors)
@@ -199,7 +204,9 @@ def test_the_command_repeats_the_run(options: Record, folders: dict[str, Path], 
     arguments = {name: getattr(config, name) for name in PruneConfig.__dataclass_fields__}
     folder = change(alone(folders["wanda"], tmp_path / "run"), lambda record: record.update(arguments=arguments))
     words = shlex.split(content(read_runs([str(folder)]))["runs"][0]["command"])
-    again = PruneConfig.create({"output": "auto"} | cli._parse(cli._prune_parser(), words[1:]))
+    options = cli._parse(cli._prune_parser(), words[1:])
+    assert Terminal.take(options) == Terminal()
+    again = PruneConfig.create({"output": "auto"} | options)
     assert again == PruneConfig.create(arguments | {"overwrite": False})
 
 

@@ -52,7 +52,7 @@ _STYLE = {
 
 
 def figures(page: dict[str, Any]) -> dict[str, str]:
-    """SVG by name: `perplexity`, `growth`, `seconds`, `price` hold all runs; `error0`, `kept0`, `mask0-0` and the like one."""
+    """SVG by name: `perplexity`, `growth`, `seconds`, `memory`, `price` hold all runs; `error0`, `mask0-0`, ... one."""
     runs = page["runs"]
     found = {name: draw(runs) for name, draw in _TOGETHER.items()}
     for number, run in enumerate(runs):
@@ -128,19 +128,29 @@ def _by_block(axes: Axes) -> None:
 
 def seconds(runs: Sequence[dict[str, Any]]) -> str:
     """By phase, a bar a run."""
-    phases = list(dict.fromkeys(phase for run in runs for phase in run["seconds"]))
+    return _by_phase([run["seconds"] for run in runs], "seconds")
+
+
+def memory(runs: Sequence[dict[str, Any]]) -> str:
+    """Each phase's peak, a bar a run."""
+    where = " or ".join(dict.fromkeys(run["phase_memory"]["of"] for run in runs))
+    return _by_phase([run["phase_memory"]["mebibytes"] for run in runs], f"MiB, {where}")
+
+
+def _by_phase(runs: Sequence[dict[str, float]], what: str) -> str:
+    phases = list(dict.fromkeys(phase for run in runs for phase in run))
     if not phases:
         return ""
     width = 0.72 / len(runs)
     with _figure(0.5 + len(phases) * max(0.3, 0.13 * len(runs))) as (axes, finished):
         for number, run in enumerate(runs):
-            own = [(row, run["seconds"][phase]) for row, phase in enumerate(phases) if phase in run["seconds"]]
+            own = [(row, run[phase]) for row, phase in enumerate(phases) if phase in run]
             places = [row + (number - (len(runs) - 1) / 2) * width for row, _ in own]
             bars = axes.barh(places, [taken for _, taken in own], width * 0.9, color=_SERIES[number % len(_SERIES)])
             if len(runs) == 1:
-                axes.bar_label(bars, [f"{taken:.1f}" if taken >= 1 else f"{taken:.2f}" for _, taken in own], padding=4)
+                axes.bar_label(bars, [_short(taken) for _, taken in own], padding=4)
         axes.set_yticks(range(len(phases)), [_plain(phase) for phase in phases])
-        axes.set(ylim=(len(phases) - 0.5, -0.5), xlabel="seconds")
+        axes.set(ylim=(len(phases) - 0.5, -0.5), xlabel=what)
         axes.margins(x=0.12)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
@@ -269,6 +279,10 @@ def _marker(blocks: Sequence[float]) -> str:
     return "o" if len(blocks) <= 2 * _FEW else ""
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}" if value < 0.1 else f"{100 * value:.0f}"
 
@@ -279,4 +293,4 @@ def _plain(text: str, most: int = 28) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
-_TOGETHER: dict[str, Draw] = {"perplexity": perplexity, "growth": growth, "seconds": seconds, "price": price}
+_TOGETHER: dict[str, Draw] = {"perplexity": perplexity, "growth": growth, "seconds": seconds, "memory": memory, "price": price}

@@ -46,6 +46,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "fit": _fit(record.reconstructions),
         "growth": _growth(record.sites or record.removals),
         "seconds": dict(record.seconds),
+        "phase_memory": _phase_memory(record),
         "memory": _memory(record),
         "sizes": _sizes(record, packed),
         "masks": masks(run.folder, record.sites, pictures) if run.folder else [],
@@ -144,6 +145,13 @@ def _memory(record: RunRecord) -> dict[str, Any]:
         parts = ("activations", "weights", "solving")
         rows += [[_text(part), _cell(record.predicted[part], _bytes), _text("expected, by formula")] for part in parts]
     return _table(("memory", "bytes", "how it is known"), rows)
+
+
+def _phase_memory(record: RunRecord) -> dict[str, Any]:
+    """Each phase's peak, in MiB: on the device where that is a GPU, else of the process."""
+    where = "device" if "device" in record.peak_memory else "process"
+    found = {phase: peak[where] / 2**20 for phase, peak in record.phase_memory.items() if where in peak}
+    return {"of": where, "mebibytes": found}
 
 
 def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +90,8 @@ class RunRecord:
 
     `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after. `recipe` is
     what the arguments came to: method, refit, target, reconstruction. `structure` says what was removed and what that made
-    smaller, before and after. `predicted` is what the preflight expected.
+    smaller, before and after. `predicted` is what the preflight expected. `peak_memory` is that
+    of the whole run, in bytes, `phase_memory` each phase's.
     """
 
     arguments: dict[str, Any]
@@ -110,6 +109,7 @@ class RunRecord:
     pruned: Perplexity | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
+    phase_memory: dict[str, dict[str, int]] = field(default_factory=dict)
     size: dict[str, int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -140,28 +140,6 @@ class RunRecord:
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
-
-
-class Clock:
-    """Adds up wall seconds by phase; what a phase within another takes counts for the inner one only."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._within = 0.0
-
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Count what an earlier run took as well."""
-        self.seconds |= {phase: self.seconds.get(phase, 0.0) + more for phase, more in seconds.items()}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start, before, self._within = time.perf_counter(), self._within, 0.0
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed - self._within
-            self._within = before + elapsed
 
 
 def versions() -> dict[str, str]:

@@ -204,6 +204,8 @@ def _ranges(record: RunRecord) -> Iterator[tuple[str, bool, str]]:
         yield f"{name}.value", measured is None or measured.value > 0, "more than 0"
     yield "dense", (record.dense is None) == (record.pruned is None), "measured where pruned is"
     yield "seconds", min(record.seconds.values(), default=0.0) >= 0, "0 or more"
+    held = [peak for phase in record.phase_memory.values() for peak in phase.values()]
+    yield "phase_memory", min(held, default=0) >= 0, "0 or more"
 
 
 class _Misfit(Exception):

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llmprune.clock import Clock
 from llmprune.errors import InputError
 from llmprune.linalg import kept_least_squares
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.ranks import Ranks
-from llmprune.report.record import Clock, Removal
+from llmprune.report.record import Removal
 from llmprune.solving import Observed, lean
 from llmprune.stats import Cross, Gram, InputSample
 from llmprune.stream.activations import Activations, Beside
