@@ -84,9 +84,6 @@ class Terminal:
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not self.quiet else "1")
             os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        else:
-            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info")
-            os.environ.setdefault("HF_HUB_VERBOSITY", "info")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
