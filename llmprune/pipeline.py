@@ -94,12 +94,14 @@ def prune(
         "calibration": str(calibration) if given is None else "given tokens",
     }
     config = PruneConfig.create({**options, **named})
-    with torch.no_grad(), plain_errors(), joined() as ranks:
-        job = Job(config, given, progress or Progress(), ranks)
-        _check_push(job)
-        with job.clock:
-            result = _prune(job, model, tokenizer)
-        _push(job, result)
+    with torch.no_grad(), plain_errors():
+        with joined() as ranks:
+            job = Job(config, given, progress or Progress(), ranks)
+            _check_push(job)
+            with job.clock:
+                result = _prune(job, model, tokenizer)
+        if job.ranks.first:
+            _push(job, result)  # the others do not wait for it
         return result
 
 
@@ -133,13 +135,11 @@ def _push(job: Job, result: Result) -> None:
     repository, output = job.config.push_to_hub, result.output
     if repository is None or output is None:
         return
-    if job.ranks.first:
-        try:
-            job.progress.note(f"pushed: {hub.push(output, repository, tell=job.progress.note)}")
-        except InputError as error:
-            later = shlex.join(["llmprune", "push", str(output), repository])
-            raise type(error)(f"{error}; {output} is complete, and `{later}` pushes it later") from None
-    job.ranks.agree(None)
+    try:
+        job.progress.note(f"pushed: {hub.push(output, repository, tell=job.progress.note)}")
+    except InputError as error:
+        later = shlex.join(["llmprune", "push", str(output), repository])
+        raise type(error)(f"{error}; {output} is complete, and `{later}` pushes it later") from None
 
 
 def _make_smaller(job: Job, folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Result:

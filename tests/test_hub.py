@@ -134,6 +134,18 @@ def test_the_command_in_a_fresh_process(folder: Path, hub: Hub, tmp_path: Path) 
     assert hub.repositories["me/tiny"].private
 
 
+def test_processes_push_once(source: Path, hub: Hub, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmprune"]
+    run = ["--model", str(source), "--sparsity", "2:4", "--method", "wanda", "--samples", "4", "--seqlen", "64"]
+    run += ["--calibration", str(tmp_path / "text.txt"), "--eval-text", "none", "--output", str(tmp_path / "out")]
+    env = environment(hub, tmp_path) | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *run, "--push-to-hub", "me/tiny"], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pushed: ") == 1
+    assert pushed(hub, "me/tiny") == contents(tmp_path / "out")
+    assert len(hub.asked("POST .*/commit/")) == 1
+
+
 def test_a_branch_is_made(folder: Path, hub: Hub) -> None:
     for _ in range(2):
         assert main(["push", str(folder), "me/tiny", "--revision", "sparse"]) == 0
