@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -282,14 +284,13 @@ def _read_hub(text: str, use: Use) -> Sequence[str]:
     if text not in NAMED and "/" not in text:
         raise InputError(f"{unknown('text', text, NAMED)}; otherwise pass a file or a Hub dataset id such as owner/name")
     import datasets  # slow to import, seldom needed
-    from huggingface_hub.constants import is_offline_mode
 
     known, split = _HUB.get(text, _HubText(text)), "train" if use == "calibration" else "test"
     files = {split: known.files[use]} if known.files else None
     try:
         rows = datasets.load_dataset(known.path, known.name, split=split, data_files=files, revision=known.revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        kind = MachineError if isinstance(error, ConnectionError) and not is_offline_mode() else InputError
+    except (HTTPError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        kind = MachineError if _unreachable(error) and not is_offline_mode() else InputError
         raise kind(f"cannot load text {text} from the Hub ({reason(error)}); go online or pass a local file") from None
     if known.column not in rows.column_names:
         raise InputError(f"Hub dataset {text} has no `{known.column}` column, only {', '.join(rows.column_names)}")
@@ -297,3 +298,13 @@ def _read_hub(text: str, use: Use) -> Sequence[str]:
     if known.joined is not None:
         return [known.joined.join(texts)]
     return texts[:1100] if text == "c4" and use == "evaluation" else texts  # as the papers do
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether the network or the Hub is behind an error, not what was asked for."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", 500)
+        if isinstance(error, (ConnectionError, LocalEntryNotFoundError)) or (isinstance(error, HTTPError) and status >= 500):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -82,7 +82,8 @@ class Terminal:
         """Keep transformers' and the Hub's own bars and advice out of what the user reads, unless asked for."""
         if not self.verbose:
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() and not self.quiet else "1")
+            for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+                os.environ.setdefault(bars, "0" if sys.stderr.isatty() and not self.quiet else "1")
             os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

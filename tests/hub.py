@@ -230,9 +230,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(repository.commits[oid])]
         self.tell({"id": name, "sha": oid, "siblings": siblings, "tags": [], "private": repository.private})
 
-    def tree(self, name: str, revision: str) -> None:
-        files = self.repository(name).commits[self.commit(name, revision)]
-        self.tell([{"type": "file", "path": p, "size": len(d), "oid": _git_hash(d)} for p, d in sorted(files.items())])
+    def tree(self, name: str, revision: str, folder: str | None = None) -> None:
+        files, start = self.repository(name).commits[self.commit(name, revision)], f"{folder}/" if folder else ""
+        inside = {path: data for path, data in sorted(files.items()) if path.startswith(start)}
+        if folder and not inside:
+            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+        deep = self.query.get("recursive", ["true"])[0].lower() == "true"
+        folders = (
+            {}
+            if deep
+            else dict.fromkeys(start + path[len(start) :].split("/")[0] for path in inside if "/" in path[len(start) :])
+        )
+        found = [{"type": "directory", "path": path, "size": 0, "oid": _git_hash(path.encode())} for path in folders]
+        self.tell(found + [_entry(path, data) for path, data in inside.items() if deep or "/" not in path[len(start) :]])
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repository, oid = self.repository(name), self.commit(name, revision)
@@ -287,6 +297,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.tell({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{oid}", "commitOid": oid} | discussion)
 
 
+def _entry(path: str, data: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": path, "size": len(data), "oid": _git_hash(data)}
+
+
 def _mode(path: str, there: Files) -> dict[str, Any]:
     oid = _oid(path, there[path]) if path in there else None
     return {"path": path, "uploadMode": "lfs" if _large(path) else "regular", "shouldIgnore": False, "oid": oid}
@@ -304,19 +318,19 @@ def _applied(files: Files, lines: list[dict[str, Any]], objects: dict[str, bytes
     return files
 
 
-_MODEL, _ID = r"/api/models/([^/]+/[^/]+)", r"/([^/]+/[^/]+)"
+_MODEL, _ID = r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)", r"/((?:datasets/)?[^/]+/[^/]+)"
 _ROUTES: dict[str, Callable[..., None]] = {
     "GET /api/whoami-v2": _Handler.whoami,
     "POST /api/validate-yaml": _Handler.validate,
     "POST /api/repos/create": _Handler.create,
     f"GET {_MODEL}": _Handler.describe,
     f"GET {_MODEL}/revision/(.+)": _Handler.describe,
-    f"GET {_MODEL}/tree/([^/]+)": _Handler.tree,
+    f"GET {_MODEL}/tree/(refs/[^/]+/[^/]+|[^/]+)(?:/(.+))?": _Handler.tree,
     f"POST {_MODEL}/branch/(.+)": _Handler.branch,
     f"POST {_MODEL}/preupload/(.+)": _Handler.preupload,
     f"POST {_MODEL}/commit/(.+)": _Handler.take,
     rf"POST {_ID}\.git/info/lfs/objects/batch": _Handler.batch,
     "PUT /objects/([0-9a-f]+)": _Handler.keep,
     "POST /verify": _Handler.verify,
-    f"(?:GET|HEAD) {_ID}/resolve/([^/]+)/(.+)": _Handler.resolve,
+    f"(?:GET|HEAD) {_ID}/resolve/(refs/[^/]+/[^/]+|[^/]+)/(.+)": _Handler.resolve,
 }

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from hub import Hub, Repository, running
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmprune.data import calibration_windows, evaluation_windows, load_documents
@@ -160,3 +165,76 @@ def test_pydoc_split_is_fixed_by_the_name() -> None:
     """These names' splits are what the bundled model was trained with: a change would leak held-out text."""
     known = {"json.decoder": "train", "topic:with": "train", "asyncio.events": "calibration", "builtin:builtins": "evaluation"}
     assert {name: pydoc.split_of(name) for name in known} == known
+
+
+def parquet(column: str, rows: list[str]) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({column: rows}), stream)
+    return stream.getvalue()
+
+
+def lines(*texts: str) -> bytes:
+    return gzip.compress("\n".join(json.dumps({"text": text}) for text in texts).encode())
+
+
+def hub_of_texts() -> Hub:
+    """Datasets laid out as they are on the Hub."""
+    hub, parts = Hub(), ("train", "test")
+    name = "wikitext-2-raw-v1"
+    splits = "".join(f"  - split: {part}\n    path: {name}/{part}-*\n" for part in parts)
+    card = f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{splits}---\n".encode()
+    files = {f"{name}/{part}-00000-of-00001.parquet": parquet("text", [f"{part} = one =", "two"]) for part in parts}
+    hub.repositories["datasets/Salesforce/wikitext"] = wikitext = Repository()
+    wikitext.commit({"README.md": card} | files)
+    hub.repositories["datasets/allenai/c4"] = c4 = Repository()
+    evaluation = lines(*(f"test {number}" for number in range(1200)))
+    c4.commit(
+        {"en/c4-train.00000-of-01024.json.gz": lines("one", "two"), "en/c4-validation.00000-of-00008.json.gz": evaluation}
+    )
+    hub.repositories["datasets/ptb-text-only/ptb_text_only"] = ptb = Repository()
+    ptb.commit({"ptb_text_only.py": b"raise SystemExit('a script must not run')"})
+    converted = {f"penn_treebank/{part}/0000.parquet": parquet("sentence", [f"{part} one", "two"]) for part in parts}
+    ptb.commit(converted, "refs/convert/parquet")
+    hub.repositories["datasets/acme/own"] = own = Repository()
+    own.commit({f"{part}.jsonl": b'{"text": "own"}\n' for part in parts})
+    hub.repositories["datasets/acme/other"] = other = Repository()
+    other.commit({f"{part}.jsonl": b'{"words": "other"}\n' for part in parts})
+    return hub
+
+
+def test_texts_of_the_hub(tmp_path: Path) -> None:
+    """Through the real client, in a process that may use the network."""
+    code = """
+import json, sys
+from llmprune.data import load_documents
+from llmprune.errors import InputError
+for text in sys.argv[1:]:
+    for use in ("calibration", "evaluation"):
+        try:
+            print(json.dumps([text, use, list(load_documents(text, use))]))
+        except InputError as error:
+            print(json.dumps([text, use, [type(error).__name__, str(error)]]))
+"""
+    hub, names = hub_of_texts(), ("ptb", "wikitext2", "c4", "acme/own", "acme/other", "acme/none")
+    with running(hub):
+        own = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+        own |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        run = [sys.executable, "-c", code, *names]
+        done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | own)
+    gone = [sys.executable, "-c", "import time; time.sleep = lambda seconds: None\n" + code, "acme/new"]  # it tries again
+    failed = subprocess.run(gone, capture_output=True, text=True, check=True, env=os.environ | own)
+    found = {(text, use): documents for text, use, documents in map(json.loads, done.stdout.splitlines())}
+    assert found["ptb", "calibration"] == ["train one two"]
+    assert found["ptb", "evaluation"] == ["test one two"]
+    assert found["wikitext2", "calibration"] == ["train = one =\n\ntwo"]
+    assert found["wikitext2", "evaluation"] == ["test = one =\n\ntwo"]
+    assert found["c4", "calibration"] == ["one", "two"]
+    assert found["c4", "evaluation"] == [f"test {number}" for number in range(1100)]
+    assert found["acme/own", "evaluation"] == ["own"]
+    assert found["acme/other", "evaluation"] == ["InputError", "Hub dataset acme/other has no `text` column, only words"]
+    assert found["acme/none", "calibration"][0] == "InputError"
+    assert "acme/none" in found["acme/none", "calibration"][1]
+    for line in failed.stdout.splitlines():
+        kind, said = json.loads(line)[2]
+        assert kind == "MachineError", said
+        assert "go online or pass a local file" in said
