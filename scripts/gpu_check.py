@@ -27,10 +27,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import llmprune
 from llmprune.bench import layer_times, model_times
+from llmprune.comparison import dense_perplexity
 from llmprune.evaluate.speed import bytes_per_second
 from llmprune.hardware import operations_per_second, synchronize
 from llmprune.kernels import cusparselt, decode, decompress, reference
 from llmprune.models.discover import find_blocks
+from llmprune.models.resolve import resolve
 from llmprune.patterns import NM
 from llmprune.report.record import versions
 from llmprune.solvers import load as load_solver
@@ -142,22 +144,28 @@ def solve(shapes: list[tuple[int, int]], device: torch.device) -> list[dict[str,
 
 
 def whole_run(device: torch.device, *, small: bool) -> dict[str, Any]:
-    """The bundled model through `balanced`, packed and loaded again: perplexity must be the same from all three."""
+    """The bundled model through `balanced`, packed and loaded again: logits must be the same, packed or not, and the dense
+    perplexity that the stream of blocks finds must be the whole model's.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder, packed = Path(scratch) / "out", Path(scratch) / "packed"
-        options: dict[str, Any] = {"samples": 8, "seqlen": 64, "eval_text": "none"} if small else {}
+        options: dict[str, Any] = {"samples": 8, "seqlen": 64, "eval_text": "none"} if small else {"dtype": "float32"}
         record = llmprune.prune("llama", sparsity="2:4", output=folder, device=str(device), **options).record
         llmprune.pack(folder, packed)
         ids = torch.arange(3, 35, device=device)[None]
         with torch.no_grad():
             one, other = (llmprune.load(packed, device=str(device), dense=dense)(ids).logits.float() for dense in (True, False))
     gap = float((one - other).norm() / one.norm())
+    whole = None if small else dense_perplexity(resolve("llama").path, None, "pydoc", 512, str(device)).value
+    streamed = record.dense.value if record.dense else None
     return {
         "seconds": record.seconds,
-        "dense": record.dense.value if record.dense else None,
+        "memory": record.phase_memory,
+        "dense_whole": whole,
+        "dense": streamed,
         "pruned": record.pruned.value if record.pruned else None,
         "packed_logits_differ_by": gap,
-        "right": gap < 2e-2,
+        "right": gap < 2e-2 and (whole is None or (streamed is not None and abs(streamed / whole - 1) < 1e-3)),
     }
 
 

@@ -10,6 +10,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores, an
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, block by block
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,3 +87,33 @@ def saved(tmp_path: Path):
         return folder
 
     return save
+
+
+_READER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+for line in sys.stdin:
+    model, info = AutoModelForCausalLM.from_pretrained(line.rstrip("\\n"), output_loading_info=True)
+    ids, amiss = torch.tensor([[5, 6, 7, 8]]), {key: sorted(map(str, value)) for key, value in info.items() if value}
+    text = model.eval().generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert text.shape == (1, 7) and "llmprune" not in sys.modules
+    print(json.dumps({"amiss": amiss, "logits": model(ids).logits[0].tolist()}), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def read_elsewhere() -> Iterator[Callable[[Path], dict]]:
+    """Another process, with plain transformers: loads a folder and generates. Returns the tensors that are missing,
+    unexpected or of other shapes, by what is amiss, and the logits for tokens 5, 6, 7, 8.
+    """
+    command = [sys.executable, "-c", _READER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def read(folder: Path) -> dict:
+            print(folder, file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield read
+        process.stdin.close()

@@ -21,6 +21,7 @@ from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.stream.capture import Call, Recorder
 from llmprune.stream.mapped import MappedTensors
+from llmprune.stream.transfer import Ahead, to_host
 
 
 class Accumulator(Protocol):
@@ -42,6 +43,7 @@ class Activations:
 
     def __init__(self, hidden: Hidden, calls: list[list[Call]], real: list[Tensor | None], device: torch.device) -> None:
         self.hidden, self._calls, self._real, self._device = hidden, calls, real, device
+        self._ahead = Ahead(device)
 
     @classmethod
     def record(
@@ -64,7 +66,7 @@ class Activations:
         for inputs in windows.batches(batch, device):
             first, called = recorder.record(model, blocks, **inputs)
             mask = inputs.get("attention_mask")
-            hidden.append(first.cpu())
+            hidden.append(to_host(first))
             calls.append(called if layers is None else [called[layer] for layer in layers])
             real.append(None if mask is None else mask.bool().flatten())
         return cls(hidden, calls, real, device)
@@ -79,7 +81,7 @@ class Activations:
         Raises:
             InputError: an output is not finite.
         """
-        for index in range(len(self.hidden)):
+        for index in self._in_order():
             before = self.real_tokens(self.hidden[index], index).clone() if see is not None else None
             self._advance(block, index)
             if see is not None and before is not None:
@@ -89,7 +91,7 @@ class Activations:
         out = self.call(block, index, block.module)
         if not bool(torch.isfinite(out).all()):
             raise InputError(f"{block.name} puts out NaN or infinity on calibration batch {index}; try --dtype float32")
-        self.hidden[index] = out.cpu()
+        self.hidden[index] = to_host(out)
 
     def stages(self, block: Block) -> list[Stage]:
         """The block's sites in the order they run, those that read the same input together (q, k and v; gate and up).
@@ -145,9 +147,11 @@ class Activations:
         """
         found = [make(stage, self._device) for stage in stages]
         names = [stage[0].name for stage in stages]
-        for index in range(len(self.hidden)):
+        along = beside.stream._in_order() if beside is not None else iter(())
+        for index in self._in_order():
             dense: dict[str, Tensor] = {}
             if beside is not None:
+                next(along)
                 beside.stream._watch(beside.block, index, names, dense.__setitem__, advance=beside.advance)
 
             def count(name: str, x: Tensor, dense: dict[str, Tensor] = dense) -> None:
@@ -207,7 +211,13 @@ class Activations:
 
     def call(self, block: Block, index: int, forward: Callable[..., Any]) -> Tensor:
         """What `forward` puts out where the model would call the block on batch `index`."""
-        return self._calls[index][block.index].run(forward, self.hidden[index].to(self._device))
+        return self._calls[index][block.index].run(forward, self._ahead.take(self.hidden, index))
+
+    def _in_order(self) -> Iterator[int]:
+        """The batches' numbers; the batch after each is sent to the device ahead."""
+        for index in range(len(self.hidden)):
+            self._ahead.start(self.hidden, index + 1)
+            yield index
 
 
 @dataclass(frozen=True, slots=True)
