@@ -27,7 +27,7 @@ from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
 from llmprune.models.sites import Block, part_text, read_part
 from llmprune.models.skeleton import FOREIGN, Skeleton, load_config, load_model
 from llmprune.plan import Plan, make_plan
-from llmprune.preflight import check_room, describe, estimate, shortage
+from llmprune.preflight import describe, estimate, shortage
 from llmprune.ranks import joined
 from llmprune.report.card import licence, model_card
 from llmprune.report.console import Progress
@@ -35,7 +35,17 @@ from llmprune.report.record import RunRecord, SiteRecord, versions
 from llmprune.run import Job, Resume, Work, run
 from llmprune.shrinking import Shrinking, structure
 from llmprune.sparse.loading import load_packed
-from llmprune.stream.publish import RECORD, check_output, copy_extras, existing_parent, publish, published, sha256, write_json
+from llmprune.stream.publish import (
+    RECORD,
+    check_output,
+    check_room,
+    copy_extras,
+    existing_parent,
+    publish,
+    published,
+    sha256,
+    write_json,
+)
 from llmprune.stream.resume import MANIFEST, Manifest, check_idle, continued, partial_folder
 from llmprune.stream.shards import NoSink, ShardWriter
 from llmprune.stream.source import CheckpointSource, ModelSource

@@ -7,23 +7,19 @@ reading and writing. Times come out right to about a factor of two; the run's ta
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 from transformers import PretrainedConfig
 
 from llmprune import solvers
-from llmprune.errors import InputError
-from llmprune.hardware import operations_per_second
+from llmprune.hardware import operations_per_second, size
 from llmprune.models.sites import Block, Site
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import PASSES
 from llmprune.stats import Gram
-from llmprune.stream.publish import existing_parent
 from llmprune.texts import Texts
 
 # memory, in tensors of the size that is named
@@ -153,19 +149,6 @@ def _wants_gram(recipe: Recipe) -> bool:
     return solvers.load(recipe.method).statistic is Gram or recipe.refit or recipe.target == "corrected"
 
 
-def check_room(output: Path, nbytes: int) -> None:
-    """There must be as much room on the output's disk.
-
-    Raises:
-        InputError: there is less.
-    """
-    free = shutil.disk_usage(existing_parent(output)).free
-    if free < nbytes:
-        raise InputError(
-            f"output {output} needs {size(nbytes)} of disk, where {size(free)} are free: make room, or choose another --output"
-        )
-
-
 def shortage(needs: Needs, device: torch.device, *, mapped: bool) -> str | None:
     """Which memory will be too small, if any, and what helps."""
     free, wanted = psutil.virtual_memory().available, 0 if mapped else needs.activations
@@ -198,10 +181,3 @@ def describe(needs: Needs, seconds: float, *, mapped: bool) -> str:
         f"about {size(memory)} of memory (activations {size(needs.activations)}{where}, weights {size(needs.weights)}, "
         f"solving {size(needs.solving)}), {size(disk)} of disk, {took}"
     )
-
-
-def size(nbytes: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:,.1f} {name}"
-    return f"{nbytes / 2**10:,.0f} KiB"

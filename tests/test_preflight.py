@@ -87,7 +87,7 @@ def test_the_record_holds_what_was_predicted(saved, tmp_path: Path) -> None:
 
 def test_too_little_disk_is_an_error_before_any_work(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=60_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=60_000))
     source = saved(tiny_model("llama"))
     with pytest.raises(InputError, match=r"output .*out needs \d+ KiB of disk, where 59 KiB are free: make room"):
         llmprune.prune(source, output=tmp_path / "out", method="wanda", **OPTIONS)

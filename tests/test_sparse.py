@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -281,6 +282,16 @@ def test_bad_input_is_one_line(act, words: str, packed: Path, saved, tmp_path: P
     saved(tiny_model("llama"), "dense")
     with pytest.raises(InputError, match=words):
         act(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk_is_an_error_before_any_work(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, told = shutil.disk_usage(tmp_path), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=30_000))
+    for act, source in ((llmprune.pack, tmp_path / "source"), (llmprune.unpack, packed)):
+        with pytest.raises(InputError, match=r"out needs \d+ KiB of disk, where 29 KiB are free: make room"):
+            act(source, tmp_path / "out", tell=told.append)
+    assert told == []
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ from llmprune.models.checkpoint import INDEX, PACKED, Checkpoint, read_header
 from llmprune.models.resolve import resolve
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, pack_tensors, why_dense
-from llmprune.stream.publish import RECORD, check_output, copy_extras, published, sha256, write_json
+from llmprune.stream.publish import RECORD, check_output, check_room, copy_extras, published, sha256, write_json
 
 _CARD, _DENSE_CARD = "README.md", "README.dense.md"
 _DENSE, _PACKED = "\nlibrary_name: transformers\n", "\nlibrary_name: llmprune # transformers, once unpacked\n"
@@ -76,6 +76,8 @@ def pack(
         checkpoint = Checkpoint(source)
         skeleton = Skeleton(checkpoint, load_config(source), torch.device("cpu"), torch.float32)
         linear = linears(skeleton)
+        sizes = ((name, info.nbytes) for name, info in checkpoint.tensors.items())
+        check_room(output, sum(nbytes // 2 if name in linear else nbytes for name, nbytes in sizes))  # at least
         with published(output, overwrite=overwrite) as partial:
             found = _pack_files(skeleton, linear, partial, tell)
             if not found.layers:
@@ -173,6 +175,7 @@ def unpack(
         packed = PackedFolder.open(folder)
         check_output(output, folder, overwrite)
         view = DenseView(packed)
+        check_room(output, view.nbytes())
         with published(output, overwrite=overwrite) as partial:
             for number, (file, dense) in enumerate(packed.files.items(), 1):
                 names = [name for name, info in view.tensors.items() if info.file == file]

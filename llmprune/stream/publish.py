@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llmprune.errors import InputError, MachineError, denied, reason
+from llmprune.hardware import size
 from llmprune.models.checkpoint import PACKED
 
 RECORD = "llmprune.json"
@@ -89,6 +90,19 @@ def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
     parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write output {output}: {parent} is {'read-only' if parent.is_dir() else 'a file'}")
+
+
+def check_room(output: Path, nbytes: int) -> None:
+    """There must be as much room on the output's disk.
+
+    Raises:
+        InputError: there is less.
+    """
+    free = shutil.disk_usage(existing_parent(output)).free
+    if free < nbytes:
+        raise InputError(
+            f"output {output} needs {size(nbytes)} of disk, where {size(free)} are free: make room, or choose another"
+        )
 
 
 def existing_parent(output: Path) -> Path:
