@@ -67,12 +67,14 @@ def compare(
     for method in methods:
         if method not in QUALITIES:
             load_solver(method)
+    if windows is not None and windows < 1:
+        raise InputError(f"windows {windows} is impossible: give at least 1")
     names = [str(parse(pattern)) for pattern in patterns]
     settings = {"text": text, "samples": samples, "seqlen": seqlen, "windows": windows}
     with plain_errors():
         cells = _known(output, settings)
         done = {(cell["model"], cell["method"], cell["sparsity"]) for cell in cells}
-        for model, pattern, method in ((m, p, q) for m in models for p in names for q in methods):
+        for model, pattern, method in dict.fromkeys((m, p, q) for m in models for p in names for q in methods):
             if (_short(model), method, pattern) in done:
                 continue
             cells.append(_measure(model, method, pattern, settings, device))

@@ -290,7 +290,7 @@ def _read_hub(text: str, use: Use) -> Sequence[str]:
     try:
         rows = datasets.load_dataset(known.path, known.name, split=split, data_files=files, revision=known.revision)
     except (HTTPError, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        kind = MachineError if _unreachable(error) and not is_offline_mode() else InputError
+        kind = MachineError if unreachable(error) else InputError
         raise kind(f"cannot load text {text} from the Hub ({reason(error)}); go online or pass a local file") from None
     if known.column not in rows.column_names:
         raise InputError(f"Hub dataset {text} has no `{known.column}` column, only {', '.join(rows.column_names)}")
@@ -300,9 +300,9 @@ def _read_hub(text: str, use: Use) -> Sequence[str]:
     return texts[:1100] if text == "c4" and use == "evaluation" else texts  # as the papers do
 
 
-def _unreachable(error: BaseException | None) -> bool:
-    """Whether the network or the Hub is behind an error, not what was asked for."""
-    while error is not None:
+def unreachable(error: BaseException | None) -> bool:
+    """Whether the network or the Hub is behind an error, not what was asked for, or that to stay offline was asked for."""
+    while error is not None and not is_offline_mode():
         status = getattr(getattr(error, "response", None), "status_code", 500)
         if isinstance(error, (ConnectionError, LocalEntryNotFoundError)) or (isinstance(error, HTTPError) and status >= 500):
             return True

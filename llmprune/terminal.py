@@ -57,6 +57,17 @@ class Terminal:
             file_to_write(found.json)
         return found
 
+    def check_apart(self, *paths: Path) -> None:
+        """The file for JSON must be none of those that the command itself writes.
+
+        Raises:
+            InputError: it is.
+        """
+        if self.json not in (None, _STANDARD):
+            for path in paths:
+                if file_to_write(self.json).resolve() == path.resolve():
+                    raise InputError(f"--json {self.json} is what the command writes anyway: choose another file")
+
     @cached_property
     def console(self) -> Console:
         """For tables."""
@@ -99,4 +110,6 @@ def file_to_write(text: str) -> Path:
         raise InputError(f"cannot write {text}: its folder does not exist")
     if path.is_dir():
         raise InputError(f"cannot write {text}: it is a folder")
+    if any((path.resolve().parent / name).is_file() for name in ("config.json", "llmprune.json")):
+        raise InputError(f"cannot write {text}: a model lies in its folder, which stays as it is; choose another")
     return path

@@ -235,7 +235,7 @@ def damage(**changes: object) -> Callable[[Record], object]:
 
 DAMAGES: dict[str, tuple[Callable[[Record], object], str]] = {
     "schema": (damage(schema=99), "has schema"),
-    "nothing": (lambda record: record.clear(), "has schema None"),
+    "nothing": (lambda record: record.clear(), "is no record of a run"),
     "sites": (damage(sites="none"), "sites should be a list"),
     "block": (lambda r: r["sites"][1].update(block=10**12), "sites[1].block should be 0 to 2"),
     "shape": (lambda r: r["sites"][0].update(shape=[4]), "sites[0].shape should be 2 values"),
@@ -333,7 +333,7 @@ def test_bad_input_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys:
         ([run, "-o", tmp_path / "r.json"], "end it with .html"),
         ([run, "-o", run / "llmprune.html", "--overwrite"], "made from"),
         ([run, "-o", tmp_path / "bench.html", "--overwrite", "--bench", tmp_path / "bench.json"], "made from"),
-        ([folders["wanda"], "-o", folders["wanda"] / "r.html"], "lies in the run"),
+        ([folders["wanda"], "-o", folders["wanda"] / "r.html"], "a model lies in its folder"),
         ([run, "-o", out, "--bench", tmp_path / "other.json"], "is not what llmprune bench"),
         ([run, "-o", out, "--bench", tmp_path / "zero.json"], "times above 0"),
         ([run, folders["smaller"], "-o", out, "--bench", tmp_path / "bench.json"], "1 bench files for 2 runs"),

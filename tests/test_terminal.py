@@ -91,6 +91,9 @@ def test_other_commands_as_json(pruned: Path, tmp_path: Path, run: Printed) -> N
     assert "21 matrices packed" in err
     code, out, _ = run("unpack", packed, dense, "--json", "-", "--quiet")
     assert (code, json.loads(out)["layers"]) == (0, 21)
+    code, _, err = run("report", pruned, "-o", tmp_path / "r.html", "--json", tmp_path / "r.json")
+    assert (code, (tmp_path / "r.html").exists()) == (2, False)
+    assert "is what the command writes anyway" in err
     code, out, _ = run("report", pruned, "-o", tmp_path / "r.html", "--json", "-")
     assert json.loads(out) == json.loads((tmp_path / "r.json").read_text())
     (dense / "tokenizer.json").unlink()
@@ -112,9 +115,10 @@ def test_a_file_that_cannot_be_written_is_known_before_the_work(arguments: list[
     code, _, err = run(*words, "--json", pruned.parent / "no" / "such.json")
     assert code == 2
     assert "its folder does not exist" in err
-    code, _, err = run(*words, "--json", pruned)
-    assert code == 2
-    assert "it is a folder" in err
+    for file, why in ((pruned, "it is a folder"), (pruned / "llmprune.json", "a model lies in its folder")):
+        code, _, err = run(*words, "--json", file)
+        assert code == 2
+        assert why in err
     code, _, err = run(*words, "-q", "-v")
     assert code == 2
     assert "not allowed with" in err

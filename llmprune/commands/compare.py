@@ -32,6 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     output = file_to_write(options["output"])
+    terminal.check_apart(*(output.with_suffix(suffix) for suffix in (".json", ".md", ".svg")), output)
     from rich.table import Table
 
     from llmprune.comparison import METHODS, PATTERNS, compare, papers_table, plot

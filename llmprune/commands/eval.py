@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.commands import Outcome
+from llmprune.errors import InputError
 from llmprune.terminal import Terminal
 
 SUMMARY = "measure perplexity and lm-eval's tasks, alone or beside the dense model"
@@ -35,6 +36,8 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     rest = {name: value for name, value in options.items() if name != "model"}
     if "tasks" in rest:
         rest["tasks"] = [name for word in rest["tasks"] for name in word.split(",") if name]
+        if not rest["tasks"]:
+            raise InputError("--tasks names none: give tasks of lm-eval, such as arc_easy")
     found = evaluate(options["model"], **rest, tell=terminal.say)
     show(found, terminal.console)
     return Outcome(found.as_dict())

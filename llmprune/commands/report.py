@@ -30,7 +30,8 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
         raise InputError(f"{len(names)} runs are too many to tell apart on one page: name at most {page.MOST}")
     runs = saved.read_runs(names, benches)
     inputs = [one.file for one in runs] + [user_path(name, "bench") for name in benches]
-    twin = html.check_target(target, inputs, [one.folder for one in runs if one.folder], overwrite=options["overwrite"])
+    terminal.check_apart(target, target.with_suffix(".json"))
+    twin = html.check_target(target, inputs, overwrite=options["overwrite"])
     found = page.content(runs)
     html.write({twin: html.as_json(found), target: html.render(found, twin.name)})
     terminal.say(f"wrote {target} and {twin}")

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.errors import InputError, reason, unknown
+from llmprune.data import unreachable
+from llmprune.errors import InputError, MachineError, reason, unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Tasks:
 
         Raises:
             InputError: a task's data cannot be loaded, or it cannot be run.
+            MachineError: its data cannot be fetched.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -85,8 +88,9 @@ class Tasks:
                     random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
                     log_samples=False,
                 )  # fmt: skip
-            except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"lm-eval cannot run {', '.join(self.names)}: {reason(error)}") from None
+            except (HTTPError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+                kind = MachineError if unreachable(error) else InputError
+                raise kind(f"lm-eval cannot run {', '.join(self.names)}: {reason(error)}") from None
         assert found is not None
         return list(_scores(found))
 

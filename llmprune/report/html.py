@@ -33,11 +33,11 @@ def render(page: dict[str, Any], twin: str) -> str:
     return template.render(page=page, svg=svg, twin=twin) + "\n"
 
 
-def check_target(target: Path, inputs: Iterable[Path], folders: Iterable[Path], *, overwrite: bool) -> Path:
+def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> Path:
     """Refuse an output that would cost the user something; returns the twin's path.
 
     Raises:
-        InputError: it is no name of a page, is there already, or lies where it would harm a run.
+        InputError: it is no name of a page, or is there already.
     """
     if target.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"output {target} is no page's name: end it with .html")
@@ -49,10 +49,6 @@ def check_target(target: Path, inputs: Iterable[Path], folders: Iterable[Path], 
             raise InputError(f"cannot write {path}: it is no ordinary file")
         if path.exists() and not overwrite:
             raise InputError(f"output {path} is there already: choose another with --output, or pass --overwrite to replace it")
-    if home := next((folder for folder in folders if target.resolve().parent == folder.resolve()), None):
-        raise InputError(
-            f"output {target} lies in the run {home}, which llmprune verify would then fail: choose another folder"
-        )
     return twin
 
 

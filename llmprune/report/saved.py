@@ -139,8 +139,10 @@ def _labels(names: Sequence[str], places: Sequence[Path]) -> list[str]:
 
 def _read_run(file: Path, label: str) -> Saved:
     saved = read_json(file)
-    if saved.get("schema") != SCHEMA:
-        raise InputError(f"{file} has schema {saved.get('schema')!r:.40}; this llmprune reads {SCHEMA}")
+    if "schema" not in saved:
+        raise InputError(f"{file} is no record of a run: give a folder that llmprune wrote, or its {RECORD}")
+    if saved["schema"] != SCHEMA:
+        raise InputError(f"{file} has schema {saved['schema']!r:.40}; this llmprune reads {SCHEMA}")
     try:
         record: RunRecord = _read(RunRecord, saved, "")
         versions = _read(dict[str, str], _member(saved, "versions", ""), "versions")

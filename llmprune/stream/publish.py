@@ -75,9 +75,9 @@ def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
     """
     target = output.resolve()
     if model is not None and (target == model.resolve() or model.resolve().is_relative_to(target)):
-        raise InputError(f"output {output} is the model's own folder, or holds it: choose another with --output")
+        raise InputError(f"output {output} is the model's own folder, or holds it: choose another output")
     if model is not None and target.is_relative_to(model.resolve()):
-        raise InputError(f"output {output} lies inside the model's folder: choose another with --output")
+        raise InputError(f"output {output} lies inside the model's folder: choose another output")
     if target.exists() and not target.is_dir():
         raise InputError(f"output {output} is a file: choose a folder")
     if target.is_mount() or Path.cwd().is_relative_to(target):
