@@ -39,20 +39,8 @@ def test_cells_are_measured_once(tmp_path: Path) -> None:
 def test_the_command_prints_the_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     output = tmp_path / "c.json"
-    arguments = [
-        "compare",
-        "llama",
-        "--methods",
-        "magnitude",
-        "--sparsity",
-        "2:4",
-        "50%",
-        "2:4",
-        *FLAGS,
-        "--output",
-        str(output),
-    ]
-    assert main(arguments) == 0
+    arguments = ["compare", "llama", "--methods", "magnitude", "--sparsity", "2:4", "50%", "2:4", *FLAGS]
+    assert main([*arguments, "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     for words in ("dense", "magnitude", "50%", "token perplexity, held-out pydoc", f"wrote {output}"):
         assert words in shown

@@ -331,7 +331,7 @@ def test_bad_input_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys:
         ([run, "-o", tmp_path / "there.html"], "is there already"),
         ([run, "-o", tmp_path / "twin.html"], "is there already"),
         ([run, "-o", tmp_path / "r.json"], "end it with .html"),
-        ([run, "-o", run / "llmprune.html", "--overwrite"], "made from"),
+        ([run, "-o", run / "llmprune.html", "--overwrite"], "a model lies in its folder"),
         ([run, "-o", tmp_path / "bench.html", "--overwrite", "--bench", tmp_path / "bench.json"], "made from"),
         ([folders["wanda"], "-o", folders["wanda"] / "r.html"], "a model lies in its folder"),
         ([run, "-o", out, "--bench", tmp_path / "other.json"], "is not what llmprune bench"),
