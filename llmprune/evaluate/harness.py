@@ -49,7 +49,7 @@ class Tasks:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise InputError("tasks need lm-eval: pip install 'llmprune[eval]'") from None
+            raise InputError("tasks need lm-eval: pip install lm-eval") from None
         if path is not None and not path.is_dir():
             raise InputError(f"task path {path} is no folder")
         self.names = list(names)

@@ -26,7 +26,7 @@ def render(page: dict[str, Any], twin: str) -> str:
 
         from llmprune.report.figures import figures
     except ImportError as error:
-        raise InputError(f"a report needs {error.name}, which is not installed: pip install 'llmprune[report]'") from None
+        raise InputError(f"a report needs {error.name}, which is not installed: pip install jinja2 matplotlib") from None
     svg = {name: Markup(text) for name, text in figures(page).items()}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(files("llmprune.report").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
