@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ from llmprune.models.skeleton import FOREIGN, load_config
 from llmprune.pipeline import load
 from llmprune.report.record import versions
 from llmprune.stream.publish import RECORD
+
+_HARNESS = "lm-eval "  # what names of its scores begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,7 @@ def _perplexity(model: PreTrainedModel, windows: Windows) -> Score:
 def _named(score: TaskScore) -> Score:
     examples = f", {score.fewshot}-shot" if score.fewshot else ""
     return Score(
-        f"lm-eval {score.task} {score.metric}",
+        f"{_HARNESS}{score.task} {score.metric}",
         f"{score.size} documents{examples}",
         score.value,
         score.error,
@@ -198,13 +201,16 @@ def _keep(result: Evaluation) -> None:
 
 def show(result: Evaluation, console: Console) -> None:
     """The table: beside a baseline also what is lost, and how much is left."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     table.add_column("measured in this run", overflow="fold")
     beside = result.baseline_scores
-    for name in ("value ± its error", *(("baseline", "difference", "recovery") if beside else ())):
+    for name in ("value ± error", *(("baseline", "difference", "recovery") if beside else ())):
         table.add_column(name, justify="right", no_wrap=True)
     for number, score in enumerate(result.scores):
-        row = [f"{score.name}\n  {score.protocol}", _shown(score)]
+        what, protocol = score.name, score.protocol
+        if what.startswith(_HARNESS):  # long names stay whole in 80 columns
+            what, protocol = what.removeprefix(_HARNESS), f"{_HARNESS.strip()}, {protocol}"
+        row = [f"{what}\n  {protocol}", _shown(score)]
         if beside:
             dense = beside[number]
             row += [_shown(dense), f"{score.value - dense.value:+.4g}", f"{score.recovery(dense):.1%}"]
