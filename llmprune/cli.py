@@ -21,7 +21,7 @@ from llmprune.structured import scores
 from llmprune.terminal import Terminal
 
 _NAMES = {"method": solvers.names, "score": scores.names}  # of options that name a file of ours
-_CHOICES = {
+_CHOICES = {  # what else completion offers
     "quality": tuple(QUALITIES),
     "target": TARGETS,
     "dtype": DTYPES,
@@ -29,7 +29,7 @@ _CHOICES = {
     "layer_score": LAYER_SCORES,
     "device": ("auto", "cpu", "cuda"),
 }
-_PATHS = {
+_PATHS = {  # where it offers files
     *("model", "models", "folder", "runs", "baseline", "output", "config", "json", "bench", "task_path"),
     *("calibration", "eval_text", "text", "texts"),
 }
