@@ -319,6 +319,9 @@ def test_fused_layers_put_out_the_same(family: str, saved) -> None:
     plain, fused = (llmprune.load(folder, device="cpu", dtype="float32") for _ in range(2))
     before = nbytes(fused)
     fuse(fused)
+    states = plain.state_dict(), fused.state_dict()
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert len(sparse_layers(fused)) == len(sparse_layers(plain)) - 3 * 3
     assert nbytes(fused) == before
     expected = logits(plain)
@@ -331,6 +334,21 @@ def test_fused_layers_put_out_the_same(family: str, saved) -> None:
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_state_of_fused_layers_is_that_of_the_single_ones(saved) -> None:
+    folder = saved(pruned("qwen2", torch.float32))
+    plain, fused = (llmprune.load(folder, device="cpu", dtype="float32") for _ in range(2))
+    fuse(fused)
+    for layer in sparse_layers(fused).values():
+        layer.values.zero_()
+    state = plain.state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key.*layers.1.self_attn.k_proj.values"):
+        fused.load_state_dict({name: value for name, value in state.items() if "1.self_attn.k_proj.values" not in name})
+    with pytest.raises(RuntimeError, match=r"layers.0.mlp.up_proj.meta is \(1,\), not"):
+        fused.load_state_dict(state | {"model.layers.0.mlp.up_proj.meta": torch.zeros(1, dtype=torch.uint8)})
+    fused.load_state_dict(state)
+    torch.testing.assert_close(logits(fused), logits(plain), rtol=1e-5, atol=1e-5)
 
 
 def test_a_fused_part_may_be_called_alone_and_again() -> None:

@@ -6,8 +6,9 @@ that is one launch for several, and a matrix that is large enough to fill the de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class Fused(nn.Module):
         )
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.whole = Sparse24Linear(packed, torch.cat(biases) if biases else None)
+        for name, tensor in list(self.whole.named_buffers()):
+            self.whole.register_buffer(name, tensor, persistent=False)  # the parts save it, each its own rows
         ends = torch.tensor([0, *(layer.out_features for layer in layers)]).cumsum(0).tolist()
         self.places = list(pairwise(ends))
         self._kept: tuple[Tensor, Tensor, tuple[int, ...]] | None = None
@@ -44,13 +47,13 @@ class Fused(nn.Module):
 
 
 class FusedPart(nn.Module):
-    """One of several layers that run as one. The first holds their weights."""
+    """One of several layers that run as one. The first holds their weights; a state has each one's rows by its own name."""
 
     def __init__(self, fused: Fused, number: int) -> None:
         super().__init__()
         self.number = number
         if number:
-            object.__setattr__(self, "fused", fused)  # a reference, not a child: weights are in one state once
+            object.__setattr__(self, "fused", fused)  # a reference, not a child: weights are moved once
         else:
             self.fused = fused
 
@@ -62,9 +65,37 @@ class FusedPart(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fused.part(x, self.number)
 
+    def _rows(self) -> dict[str, Tensor]:
+        """Views of this layer's own values, codes and bias."""
+        start, end = self.fused.places[self.number]
+        return {name: tensor[start:end] for name, tensor in self.fused.whole.named_buffers() if name != "blob"}
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        destination |= {prefix + name: own for name, own in self._rows().items()}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, own in self._rows().items():
+            given = state_dict.get(prefix + name)
+            if given is None:
+                missing_keys.append(prefix + name)
+            elif given.shape != own.shape:
+                error_msgs.append(f"{prefix}{name} is {tuple(given.shape)}, not {tuple(own.shape)}")
+            else:
+                own.copy_(given)
+                self.fused.whole.blob = None
+
 
 def fuse(model: nn.Module) -> None:
-    """Fuse what can be, in place. The state of a fused model has other names than that of one that is not."""
+    """Fuse what can be, in place."""
     for name, parent in list(model.named_modules()):
         for names in _TOGETHER:
             layers = [layer for own in names if isinstance(layer := getattr(parent, own, None), Sparse24Linear)]
