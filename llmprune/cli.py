@@ -66,10 +66,15 @@ def _should_tell(error: InputError) -> bool:
 
     A mistake that only another process sees is told by that one, so the first waits when it has lost another.
     """
-    lost, first = isinstance(error, LostProcess), os.environ.get("RANK", "0") == "0"
+    lost, first = isinstance(error, LostProcess), _is_first()
     if lost or not first:
         time.sleep(2 * _TURN if lost else _TURN)
     return first or not lost
+
+
+def _is_first() -> bool:
+    """Whether this is the process, of those that a launcher started, that talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +103,7 @@ def _prune(arguments: list[str]) -> int:
     from llmprune import pipeline
     from llmprune.report.console import Console, Progress
 
-    first = os.environ.get("RANK", "0") == "0"
+    first = _is_first()
     shown = Console(terminal.console, each_site=terminal.verbose) if first and not terminal.quiet else nullcontext(Progress())
     with shown as progress:
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}

@@ -12,20 +12,21 @@ from statistics import mean
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.data import Windows, evaluation_windows
-from llmprune.errors import InputError, plain_errors, reason
+from llmprune.errors import InputError, plain_errors
 from llmprune.evaluate.perplexity import Perplexity, excess_loss, perplexity
 from llmprune.hardware import pick_device, restart_peak_memory
 from llmprune.models.checkpoint import read_json
 from llmprune.models.resolve import resolve
-from llmprune.models.skeleton import load_config, load_model
+from llmprune.models.skeleton import load_config, load_model, load_tokenizer
 from llmprune.patterns import parse
 from llmprune.pipeline import prune
 from llmprune.recipes import QUALITIES
 from llmprune.report.record import versions
 from llmprune.solvers import load as load_solver
+from llmprune.stream.publish import write_whole
 
 METHODS = ("magnitude", "ria", "dsnot", "wanda", "sparsegpt", "admm", "alps", *QUALITIES)
 PATTERNS = ("2:4", "4:8", "50%", "60%", "70%")
@@ -79,10 +80,10 @@ def compare(
                 continue
             cells.append(_measure(model, method, pattern, settings, device))
             result = {"date": date.today().isoformat(), "versions": versions(), "threads": torch.get_num_threads()}
-            _write(output, json.dumps(result | settings | {"cells": cells}, indent=1) + "\n")
+            write_whole({output: json.dumps(result | settings | {"cells": cells}, indent=1) + "\n"})
             if tell:
                 tell(_line(cells[-1]))
-        _write(output.with_suffix(".md"), listing(cells))
+        write_whole({output.with_suffix(".md"): listing(cells)})
     return cells
 
 
@@ -97,13 +98,6 @@ def _known(output: Path, settings: dict[str, Any]) -> Cells:
         if found.get(name, value) != value:
             raise InputError(f"{output} was measured with {name} {found[name]}, not {value}: choose another file")
     return found["cells"]
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _line(cell: dict[str, Any]) -> str:
@@ -122,14 +116,12 @@ def load(folder: Path, device: str = "cpu") -> PreTrainedModel:
     return load_model(folder, load_config(folder), pick_device(device), torch.float32)
 
 
+@functools.cache
 def evaluation(
     folder: Path, windows: int | None, text: str = "pydoc", seqlen: int = 512
 ) -> tuple[PreTrainedTokenizerBase, Windows]:
     """The model's tokenizer, and the first windows of a text's evaluation split."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"cannot read the tokenizer in {folder}: {reason(error)}") from None
+    tokenizer = load_tokenizer(folder)
     found = evaluation_windows(text, tokenizer, seqlen=seqlen)
     return tokenizer, Windows(found.ids[:windows], found.text)
 

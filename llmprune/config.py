@@ -180,7 +180,9 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(name if value else name.replace("--", "--no-", 1))
         else:
-            words += [name, *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+            texts = list(map(str, value)) if isinstance(value, (list, tuple)) else [str(value)]
+            odd = any(text.startswith("-") for text in texts)  # which would be read as flags
+            words += [f"{name}={text}" for text in texts] if odd else [name, *texts]
     return words
 
 

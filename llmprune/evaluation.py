@@ -15,16 +15,16 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.data import Windows, evaluation_windows
-from llmprune.errors import InputError, plain_errors, reason, user_path
+from llmprune.errors import InputError, plain_errors, user_path
 from llmprune.evaluate.harness import Tasks, TaskScore
 from llmprune.evaluate.perplexity import perplexity
 from llmprune.hardware import pick_device, pick_dtype
 from llmprune.models.checkpoint import read_json
 from llmprune.models.resolve import resolve
-from llmprune.models.skeleton import FOREIGN, load_config
+from llmprune.models.skeleton import load_config, load_tokenizer
 from llmprune.pipeline import load
 from llmprune.report.record import versions
 from llmprune.stream.publish import RECORD
@@ -110,7 +110,7 @@ def evaluate(
         harness = Tasks(tasks, None if task_path is None else user_path(task_path, "task path")) if tasks else None
 
         names = [str(model), *([] if baseline is None else [str(baseline)])]
-        tokenizers = [_tokenizer(name) for name in names]
+        tokenizers = [load_tokenizer(resolve(name).path) for name in names]
         cut = [
             [_windows(text, name, own, seqlen, windows) for text in texts] for name, own in zip(names, tokenizers, strict=True)
         ]
@@ -139,14 +139,6 @@ def evaluate(
         result = Evaluation(str(model), scores, None if baseline is None else str(baseline), beside, settings)
         _keep(result)
         return result
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    folder = resolve(name).path
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except FOREIGN as error:
-        raise InputError(f"cannot read the tokenizer in {folder}: {reason(error)}") from None
 
 
 def _windows(text: str, name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None) -> Windows:

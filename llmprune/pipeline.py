@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune import hub
 from llmprune.config import DTYPES, PruneConfig
 from llmprune.data import Given
-from llmprune.errors import InputError, plain_errors, reason, unknown
+from llmprune.errors import InputError, plain_errors, unknown
 from llmprune.hardware import map_large_allocations, pick_device, pick_dtype
 from llmprune.models.checkpoint import Checkpoint, read_json
 from llmprune.models.discover import find_blocks
 from llmprune.models.names import Names, locate, match_names
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
 from llmprune.models.sites import Block, part_text, read_part
-from llmprune.models.skeleton import FOREIGN, Skeleton, load_config, load_model
+from llmprune.models.skeleton import Skeleton, load_config, load_model, load_tokenizer
 from llmprune.plan import Plan, make_plan
 from llmprune.preflight import describe, estimate, shortage
 from llmprune.ranks import joined
@@ -470,10 +470,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The folder's tokenizer, or None where it has none (calibration may come as tokens)."""
     if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except FOREIGN as error:
-        raise InputError(f"cannot read the tokenizer in {folder}: {reason(error)}") from None
+    return load_tokenizer(folder)
 
 
 @contextmanager

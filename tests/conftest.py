@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llmprune.models.resolve import BUNDLED
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -87,6 +89,15 @@ def saved(tmp_path: Path):
         return folder
 
     return save
+
+
+@pytest.fixture
+def folder(saved) -> Path:
+    """A tiny Llama with the bundled tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    path = saved(tiny_model("llama", vocab_size=len(tokenizer)))
+    tokenizer.save_pretrained(path)
+    return path
 
 
 _READER = """

@@ -10,12 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
 from hub import serve
-from transformers import AutoTokenizer
 
 from llmprune.cli import main
-from llmprune.models.resolve import BUNDLED
 
 QUICK = ["--samples", "4", "--seqlen", "64", "--eval-text", "none"]
 
@@ -28,15 +25,6 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         env={**os.environ, **environment},
         check=False,
     )
-
-
-@pytest.fixture
-def folder(saved) -> Path:
-    """A tiny Llama with the bundled tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
-    path = saved(tiny_model("llama", vocab_size=len(tokenizer)))
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from llmprune.errors import InputError
 from llmprune.report import html
 from llmprune.report.page import MOST, content
 from llmprune.report.saved import read_runs
+from llmprune.stream.publish import write_whole
 from llmprune.terminal import Terminal
 
 Record = dict[str, Any]
@@ -363,7 +364,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
-        html.write({tmp_path / "a": "new", tmp_path / "b": "new"})
+        write_whole({tmp_path / "a": "new", tmp_path / "b": "new"})
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b").read_text() == "old"
 
@@ -424,7 +425,7 @@ def test_hostile_text_stays_text(texts: list[str], folders: dict[str, Path], tmp
     run = change(alone(folders["wanda"], home / "<i>b"), spoil)
     page = content(read_runs([str(run)]))
     target = home / "r.html"
-    html.write({target: html.render(page, "r.json"), home / "r.json": html.as_json(page)})
+    write_whole({target: html.render(page, "r.json"), home / "r.json": html.as_json(page)})
     tags = Tags(target.read_text(encoding="utf-8")).found
     assert sum(tag == "script" for tag, _ in tags) == 1
     assert not [tag for tag, names in tags if tag in ("img", "i", "iframe") or any(name.startswith("on") for name in names)]

@@ -10,29 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model, tokens
-from transformers import AutoTokenizer
+from conftest import tokens
 
 import llmprune
 from llmprune import commands
 from llmprune.cli import main
-from llmprune.models.resolve import BUNDLED
 from llmprune.report.record import RunRecord
 
 Printed = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def source(saved) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
-    path = saved(tiny_model("llama", vocab_size=len(tokenizer)))
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def pruned(source: Path, tmp_path: Path) -> Path:
-    llmprune.prune(source, sparsity="2:4", method="magnitude", calibration=tokens(4, 16), output=tmp_path / "pruned")
+def pruned(folder: Path, tmp_path: Path) -> Path:
+    llmprune.prune(folder, sparsity="2:4", method="magnitude", calibration=tokens(4, 16), output=tmp_path / "pruned")
     return tmp_path / "pruned"
 
 
@@ -48,17 +38,17 @@ def run(capfd: pytest.CaptureFixture[str]) -> Printed:
     return run
 
 
-def prune(source: Path, out: Path) -> list[object]:
+def prune(folder: Path, out: Path) -> list[object]:
     text = out.with_suffix(".txt")
     text.write_text(" ".join(str(n) for n in range(3000)))
     return [
-        *("--model", source, "--sparsity", "2:4", "--method", "wanda", "--calibration", text, "--eval-text", "none"),
+        *("--model", folder, "--sparsity", "2:4", "--method", "wanda", "--calibration", text, "--eval-text", "none"),
         *("--samples", 4, "--seqlen", 64, "--output", out),
     ]
 
 
-def test_pruning_as_json(source: Path, tmp_path: Path, run: Printed) -> None:
-    code, out, err = run(*prune(source, tmp_path / "out"), "--json", "-")
+def test_pruning_as_json(folder: Path, tmp_path: Path, run: Printed) -> None:
+    code, out, err = run(*prune(folder, tmp_path / "out"), "--json", "-")
     assert code == 0
     record = json.loads(out)
     assert record["output"] == str(tmp_path / "out")
@@ -68,15 +58,15 @@ def test_pruning_as_json(source: Path, tmp_path: Path, run: Printed) -> None:
     assert f"wrote {tmp_path / 'out'}" in err
 
 
-def test_pruning_quietly_and_in_many_words(source: Path, tmp_path: Path, run: Printed) -> None:
-    assert run(*prune(source, tmp_path / "quiet"), "-q", "--json", tmp_path / "run.json") == (0, "", "")
+def test_pruning_quietly_and_in_many_words(folder: Path, tmp_path: Path, run: Printed) -> None:
+    assert run(*prune(folder, tmp_path / "quiet"), "-q", "--json", tmp_path / "run.json") == (0, "", "")
     assert len(json.loads((tmp_path / "run.json").read_text())["sites"]) == 21
-    code, out, _ = run(*prune(source, tmp_path / "verbose"), "--verbose")
+    code, out, _ = run(*prune(folder, tmp_path / "verbose"), "--verbose")
     assert code == 0
     lines = [line for line in out.splitlines() if line.startswith("  model.layers.")]
     assert len(lines) == 21
     assert "model.layers.0.self_attn.q_proj  2:4  32 x 32  zeros 50.00%" in lines[0]
-    code, out, err = run(*prune(source, tmp_path / "quiet"), "-q")
+    code, out, err = run(*prune(folder, tmp_path / "quiet"), "-q")
     assert (code, out) == (2, "")
     assert "is not empty" in err
 
@@ -125,8 +115,8 @@ def test_a_file_that_cannot_be_written_is_known_before_the_work(arguments: list[
     assert sorted(pruned.parent.iterdir()) == before
 
 
-def test_every_phase_of_a_run_has_its_memory(source: Path, tmp_path: Path) -> None:
-    record: RunRecord = llmprune.prune(source, sparsity="2:4", calibration=tokens(4, 16), output=tmp_path / "out").record
+def test_every_phase_of_a_run_has_its_memory(folder: Path, tmp_path: Path) -> None:
+    record: RunRecord = llmprune.prune(folder, sparsity="2:4", calibration=tokens(4, 16), output=tmp_path / "out").record
     assert record.phase_memory.keys() == record.seconds.keys()
     assert all(peak["process"] > 0 for peak in record.phase_memory.values())
 

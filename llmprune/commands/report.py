@@ -25,6 +25,7 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     names, benches = options["runs"], options.get("bench", [])
     target = file_to_write(options["output"])
     from llmprune.report import html, page, saved
+    from llmprune.stream.publish import write_whole
 
     if len(names) > page.MOST:
         raise InputError(f"{len(names)} runs are too many to tell apart on one page: name at most {page.MOST}")
@@ -33,6 +34,6 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     terminal.check_apart(target, target.with_suffix(".json"))
     twin = html.check_target(target, inputs, overwrite=options["overwrite"])
     found = page.content(runs)
-    html.write({twin: html.as_json(found), target: html.render(found, twin.name)})
+    write_whole({twin: html.as_json(found), target: html.render(found, twin.name)})
     terminal.say(f"wrote {target} and {twin}")
     return Outcome(found)

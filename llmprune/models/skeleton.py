@@ -16,7 +16,15 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmprune.errors import InputError, reason
 from llmprune.models.checkpoint import Checkpoint, read_json
@@ -37,6 +45,18 @@ FOREIGN = (
     TypeError,
     ValueError,
 )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer.
+
+    Raises:
+        InputError: it has none, or a damaged one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except FOREIGN as error:
+        raise InputError(f"cannot read the tokenizer in {folder}: {reason(error)}") from None
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -50,19 +49,6 @@ def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> Pa
         if path.exists() and not overwrite:
             raise InputError(f"output {path} is there already: choose another with --output, or pass --overwrite to replace it")
     return twin
-
-
-def write(texts: dict[Path, str]) -> None:
-    """Write files, each whole or not at all."""
-    partials = {path: path.resolve().parent / f".{path.name}.{os.getpid()}.partial" for path in texts}
-    try:
-        for path, text in texts.items():
-            partials[path].write_bytes(text.encode("utf-8", "backslashreplace"))
-        for path, partial in partials.items():
-            partial.replace(path.resolve())
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
 
 
 def as_json(page: dict[str, Any]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
-from llmprune.config import PruneConfig
+from llmprune.config import PruneConfig, as_flags
 from llmprune.evaluate.perplexity import excess_loss
 from llmprune.models.checkpoint import PACKED
 from llmprune.report.masks import masks
@@ -250,21 +251,11 @@ def _protocol(record: RunRecord) -> str:
 
 def command(run: Saved) -> str | None:
     """The command that repeats a run; None for one of a model in memory or of given tokens."""
-    config, known = run.config, PruneConfig.__dataclass_fields__
+    config = run.config
     if config.calibration == "given tokens" or config.model == run.record.model["class"]:
         return None
-    words = ["llmprune"]
-    for name, field in known.items():
-        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
-        if name in ("overwrite", "restart") or value == field.default or (name == "output" and value == "auto"):
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, tuple):
-            words += [f"{flag}={one}" for one in value]
-        else:
-            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
-    return shlex.join(words)
+    left_out = {"overwrite", "restart"} | ({"output"} if config.output == "auto" else set())
+    return shlex.join(["llmprune", *as_flags({name: value for name, value in asdict(config).items() if name not in left_out})])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> dict[str, Any]:

@@ -54,6 +54,19 @@ def copy_extras(source: Path, folder: Path) -> None:
             raise denied(error, f"cannot copy {path} beside the output folder: {error.strerror}") from None
 
 
+def write_whole(texts: dict[Path, str]) -> None:
+    """Write files, each whole or not at all."""
+    partials = {path: path.resolve().parent / f".{path.name}.{os.getpid()}.partial" for path in texts}
+    try:
+        for path, text in texts.items():
+            partials[path].write_bytes(text.encode("utf-8", "backslashreplace"))
+        for path, partial in partials.items():
+            partial.replace(path.resolve())
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
