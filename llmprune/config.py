@@ -76,10 +76,10 @@ class PruneConfig:
     )
     batch_size: int = _option("windows run at once (default: %(default)s)", 8)
     seed: int = _option("seed of the calibration draw (default: %(default)s)", 0)
-    true_sequential: bool = _option(
+    true_sequential: bool | None = _option(
         "within a block, solve each stage on inputs from the stages already pruned; --no-true-sequential solves a block "
-        "in one pass, which is faster (default: on)",
-        True,
+        "in one pass, which is faster (default: as the method was published: on, but for magnitude, wanda, ria and dsnot)",
+        None,
     )  # fmt: skip
     all_experts: bool = _option(
         "mixtures of experts: let every expert's statistics count every calibration token, not only those routed to it",

@@ -38,7 +38,6 @@ class Pruner:
         feed: the calibration tokens as the pruned model sees them.
         dense: the same as the dense model sees them, where the recipe asks for it; advanced here.
         tokens: calibration tokens in `feed`.
-        true_sequential: solve each stage on inputs that the stages before it, already pruned, put out.
         last: index of the model's last block: what it puts out is only needed where the recipe fits it.
         ranks: the processes that share the run; each feeds its own windows.
         names: where on disk the model's tensors are; those that are not in it are called there as here.
@@ -54,7 +53,6 @@ class Pruner:
     feed: Activations
     dense: Activations | None
     tokens: int
-    true_sequential: bool
     last: int
     progress: Progress
     clock: Clock
@@ -132,7 +130,7 @@ class Pruner:
         self.uncalled += [site.name for site in block.sites if site.name not in called]
         planned = ([site for site in stage if site.name in self.patterns] for stage in traced)
         stages: list[Stage] = [stage for stage in planned if stage]
-        if not self.true_sequential:
+        if not self.recipe.true_sequential:
             return [stages] if stages else []
         groups: dict[str, list[Stage]] = {}  # experts that are fed from the same hidden states share a pass
         for stage in stages:

@@ -18,6 +18,8 @@ class Recipe:
         refit: solve least squares on the mask that the method leaves.
         target: `dense`: imitate W on the pruned model's inputs; `corrected`: imitate what the dense model puts out.
         reconstruct: fit each block, once pruned, to the dense block's output.
+        true_sequential: solve each stage of a block on inputs that the stages before it, already pruned, put out; else all
+            of them from one pass.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Recipe:
     refit: bool = False
     target: str = "dense"
     reconstruct: bool = False
+    true_sequential: bool = True
 
     def __str__(self) -> str:
         """In words, such as `balanced: alps + refit + corrected target`."""

@@ -22,7 +22,7 @@ from llmprune.report.record import Reconstruction
 from llmprune.stream.activations import Activations
 
 PASSES = 4  # over the calibration windows that are not held out
-RATE = 0.02  # Adam's first learning rate, relative to a parameter's root mean square; falls to zero
+RATE = 0.02  # Adam's first learning rate, relative to a parameter's scale; falls to zero
 HELD_OUT = 8  # one batch in so many
 
 
@@ -103,6 +103,13 @@ class BlockFit:
         numbers = list(self._ranks.totals(*numbers))
         return sum(lost / whole for lost, whole in zip(numbers[::2], numbers[1::2], strict=True)) / len(indices)
 
+    def scales(self) -> dict[str, float]:
+        """The root mean square of each copy. A vector's is at least the least matrix's: from it the steps are taken, and a
+        bias of zeros, or a norm stored as its distance from one, would stay as it is."""
+        own = {path: float(master.detach().square().mean().sqrt()) for path, master in self.masters.items()}
+        least = min((own[path] for path, master in self.masters.items() if master.ndim > 1 and own[path]), default=0.0)
+        return {path: max(own[path], least) if master.ndim == 1 else own[path] for path, master in self.masters.items()}
+
     def state(self) -> dict[str, Tensor]:
         return {path: master.detach().clone() for path, master in self.masters.items()}
 
@@ -141,7 +148,7 @@ def reconstruct(
     train = [index for index in range(fit.batches) if index not in held]
     before = best = fit.error(held)
     kept = fit.state()
-    groups = [{"params": [p], "lr": RATE * float(p.detach().square().mean().sqrt())} for p in fit.masters.values()]
+    groups = [{"params": [fit.masters[path]], "lr": RATE * scale} for path, scale in fit.scales().items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     steps = PASSES * len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,10 @@ class Job:
     pattern: Pattern | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.recipe = choose_recipe(self.config)
+        recipe, asked = choose_recipe(self.config), self.config.true_sequential
+        published = solvers.load(recipe.method).true_sequential
+        self.recipe = replace(recipe, true_sequential=published if asked is None else asked)
         self.pattern = parse(self.config.sparsity) if self.config.sparsity is not None else None
-        solvers.load(self.recipe.method)
         scores.load(self.config.score)
 
     def method(self) -> str:
@@ -136,7 +137,6 @@ def run(
         feed,
         feed.fork() if job.recipe.reconstruct or job.recipe.target == "corrected" else None,
         texts.calibration.tokens(),
-        job.config.true_sequential,
         len(blocks) - 1,
         job.progress,
         clock,

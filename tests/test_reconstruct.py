@@ -38,6 +38,18 @@ def test_fits_kept_weights_and_norms_and_nothing_else(family: str) -> None:
     assert all(parameter.grad is None for parameter in fitted.parameters())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_biases_of_zeros_are_fitted_too(family: str) -> None:
+    model = tiny_model(family)
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("bias") and ".0." in name}
+    with torch.no_grad():
+        for bias in biases.values():
+            bias.zero_()
+    record = llmprune.prune(model, **OPTIONS, reconstruct=True).record
+    assert record.reconstructions[0].after < record.reconstructions[0].before
+    assert [name for name, bias in biases.items() if not bias.count_nonzero()] == []
+
+
 def test_never_ends_worse_than_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps so large that every one of them does harm leave the block as it was."""
     monkeypatch.setattr(reconstruct, "RATE", 30.0)

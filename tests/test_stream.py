@@ -183,6 +183,19 @@ def test_streamed_equals_whole_model(family: str, sparsity: str, true_sequential
         assert torch.equal(in_memory.state_dict()[name], tensor), f"in memory {name}"
 
 
+@pytest.mark.parametrize("method", ["wanda", "ria", "dsnot", "sparsegpt", "annealed"])
+def test_without_being_told_a_method_goes_through_a_block_as_published(method: str) -> None:
+    def pruned(**options: bool) -> dict[str, Tensor]:
+        model = tiny_model("llama")
+        llmprune.prune(model, sparsity="2:4", method=method, calibration=tokens(6, 16), **options)
+        return model.state_dict()
+
+    plain, as_published = pruned(), pruned(true_sequential=method in ("sparsegpt", "annealed"))
+    other = pruned(true_sequential=method not in ("sparsegpt", "annealed"))
+    assert all(torch.equal(plain[name], as_published[name]) for name in plain)
+    assert not all(torch.equal(plain[name], other[name]) for name in plain)
+
+
 def inputs_of(model: PreTrainedModel, layer: torch.nn.Module, ids: Tensor) -> Tensor:
     seen = []
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))

@@ -74,7 +74,7 @@ class Console(Progress):
 
     def header(self, record: RunRecord, what: str, asked: str) -> None:
         model, text, arguments = record.model, record.calibration, record.arguments
-        order = ", stage by stage" if arguments["true_sequential"] else ", one pass a block"
+        order = ", stage by stage" if record.recipe["true_sequential"] else ", one pass a block"
         for title, value in {
             "model": f"{model['name']} ({model['class']}, {model['parameters']:,} parameters, {model['blocks']} blocks)",
             what: asked,

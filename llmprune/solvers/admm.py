@@ -15,6 +15,7 @@ from llmprune.stats import Gram
 
 statistic = Gram
 stackable = batched = True
+true_sequential = True
 DAMPING = 0.1  # of the unit diagonal, as published
 RHO = 1.0
 ITERATIONS, CHOOSING = 20, 15

@@ -21,6 +21,7 @@ from llmprune.stats import Gram
 statistic = Gram
 stackable = False  # the penalty follows how much of the whole mask changed
 batched = False
+true_sequential = True
 RHO, CHECK = 0.1, 3  # the first penalty; iterations between two changes of it
 ITERATIONS, EARLIEST, SETTLED = 300, 30, 3e-4  # at most; from which a nearly still mask ends it; how still, of those kept
 STEPS = 10  # of conjugate gradients

@@ -19,6 +19,7 @@ from llmprune.stats import Gram
 
 statistic = Gram
 stackable = batched = True
+true_sequential = True
 FIRST, LAST, LEVELS = 0.1, 1.0, 6  # penalties, rising geometrically
 ITERATIONS = 5  # at each
 DAMPING = 0.01  # of the unit diagonal

@@ -40,6 +40,7 @@ class Solver(Protocol):
 
     statistic: type[Statistic]
     stackable: bool  # whether rows bear on each other through `pattern.keep` alone, so that matrices can be stacked
+    true_sequential: bool  # whether a block is solved stage by stage where the user does not say: as the method was published
     batched: bool  # whether it also takes several matrices at once, w (batch, out, in), each with a statistic of its own
 
     def solve(self, w: Tensor, stat: Any, pattern: Pattern) -> Solution:

@@ -18,6 +18,7 @@ from llmprune.stats import Moments
 statistic = Moments
 stackable = True
 batched = False
+true_sequential = False
 CYCLES, THRESHOLD = 50, 0.1  # as published; the threshold is in units of the layer's output
 _NEVER = float("inf")
 

@@ -10,6 +10,7 @@ from llmprune.stats import TokenCount
 
 statistic = TokenCount
 stackable = batched = True
+true_sequential = False  # it does not look at inputs
 
 
 def solve(w: Tensor, stat: TokenCount, pattern: Pattern) -> Solution:

@@ -14,6 +14,7 @@ from llmprune.stats import Moments
 statistic = Moments
 stackable = False  # a weight's share of its column
 batched = False
+true_sequential = False
 
 
 def solve(w: Tensor, stat: Moments, pattern: Pattern) -> Solution:

@@ -22,6 +22,7 @@ from llmprune.stats import Gram
 statistic = Gram
 stackable = True
 batched = False
+true_sequential = True
 BLOCK = 128  # columns an unstructured mask is chosen over, as published
 _LEAF = 16  # columns swept one at a time
 

@@ -11,6 +11,7 @@ from llmprune.stats import Moments
 statistic = Moments
 stackable = True
 batched = False
+true_sequential = False
 
 
 def solve(w: Tensor, stat: Moments, pattern: Pattern) -> Solution:
