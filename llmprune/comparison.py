@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune import solvers
 from llmprune.data import Windows, evaluation_windows
 from llmprune.errors import InputError, plain_errors
 from llmprune.evaluate.perplexity import Perplexity, excess_loss, perplexity
-from llmprune.hardware import pick_device, restart_peak_memory
-from llmprune.models.checkpoint import read_json
+from llmprune.hardware import device_name, pick_device, restart_peak_memory
+from llmprune.models.checkpoint import Checkpoint, read_json
 from llmprune.models.resolve import resolve
 from llmprune.models.skeleton import load_config, load_model, load_tokenizer
 from llmprune.patterns import parse
 from llmprune.pipeline import prune
 from llmprune.recipes import QUALITIES
 from llmprune.report.record import versions
-from llmprune.solvers import load as load_solver
-from llmprune.stream.publish import write_whole
+from llmprune.stream.publish import sha256, write_whole
 
-METHODS = ("magnitude", "ria", "dsnot", "wanda", "sparsegpt", "admm", "alps", *QUALITIES)
+METHODS = (*solvers.names(), *QUALITIES)
 PATTERNS = ("2:4", "4:8", "50%", "60%", "70%")
 _LABELS = {  # where the plot names a method, in points from its dot, so that names do not overlap
     **dict.fromkeys(QUALITIES, ((-4, -13), "right")),
@@ -37,7 +39,7 @@ _LABELS = {  # where the plot names a method, in points from its dot, so that na
     "wanda": ((7, -3), "left"),
 }
 PRICED = "2:4"  # the pattern whose seconds and memory the short table and the plot show
-Cells = list[dict[str, Any]]
+Cells: TypeAlias = list[dict[str, Any]]
 
 
 def compare(
@@ -46,6 +48,7 @@ def compare(
     *,
     methods: Sequence[str] = METHODS,
     patterns: Sequence[str] = PATTERNS,
+    seeds: int = 1,
     text: str = "pydoc",
     samples: int = 128,
     seqlen: int = 512,
@@ -56,59 +59,83 @@ def compare(
     """Prune every model by every method or preset to every pattern, in memory, in float32.
 
     Calibration and evaluation take the splits of one text, and all cells share both. A cell that `output`, a JSON file, has
-    already is kept, so that a comparison can be stopped, and goes on when it is asked for again.
+    already is kept, so that a comparison can be stopped, and goes on when it is asked for again. Models are told apart by
+    their weights, not by their names.
 
     Args:
+        seeds: calibration draws, with seeds 0, 1, ...: each is a cell of its own.
         windows: evaluation windows, the first ones; None: all.
         tell: hears of every cell that is done.
 
     Raises:
-        InputError: a name is unknown, the file is another's, or a model or text cannot be loaded.
+        InputError: a name is unknown, a model or text cannot be loaded, or the file is another's: of other settings, versions
+            or weights, or from another device.
     """
     for method in methods:
         if method not in QUALITIES:
-            load_solver(method)
-    if windows is not None and windows < 1:
-        raise InputError(f"windows {windows} is impossible: give at least 1")
+            solvers.load(method)
+    for name, value in {"windows": windows, "seeds": seeds}.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} is impossible: give at least 1")
     names = [str(parse(pattern)) for pattern in patterns]
-    settings = {"text": text, "samples": samples, "seqlen": seqlen, "windows": windows}
     with plain_errors():
-        cells = _known(output, settings)
-        done = {(cell["model"], cell["method"], cell["sparsity"]) for cell in cells}
-        for model, pattern, method in dict.fromkeys((m, p, q) for m in models for p in names for q in methods):
-            if (_short(model), method, pattern) in done:
-                continue
-            cells.append(_measure(model, method, pattern, settings, device))
-            result = {"date": date.today().isoformat(), "versions": versions(), "threads": torch.get_num_threads()}
-            write_whole({output: json.dumps(result | settings | {"cells": cells}, indent=1) + "\n"})
-            if tell:
-                tell(_line(cells[-1]))
+        settings = {
+            "text": text, "samples": samples, "seqlen": seqlen, "windows": windows, "dtype": "float32",
+            "device": device_name(pick_device(device)), "threads": torch.get_num_threads(), "versions": versions(),
+        }  # fmt: skip
+        checkpoints = {model: digest(resolve(model).path) for model in models}
+        cells = _known(output, settings, checkpoints)
+        done = {(cell["checkpoint"], cell["sparsity"], cell["method"], cell["seed"]) for cell in cells}
+        for model, checkpoint in checkpoints.items():
+            for pattern, method, seed in ((p, m, s) for p in names for m in methods for s in range(seeds)):
+                if (checkpoint, pattern, method, seed) in done:
+                    continue
+                found = _measure(model, method, pattern, seed, settings, device)
+                cells.append({"model": model, "checkpoint": checkpoint, "date": date.today().isoformat(), **found})
+                done.add((checkpoint, pattern, method, seed))
+                write_whole({output: json.dumps(settings | {"cells": cells}, indent=1) + "\n"})
+                if tell:
+                    tell(_line(cells[-1]))
         write_whole({output.with_suffix(".md"): listing(cells)})
     return cells
 
 
-def _known(output: Path, settings: dict[str, Any]) -> Cells:
+def digest(folder: Path) -> str:
+    """Of a checkpoint's configuration and weights; equal for equal ones, wherever they lie."""
+    files = sorted({info.file for info in Checkpoint(folder).tensors.values()})
+    sums = [sha256(folder / file) for file in ("config.json", *files)]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+
+
+def _known(output: Path, settings: dict[str, Any], checkpoints: dict[str, str]) -> Cells:
     """The cells of an earlier, unfinished comparison with these settings."""
     if not output.exists():
         return []
     found = read_json(output)
-    if not isinstance(found.get("cells"), list):
+    cells = found.get("cells")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         raise InputError(f"{output} is no comparison: choose another file")
-    for name, value in settings.items():
-        if found.get(name, value) != value:
-            raise InputError(f"{output} was measured with {name} {found[name]}, not {value}: choose another file")
-    return found["cells"]
+    was, now = _flat(found), _flat(settings)
+    for name in now:
+        if was.get(name) != now[name]:
+            raise InputError(f"{output} was measured with {name} {was.get(name)}, not {now[name]}: choose another file")
+    for cell in cells:
+        if checkpoints.get(cell["model"], cell["checkpoint"]) != cell["checkpoint"]:
+            raise InputError(f"{output} was measured with other weights of {cell['model']}: choose another file")
+    return cells
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, each version as one of its own."""
+    rest = {name: value for name, value in settings.items() if name not in ("versions", "cells")}
+    return rest | {f"version of {package}": version for package, version in settings.get("versions", {}).items()}
 
 
 def _line(cell: dict[str, Any]) -> str:
     return (
-        f"{cell['model']}  {cell['sparsity']}  {cell['method']}: perplexity {cell['perplexity']:.3f}, "
+        f"{cell['model']}  {cell['sparsity']}  {cell['method']}  seed {cell['seed']}: perplexity {cell['perplexity']:.3f}, "
         f"excess loss {cell['excess_loss']:.4f}, {cell['seconds']:.0f} s"
     )
-
-
-def _short(model: str) -> str:
-    return Path(model).name
 
 
 def load(folder: Path, device: str = "cpu") -> PreTrainedModel:
@@ -133,7 +160,7 @@ def dense_perplexity(
     return perplexity(load(folder, device), evaluation(folder, windows, text, seqlen)[1])
 
 
-def _measure(name: str, method: str, pattern: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
+def _measure(name: str, method: str, pattern: str, seed: int, settings: dict[str, Any], device: str) -> dict[str, Any]:
     """One cell: a fresh model, pruned in memory."""
     folder, (text, seqlen, windows) = resolve(name).path, (settings[key] for key in ("text", "seqlen", "windows"))
     tokenizer, held_out = evaluation(folder, windows, text, seqlen)
@@ -141,78 +168,127 @@ def _measure(name: str, method: str, pattern: str, settings: dict[str, Any], dev
     model = load(folder, device)
     how = "quality" if method in QUALITIES else "method"
     options: dict[str, Any] = {how: method, "samples": settings["samples"], "seqlen": seqlen, "sparsity": pattern}
-    record = prune(model, tokenizer=tokenizer, calibration=text, eval_text="none", **options).record
+    record = prune(model, tokenizer=tokenizer, calibration=text, eval_text="none", seed=seed, **options).record
     found, dense = perplexity(model, held_out), dense_perplexity(folder, windows, text, seqlen, device)
     return {
-        "model": _short(name),
         "method": method,
         "recipe": record.recipe["text"],
         "sparsity": pattern,
+        "seed": seed,
         "dense": dense.value,
         "perplexity": found.value,
         "excess_loss": excess_loss(dense, found),
-        "output_error": mean(site.error for site in record.sites),
+        "output_error": statistics.mean(site.error for site in record.sites),
         "seconds": record.pruning_seconds(),
         "overhead": record.overhead(),
         "peak_memory_bytes": record.peak_memory.get("device", record.peak_memory["process"]),
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The cells of one model, method and pattern: one a calibration draw."""
+
+    cells: Cells
+
+    def mean(self, number: str) -> float:
+        """Of a number that each cell has, such as `excess_loss`."""
+        return statistics.mean(cell[number] for cell in self.cells)
+
+    def shown(self, number: str, form: str) -> str:
+        """The mean and, of several draws, their standard deviation (n - 1)."""
+        values = [cell[number] for cell in self.cells]
+        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}{spread}"
+
+    def price(self) -> list[str]:
+        return [f"{self.mean('seconds'):.0f}", f"{self.mean('peak_memory_bytes') / 2**20:,.0f} MiB"]
+
+
+Own: TypeAlias = dict[tuple[str, str], Draws]  # one model's, by method and pattern
+
+
+def by_model(cells: Cells) -> dict[str, Own]:
+    """By what the models are called: the last part of the name, where no other model's ends so."""
+    asked = {cell["checkpoint"]: cell["model"] for cell in reversed(cells)}
+    short = [Path(name).name for name in asked.values()]
+    called = {key: name if short.count(Path(name).name) > 1 else Path(name).name for key, name in asked.items()}
+    models: dict[str, Own] = {}
+    for cell in cells:
+        own = models.setdefault(called[cell["checkpoint"]], {})
+        own.setdefault((cell["method"], cell["sparsity"]), Draws([])).cells.append(cell)
+    return models
+
+
 def papers_table(cells: Cells) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """A table a model, as papers print it: name, header, rows; perplexity by method and pattern, the dense model on top."""
     for model, own in by_model(cells).items():
-        patterns = _patterns(own)
-        priced = _priced(own)
-        methods = dict.fromkeys(method for method, _ in own)
-        rows = [["dense", *[f"{next(iter(own.values()))['dense']:.2f}"] * len(patterns), "", ""]]
-        for method in methods:
-            row = [f"{own[method, p]['perplexity']:.2f}" if (method, p) in own else "" for p in patterns]
+        patterns, priced = _patterns(own), _priced(own)
+        rows = [["dense", *[f"{_dense(own):.2f}"] * len(patterns), "", ""]]
+        for method in _methods(own):
+            row = [own[method, p].shown("perplexity", ".2f") if (method, p) in own else "" for p in patterns]
             cost = own.get((method, priced))
-            rows.append([method, *row, *(_price(cost) if cost else ["", ""])])
+            rows.append([method, *row, *(cost.price() if cost else ["", ""])])
         yield model, ["method", *patterns, f"seconds, {priced}", "peak memory"], rows
 
 
-def _patterns(own: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+def _dense(own: Own) -> float:
+    return next(iter(own.values())).mean("dense")
+
+
+def _patterns(own: Own) -> list[str]:
     there = dict.fromkeys(pattern for _, pattern in own)
     return sorted(there, key=lambda p: PATTERNS.index(p) if p in PATTERNS else len(PATTERNS))
 
 
-def _price(cell: dict[str, Any]) -> list[str]:
-    return [f"{cell['seconds']:.0f}", f"{cell['peak_memory_bytes'] / 2**20:,.0f} MiB"]
+def _priced(own: Own) -> str:
+    patterns = _patterns(own)
+    return PRICED if PRICED in patterns else patterns[0]
+
+
+def _methods(own: Own) -> list[str]:
+    """The methods by what they lose at the pattern that is priced, most first, and then the presets."""
+    priced = _priced(own)
+    there = dict.fromkeys(method for method, _ in own)
+    lost = {method: own[method, priced].mean("excess_loss") if (method, priced) in own else math.inf for method in there}
+    alone = sorted((method for method in there if method not in QUALITIES), key=lambda method: -lost[method])
+    return alone + [preset for preset in QUALITIES if preset in there]
 
 
 def tables(cells: Cells) -> str:
-    """A table a model in Markdown: excess loss by method and pattern, and what 2:4 cost."""
+    """A table a model in Markdown: excess loss by method and pattern, and what the pattern that is priced cost."""
     lines: list[str] = []
     for model, own in by_model(cells).items():
-        patterns = _patterns(own)
+        patterns, priced = _patterns(own), _priced(own)
         lines += [
-            f"`{model}`, dense perplexity {next(iter(own.values()))['dense']:.2f}; excess loss in nats a token:",
+            f"`{model}`, dense perplexity {_dense(own):.2f}; excess loss in nats a token:",
             "",
             f"| method | {' | '.join(patterns)} | seconds | peak memory |",
             f"|---|{'---:|' * (len(patterns) + 2)}",
         ]
-        for method in (method for method in METHODS if (method, PRICED) in own):
-            losses = [f"{own[method, p]['excess_loss']:.4f}" if (method, p) in own else "" for p in patterns]
-            lines.append(f"| {' | '.join([method, *losses, *_price(own[method, PRICED])])} |")
+        for method in (method for method in _methods(own) if (method, priced) in own):
+            losses = [own[method, p].shown("excess_loss", ".4f") if (method, p) in own else "" for p in patterns]
+            lines.append(f"| {' | '.join([method, *losses, *own[method, priced].price()])} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def listing(cells: Cells) -> str:
-    """Every cell with all that was measured."""
+    """Every model, pattern and method with all that was measured."""
     lines = [
         "# Every method x pattern\n",
-        "Written by `llmprune compare`; the .json beside says when and with which versions. Output error:",
-        "mean of the matrices', each on the inputs it was solved for. Overhead: pruning as a multiple of its forward passes.\n",
-        "| model | pattern | method | perplexity | excess loss | output error | seconds | overhead | peak memory |",
-        f"|---|---|---|{'---:|' * 6}",
+        "Written by `llmprune compare`; the .json beside has every cell, with date, versions and device. Of several",
+        "calibration draws: mean ± standard deviation. Output error: mean of the matrices', each on the inputs it was solved",
+        "for. Overhead: pruning as a multiple of its forward passes.\n",
+        "| model | pattern | method | draws | perplexity | excess loss | output error | seconds | overhead | peak memory |",
+        f"|---|---|---|{'---:|' * 7}",
     ]
-    order = sorted(cells, key=lambda c: (c["model"], c["sparsity"], -c["excess_loss"]))
-    for c in order:
-        numbers = f"{c['perplexity']:.2f} | {c['excess_loss']:.4f} | {c['output_error']:.2%} | {c['seconds']:.0f}"
-        memory = f"{c['peak_memory_bytes'] / 2**20:,.0f} MiB"
-        lines.append(f"| {c['model']} | {c['sparsity']} | {c['method']} | {numbers} | {c['overhead']:.2f}x | {memory} |")
+    for model, own in sorted(by_model(cells).items()):
+        for (method, pattern), draws in sorted(own.items(), key=lambda one: (one[0][1], -one[1].mean("excess_loss"))):
+            seconds, memory = draws.price()
+            numbers = [draws.shown("perplexity", ".2f"), draws.shown("excess_loss", ".4f"), draws.shown("output_error", ".2%")]
+            cost = [seconds, f"{draws.mean('overhead'):.2f}x", memory]
+            lines.append(f"| {' | '.join([model, pattern, method, str(len(draws.cells)), *numbers, *cost])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -242,19 +318,14 @@ def plot(cells: Cells, file: Path) -> bool:
 _INK, _ACCENT = "#808080", "#d9730d"  # readable on light and dark pages
 
 
-def _priced(own: dict[tuple[str, str], dict[str, Any]]) -> str:
-    patterns = _patterns(own)
-    return PRICED if PRICED in patterns else patterns[0]
-
-
-def _plot_perplexity(panel: Any, own: dict[tuple[str, str], dict[str, Any]]) -> None:
+def _plot_perplexity(panel: Any, own: Own) -> None:
     """A line a method over unstructured sparsities; N:M patterns are dots at theirs."""
-    dense = next(iter(own.values()))["dense"]
+    dense = _dense(own)
     panel.axhline(dense, color=_INK, linestyle=":", linewidth=1)
     panel.annotate("dense", (0, dense), (2, -10), xycoords=("axes fraction", "data"), textcoords="offset points", color=_INK)
     ends: list[tuple[float, float, str, str]] = []
     for method in dict.fromkeys(method for method, _ in own):
-        points = sorted((_share(p), c["perplexity"], ":" in p) for (m, p), c in own.items() if m == method)
+        points = sorted((_share(p), draws.mean("perplexity"), ":" in p) for (m, p), draws in own.items() if m == method)
         color = _ACCENT if method in QUALITIES else _INK
         line = [(x, y) for x, y, fixed in points if not fixed]
         dots = [(x, y) for x, y, fixed in points if fixed]
@@ -286,10 +357,11 @@ def _share(pattern: str) -> float:
     return 1 - int(kept) / int(of) if of else float(pattern.rstrip("%")) / 100
 
 
-def _plot_cost(panel: Any, own: dict[tuple[str, str], dict[str, Any]]) -> None:
+def _plot_cost(panel: Any, own: Own) -> None:
     """Excess loss against seconds of pruning; the presets in colour."""
     priced = _priced(own)
-    at = {m: (c["seconds"], c["excess_loss"]) for (m, p), c in own.items() if p == priced and c["excess_loss"] > 0}
+    found = {m: (draws.mean("seconds"), draws.mean("excess_loss")) for (m, p), draws in own.items() if p == priced}
+    at = {method: cost for method, cost in found.items() if cost[1] > 0}
     presets = [at[name] for name in QUALITIES if name in at]
     others = [xy for name, xy in at.items() if name not in QUALITIES]
     for points, style, color in ((presets, "o-", _ACCENT), (others, "o", _INK)):
@@ -318,11 +390,3 @@ def _pale(panel: Any) -> None:
         part.set_color(_INK)
     for spine in panel.spines.values():
         spine.set_color(_INK)
-
-
-def by_model(cells: Cells) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
-    """Model -> (method, pattern) -> cell."""
-    models: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for cell in cells:
-        models.setdefault(cell["model"], {})[cell["method"], cell["sparsity"]] = cell
-    return models

@@ -34,6 +34,11 @@ def pick_device(name: str, local: int = 0) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """What is recorded of where something was measured: a GPU's own name, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def pick_dtype(name: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
     """The compute dtype called `name`; `auto` is float32 on the CPU, else the checkpoint's."""
     chosen = getattr(torch, name) if name != "auto" else torch.float32 if device.type == "cpu" else config.dtype

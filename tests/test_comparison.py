@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny_model
+from transformers import AutoTokenizer
 
+from llmprune import solvers
 from llmprune.cli import main
-from llmprune.comparison import _share, compare, papers_table
+from llmprune.comparison import METHODS, _share, compare, papers_table, tables
 from llmprune.errors import InputError
+from llmprune.models.resolve import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 QUICK = {"samples": 2, "seqlen": 64, "windows": 2, "device": "cpu"}
@@ -31,7 +36,7 @@ def test_cells_are_measured_once(tmp_path: Path) -> None:
     assert all(cell["perplexity"] > cell["dense"] > 1 for cell in again)
     ((model, header, rows),) = papers_table(again)
     assert (model, header[:3], rows[0][0]) == ("llama", ["method", "2:4", "50%"], "dense")
-    assert rows[1][1] == f"{first[0]['perplexity']:.2f}"
+    assert {row[0]: row[1] for row in rows}["magnitude"] == f"{first[0]['perplexity']:.2f}"
     with pytest.raises(InputError, match="was measured with samples 2, not 3: choose another file"):
         compare(["llama"], output, **(QUICK | {"samples": 3}))
 
@@ -48,6 +53,57 @@ def test_the_command_prints_the_table_and_draws(tmp_path: Path, capsys: pytest.C
     assert output.with_suffix(".svg").read_text().count("magnitude") >= 2
 
 
+def test_models_are_told_apart_by_their_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    folders = [tmp_path / place / "same" for place in "abc"]
+    for seed, folder in enumerate(folders[:2]):
+        tiny_model("llama", seed=seed, vocab_size=len(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    shutil.copytree(folders[0], folders[2])
+    output, quick = tmp_path / "c.json", QUICK | {"methods": ["magnitude"], "patterns": ["2:4"]}
+    compare([str(folders[0])], output, **quick)
+    cells = compare([str(folder) for folder in folders], output, **quick)  # the second is none of what was measured
+    assert [cell["model"] for cell in cells] == [str(folder) for folder in folders[:2]]
+    assert cells[0]["perplexity"] != cells[1]["perplexity"]
+    assert [name for name, *_ in papers_table(cells)] == [str(folder) for folder in folders[:2]]
+    assert [name for name, *_ in papers_table(cells[:1])] == ["same"]
+    shutil.rmtree(folders[0])
+    folders[1].rename(folders[0])
+    with pytest.raises(InputError, match=r"other weights of .*/a/same: choose another file"):
+        compare([str(folders[0])], output, **quick)
+
+
+def test_every_draw_is_a_cell_and_tables_show_their_spread(tmp_path: Path) -> None:
+    output, quick = tmp_path / "c.json", QUICK | {"methods": ["wanda"], "patterns": ["2:4"]}
+    one = compare(["llama"], output, **quick)
+    two = compare(["llama"], output, **quick, seeds=2)
+    assert two[0] == one[0]
+    assert [cell["seed"] for cell in two] == [0, 1]
+    a, b = (cell["excess_loss"] for cell in two)
+    assert a != b
+    spread = f"{(a + b) / 2:.4f} ± {abs(a - b) / 2**0.5:.4f}"
+    assert f"| wanda | {spread} |" in tables(two)
+    assert f" | {spread} | " in output.with_suffix(".md").read_text()
+    assert "±" not in tables(one)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"device": "NVIDIA H100"}, "device NVIDIA H100, not cpu"),
+    ({"threads": 77}, "threads 77, not"),
+    ({"versions": {"torch": "1.0"}}, "version of .*: choose another file"),
+])  # fmt: skip
+def test_what_was_measured_elsewhere_is_not_mixed_in(change: dict, words: str, tmp_path: Path) -> None:
+    output, quick = tmp_path / "c.json", QUICK | {"methods": ["magnitude"], "patterns": ["2:4"]}
+    compare(["llama"], output, **quick)
+    output.write_text(json.dumps(json.loads(output.read_text()) | change))
+    with pytest.raises(InputError, match=words):
+        compare(["llama"], output, **quick)
+
+
+def test_the_default_is_every_method_and_preset() -> None:
+    assert set(METHODS) == {*solvers.names(), "fast", "balanced", "best"}
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["llama", "--methods", "wandda"], "did you mean wanda"),
     (["llama", "--sparsity", "4:2"], "4:2"),
@@ -55,6 +111,7 @@ def test_the_command_prints_the_table_and_draws(tmp_path: Path, capsys: pytest.C
     (["llama", "--text", "nothing.txt"], "does not exist"),
     (["llama", "--output", "/nowhere/c.json"], "its folder does not exist"),
     (["llama", "--windows", "0"], "windows 0 is impossible"),
+    (["llama", "--seeds", "0"], "seeds 0 is impossible"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -18,6 +18,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", metavar="M", help="methods and presets (default: all)")
     parser.add_argument("--sparsity", nargs="+", metavar="S", help="patterns (default: 2:4 4:8 50%% 60%% 70%%)")
     parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N",
+        help="calibration draws of each cell; of several, mean and standard deviation are shown (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--text", default="pydoc", help="to calibrate and, another split, to evaluate on (default: %(default)s)"
     )
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default: %(default)s)")
@@ -37,11 +41,12 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
 
     from llmprune.comparison import METHODS, PATTERNS, compare, papers_table, plot
 
-    rest = {name: options[name] for name in ("text", "samples", "seqlen", "windows", "device")}
+    rest = {name: options[name] for name in ("seeds", "text", "samples", "seqlen", "windows", "device")}
     chosen = {"methods": options.get("methods", METHODS), "patterns": options.get("sparsity", PATTERNS)}
     cells = compare(options["models"], output, **chosen, **rest, tell=terminal.say)
+    draws = ", mean ± standard deviation of calibration draws" if any(cell["seed"] for cell in cells) else ""
     for model, header, rows in papers_table(cells):
-        table = Table(title=f"{model}: token perplexity, held-out {options['text']}", title_justify="left")
+        table = Table(title=f"{model}: token perplexity, held-out {options['text']}{draws}", title_justify="left")
         for name in header:
             table.add_column(name, justify="left" if name == "method" else "right")
         for row in rows:
