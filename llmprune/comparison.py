@@ -178,7 +178,7 @@ def _measure(name: str, method: str, pattern: str, seed: int, settings: dict[str
         "dense": dense.value,
         "perplexity": found.value,
         "excess_loss": excess_loss(dense, found),
-        "output_error": statistics.mean(site.error for site in record.sites),
+        "output_error": record.output_error(),
         "seconds": record.pruning_seconds(),
         "overhead": record.overhead(),
         "peak_memory_bytes": record.peak_memory.get("device", record.peak_memory["process"]),

@@ -316,6 +316,7 @@ def _predict(
         checkpoint=work.nbytes,
         processes=job.ranks.size,
         probed=probed,
+        all_experts=job.config.all_experts,
     )
     mapped = job.config.activations == "disk"
     kept = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))  # by an earlier run

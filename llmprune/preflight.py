@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from llmprune import solvers
 from llmprune.hardware import operations_per_second, size
+from llmprune.models.experts import experts_per_token
 from llmprune.models.sites import Block, Site
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import PASSES
@@ -36,7 +37,6 @@ _SWEEPS = {"magnitude": 0, "wanda": 0, "ria": 0, "dsnot": 0, "sparsegpt": 1}  # 
 _ALTERNATIONS = 30
 _REFIT = 20
 _INVERSES = 6  # of a Gram's size, a matrix
-_CHOSEN = 2  # experts that a token is sent to
 _EFFICIENCY = 0.6  # of a plain product's speed: what blocks 1024 wide reached on a CPU of two cores
 
 
@@ -69,16 +69,12 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class _Matrix:
-    """A matrix (rows, columns) and, where it is an expert's, how many experts there are."""
+    """A matrix (rows, columns) and, where it is an expert's, how many experts there are and its share of the tokens."""
 
     rows: int
     columns: int
     experts: int = 1
-
-    @property
-    def share(self) -> float:
-        """Of the tokens that reach it."""
-        return min(_CHOSEN / self.experts, 1)
+    share: float = 1.0
 
     def held(self, recipe: Recipe) -> int:
         """Bytes of its stage's statistics, a Gram an expert, and of what solving it takes."""
@@ -105,16 +101,18 @@ def estimate(
     checkpoint: int,
     processes: int = 1,
     probed: int = 0,
+    all_experts: bool = False,
 ) -> Needs:
     """What pruning needs. `blocks` may be on the meta device; `checkpoint` is the bytes of its tensors; `probed` are tokens
-    whose hidden states are followed besides, through half of the blocks on average.
+    whose hidden states are followed besides, through half of the blocks on average; `all_experts`: each sees every token.
     """
     config, (_, length) = model.get_text_config(), texts.calibration.ids.shape
     streams = 2 if recipe.target == "corrected" or recipe.reconstruct else 1
     tokens = texts.calibration.tokens() / processes
     evaluated = texts.evaluation.ids.numel() / processes if texts.evaluation else 0
     sizes = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
-    matrices = [matrix for block in blocks for matrix in _matrices(block.sites)]
+    chosen = None if all_experts else experts_per_token(model)
+    matrices = [matrix for block in blocks for matrix in _matrices(block.sites, chosen)]
     head = config.vocab_size * config.hidden_size
     widest = max((max(one.rows, one.columns) for one in matrices), default=config.hidden_size)
     made = max(_FORWARD * batch * length * widest * dtype.itemsize, 3 * length * config.vocab_size * 4 if evaluated else 0)
@@ -127,22 +125,29 @@ def estimate(
         weights=max(2 * head * dtype.itemsize, inside) + made,
         solving=max((one.held(recipe) for one in matrices), default=0),
         output=int(_FILES * checkpoint),
-        forward=2 * (passes * active(blocks) + 2 * evaluated * head),
+        forward=2 * (passes * sum(one.rows * one.columns * one.share for one in matrices) + 2 * evaluated * head),
         solve=sum(one.work(recipe, tokens, processes) for one in matrices),
     )
 
 
-def active(blocks: Sequence[Block]) -> float:
-    """Weights of matrices that a token meets: of experts, those of the ones it is sent to."""
-    return sum(one.rows * one.columns * one.share for block in blocks for one in _matrices(block.sites))
+def active(model: PretrainedConfig, blocks: Sequence[Block]) -> int:
+    """Weights of matrices that a token meets: of experts, those of as many as it is sent to (all, where the configuration
+    does not say how many)."""
+    chosen = experts_per_token(model)
+    return round(sum(one.rows * one.columns * one.share for block in blocks for one in _matrices(block.sites, chosen)))
 
 
-def _matrices(sites: Sequence[Site]) -> list[_Matrix]:
+def _matrices(sites: Sequence[Site], chosen: int | None) -> list[_Matrix]:
+    """`chosen`: experts that a token is sent to; None: all."""
     experts: dict[str, set[object]] = {}
     for site in sites:
         if site.pool:
             experts.setdefault(site.pool, set()).add(site.part[0])
-    return [_Matrix(site.rows, site.columns, len(experts[site.pool]) if site.pool else 1) for site in sites]
+    found = []
+    for site in sites:
+        count = len(experts[site.pool]) if site.pool else 1
+        found.append(_Matrix(site.rows, site.columns, count, min((chosen or count) / count, 1)))
+    return found
 
 
 def _wants_gram(recipe: Recipe) -> bool:

@@ -20,7 +20,7 @@ from llmprune.ranks import Ranks
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import reconstruct
 from llmprune.report.console import Progress
-from llmprune.report.record import Reconstruction, SiteRecord
+from llmprune.report.record import Reconstruction, SiteRecord, relative
 from llmprune.solvers.base import Solution
 from llmprune.solving import Observed, Round, lean, make_batches, make_rounds, solve
 from llmprune.stats import Cross, Gram, InputSample, Statistic
@@ -192,7 +192,7 @@ class Pruner:
             shape=(after.shape[0], after.shape[1]),
             transposed=site.transposed,
             sparsity=1 - left / after.numel(),
-            error=lost / whole if whole > 0 else 0.0,
+            error=relative(lost, whole),
             tokens=seen.sample.tokens,
             seconds=seconds,
             notes={**found.notes, **({"pool_share": site.columns / seen.statistic.tokens} if site.pool else {})},

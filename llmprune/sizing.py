@@ -211,11 +211,13 @@ def multiple(config: PruneConfig, count: int) -> int:
 
 
 def footprint(model: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, int]:
-    """Parameters, multiplications a token with matrices (of experts, with two), and bytes of keys and values a token."""
+    """Parameters, multiplications a token with matrices (of experts, of as many as it is sent to), and bytes of keys and values
+    a token.
+    """
     text, tied = model.config.get_text_config(), model.all_tied_weights_keys
     found = {
         "parameters": sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in tied),
-        "macs_a_token": int(active(blocks)) + text.vocab_size * text.hidden_size,
+        "macs_a_token": active(text, blocks) + text.vocab_size * text.hidden_size,
     }
     try:
         layouts = [Heads.of(text.per_layer_config[index]) for index in range(len(blocks))]

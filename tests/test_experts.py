@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model, tokens
+from rich.console import Console as RichConsole
 from safetensors.torch import load_file, save_file
 from test_families import EXPERTS
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -17,9 +18,12 @@ from llmprune.data import Windows
 from llmprune.errors import InputError
 from llmprune.integrity import verify
 from llmprune.models.discover import find_blocks, make_block
-from llmprune.models.experts import is_experts, observable
+from llmprune.models.experts import experts_per_token, is_experts, observable
 from llmprune.models.sites import Site, part_text, read_part
 from llmprune.patterns import NM
+from llmprune.report.console import Console
+from llmprune.report.page import content
+from llmprune.report.saved import read_runs
 from llmprune.stats import Gram, lean_on_pool
 from llmprune.stream.activations import Activations
 
@@ -89,10 +93,12 @@ def test_statistics_are_of_the_tokens_routed_to_each_expert(family: str) -> None
     for name, (count, gram) in expected.items():
         assert found[name].tokens == count, name
         torch.testing.assert_close(found[name].sum, gram, rtol=1e-4, atol=1e-5)
+    down = [count for name, (count, _) in expected.items() if name.endswith("down_proj")]
+    assert sum(down) == 26 * (experts_per_token(model.config) or 0)
     everyone = collect(model, Windows(ids, "test", mask), all_tokens=True)
     assert {gram.tokens for gram in everyone.values()} == {26}
-    down = next(name for name in found if name.endswith("down_proj"))
-    assert float(everyone[down].sum.trace()) > float(found[down].sum.trace())
+    one = next(name for name in found if name.endswith("down_proj"))
+    assert float(everyone[one].sum.trace()) > float(found[one].sum.trace())
 
 
 def test_an_expert_leans_on_the_pool_the_fewer_tokens_it_saw() -> None:
@@ -118,6 +124,9 @@ def test_an_expert_that_no_token_chose_is_pruned_all_the_same(family: str, recip
     assert all(site.notes["pool_share"] == pytest.approx(site.shape[1] / (site.tokens + site.shape[1]))
                for site in record.sites if site.name in seen)  # fmt: skip
     assert len(seen) == 3 * 16 * 3
+    assert {site.name for site in record.sites if site.error is None} == {name for name, count in seen.items() if not count}
+    known = [site.error for site in record.sites if site.error is not None]
+    assert record.output_error() == pytest.approx(sum(known) / len(known))
     assert verify(tmp_path / "out").problems == ()
     whole = llmprune.prune(source, **options).model
     assert whole is not None
@@ -126,6 +135,21 @@ def test_an_expert_that_no_token_chose_is_pruned_all_the_same(family: str, recip
         assert torch.equal(streamed[name], tensor), name
     record = llmprune.prune(source, **options, all_experts=True).record
     assert {site.tokens for site in record.sites} == {8}
+
+
+def test_what_no_token_reached_is_not_shown_as_without_error(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the terminal, on the report's page and where neurons are removed."""
+    source, given = saved(expert_model("mixtral", num_local_experts=16)), {"calibration": tokens(2, 4), "batch_size": 1}
+    with Console(RichConsole(width=200), each_site=True) as console:
+        record = llmprune.prune(source, output=tmp_path / "w", sparsity="2:4", method="wanda", progress=console, **given).record
+    shown = capsys.readouterr().out
+    assert shown.count("output error unknown (no token reached it)") == sum(site.error is None for site in record.sites) > 0
+    assert "of 16; no token reached the others)" in shown
+    (page,) = content(read_runs([str(tmp_path / "w")]))["runs"]
+    assert page["facts"]["output_error"]["value"] == pytest.approx(record.output_error())
+    gone = llmprune.prune(source, output=tmp_path / "n", neurons="50%", **given).record.removals
+    assert any(removal.error is None for removal in gone)
+    assert all(removal.error for removal in gone if removal.error is not None)
 
 
 def test_what_routes_is_left_alone(saved, tmp_path: Path) -> None:

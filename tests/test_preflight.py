@@ -19,6 +19,7 @@ from llmprune.data import Windows
 from llmprune.errors import InputError
 from llmprune.models.discover import find_blocks
 from llmprune.recipes import choose_recipe
+from llmprune.sizing import footprint
 from llmprune.stream.activations import Activations
 from llmprune.stream.mapped import MappedTensors
 from llmprune.stream.source import ModelSource
@@ -40,6 +41,7 @@ def needs(family: str = "llama", windows: int = 6, processes: int = 1, **options
         batch=4,
         checkpoint=1000,
         processes=processes,
+        all_experts=bool(options.get("all_experts")),
     )
 
 
@@ -77,6 +79,20 @@ def test_operations_of_a_plain_run() -> None:
     sweeps = 2 * (2 * 32 + 2 * 16 + 2 * 48) * 32**2 + 2 * 32 * 48**2
     inverses = 2 * 6 * (6 * 32**3 + 48**3)
     assert needs(method="sparsegpt").solve == 3 * (144 * gram + sweeps + inverses)
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_multiplications_count_the_experts_that_a_token_is_sent_to(chosen: int) -> None:
+    """By hand: q, o 32x32; k, v 16x32; of each chosen expert gate, up 48x32 and down 32x48."""
+    model = tiny_model("mixtral", **EXPERTS["mixtral"] | {"num_experts_per_tok": chosen})
+    blocks = list(ModelSource(model).blocks())
+    block = 2 * 32 * 32 + 2 * 16 * 32 + chosen * 3 * 48 * 32
+    assert preflight.active(model.config, blocks) == 3 * block
+    assert footprint(model, blocks)["macs_a_token"] == 3 * block + 32 * 96
+
+
+def test_all_experts_take_every_token() -> None:
+    assert needs("mixtral", windows=6).forward < needs("mixtral", windows=6, all_experts=True).forward
 
 
 def test_the_record_holds_what_was_predicted(saved, tmp_path: Path) -> None:

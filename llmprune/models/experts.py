@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llmprune.models.sites import INNER, OUTER, Part, Site, show
@@ -20,6 +21,7 @@ from llmprune.models.sites import INNER, OUTER, Part, Site, show
 Experts = Any  # an nn.Module with the attributes that transformers' `use_experts_implementation` gives it
 _FORWARD = "llmprune"
 _ALL = "_llmprune_all_tokens"
+_CHOSEN = ("num_experts_per_tok", "top_k_experts")  # what configurations call how many experts a token is sent to
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -27,6 +29,12 @@ def is_experts(module: nn.Module) -> bool:
     if not hasattr(module, "_is_expert_parallel") or module.has_post_expert_norm:
         return False
     return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in (_first(module), "down_proj"))
+
+
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """How many experts of a layer a token is sent to, by the model's configuration; None where it does not say."""
+    named = (getattr(config.get_text_config(), name, None) for name in _CHOSEN)
+    return next((count for count in named if isinstance(count, int)), None)
 
 
 def expert_sites(name: str, module: Experts, storage: dict[str, torch.dtype]) -> list[Site]:

@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llmprune.evaluate.perplexity import excess_loss
-from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord
+from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known
 
 
 class Progress:
@@ -96,7 +96,7 @@ class Console(Progress):
 
     def solving(self, site: str) -> None:
         if self._console.is_terminal:
-            error = f"(last: error {self._in_block[-1].error:.2%})" if self._in_block else ""
+            error = f"(last: error {_share(self._in_block[-1].error)})" if self._in_block else ""
             self._live.update(self._task, now=f"{site} {error}")
 
     def site(self, site: SiteRecord) -> None:
@@ -105,7 +105,7 @@ class Console(Progress):
         if self._each_site:
             self._line(
                 f"  {site.name}  {site.pattern}  {site.shape[0]} x {site.shape[1]}  zeros {site.sparsity:.2%}  "
-                f"output error {site.error:.2%}  {site.tokens:,} tokens  {site.seconds:.2f} s"
+                f"output error {_share(site.error)}  {site.tokens:,} tokens  {site.seconds:.2f} s"
             )
         if self._console.is_terminal:
             self._live.update(self._task, completed=self._done, eta=self._eta())
@@ -172,8 +172,7 @@ def _table(record: RunRecord) -> Table:
         share = record.zeros() / record.weights()
         table.add_row(f"zeros in {len(record.sites)} pruned matrices (asked: {asked})", "", f"{share:.2%}")
         table.add_row("nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}")
-        mean = sum(site.error for site in record.sites) / len(record.sites)
-        table.add_row("output error of a matrix, mean", "", f"{mean:.2%}")
+        table.add_row("output error of a matrix, mean", "", _share(record.output_error()))
     if "bytes_after" in record.size:
         before, after = record.size["bytes_before"], record.size["bytes_after"]
         table.add_row(f"weight bytes{' (zeros are stored)' if record.sites else ''}", f"{before:,}", f"{after:,}")
@@ -206,16 +205,25 @@ def _removals(gone: Sequence[Removal]) -> str:
         by_name.setdefault(one.site.rsplit(".", 1)[-1], []).append(one)
     parts = []
     for name, each in by_name.items():
-        many = f" (mean of {len(each)})" if len(each) > 1 else ""
-        error = sum(one.error for one in each) / len(each)
-        parts.append(f"{each[0].kept} of {each[0].count} {each[0].kind}, {name} error {error:.2%}{many}")
+        error = _mean([one.error for one in each])
+        parts.append(f"{each[0].kept} of {each[0].count} {each[0].kind}, {name} error {error}")
     return "  ".join(parts)
 
 
 def _errors(sites: Sequence[SiteRecord]) -> str:
     """The sites of a block with their errors, those of one name (experts) together."""
-    by_name: dict[str, list[float]] = {}
+    by_name: dict[str, list[float | None]] = {}
     for site in sites:
         by_name.setdefault(site.name.rsplit(".", 1)[-1], []).append(site.error)
-    many = {name: f" (mean of {len(errors)})" if len(errors) > 1 else "" for name, errors in by_name.items()}
-    return "  ".join(f"{name} {sum(errors) / len(errors):.2%}{many[name]}" for name, errors in by_name.items())
+    return "  ".join(f"{name} {_mean(errors)}" for name, errors in by_name.items())
+
+
+def _mean(errors: Sequence[float | None]) -> str:
+    """Of one matrix, or of several and how many that is the mean of."""
+    known = sum(error is not None for error in errors)
+    rest = f" of {len(errors)}; no token reached the others" if known < len(errors) else ""
+    return _share(mean_known(errors)) + (f" (mean of {known}{rest})" if len(errors) > 1 and known else "")
+
+
+def _share(error: float | None) -> str:
+    return "unknown (no token reached it)" if error is None else f"{error:.2%}"

@@ -12,7 +12,7 @@ from llmprune.config import PruneConfig, as_flags
 from llmprune.evaluate.perplexity import excess_loss
 from llmprune.models.checkpoint import PACKED
 from llmprune.report.masks import masks
-from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord
+from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known
 from llmprune.report.saved import Bench, Saved
 from llmprune.sparse.files import PackedFolder
 
@@ -69,7 +69,7 @@ def _facts(record: RunRecord, packed: int | None) -> dict[str, Cell]:
         "perplexity_after": _cell(pruned.value if pruned else None, _figure),
         "excess_loss": _cell(excess_loss(dense, pruned) if dense and pruned else None, "{:+.4f}".format),
         "zeros": _cell(record.zeros() / weights if weights else None, "{:.2%}".format, NOTHING),
-        "output_error": _cell(mean(site.error for site in record.sites) if record.sites else None, "{:.2%}".format, NOTHING),
+        "output_error": _cell(record.output_error(), "{:.2%}".format, NONE if record.sites else NOTHING),
         "parameters": _cell(record.model["parameters"], "{:,}".format),
         "parameters_after": _cell(record.structure.get("after", {}).get("parameters"), "{:,}".format),
         "bytes_before": _cell(size["bytes_before"], _bytes),
@@ -88,13 +88,13 @@ def _maps(record: RunRecord) -> dict[str, Any]:
     return {name: grid for name, grid in maps.items() if grid["rows"]}
 
 
-def _grid(values: Iterable[tuple[str, int, float]]) -> dict[str, Any]:
-    """Means by row and block; None where a block has no such row."""
-    found: dict[str, dict[int, list[float]]] = {}
+def _grid(values: Iterable[tuple[str, int, float | None]]) -> dict[str, Any]:
+    """Means by row and block; None where a block has no such row, or nothing was measured of it."""
+    found: dict[str, dict[int, list[float | None]]] = {}
     for row, block, value in values:
         found.setdefault(row, {}).setdefault(block, []).append(value)
     blocks = sorted({block for row in found.values() for block in row})
-    cells = [[mean(row[block]) if block in row else None for block in blocks] for row in found.values()]
+    cells = [[mean_known(row.get(block, ())) for block in blocks] for row in found.values()]
     return {"rows": _short(list(found)), "blocks": blocks, "values": cells}
 
 
@@ -127,7 +127,8 @@ def _growth(changed: Sequence[SiteRecord | Removal]) -> dict[str, Any] | None:
     """Mean, least and largest error of each block's matrices."""
     by_block: dict[int, list[float]] = {}
     for one in changed:
-        by_block.setdefault(one.block, []).append(one.error)
+        if one.error is not None:
+            by_block.setdefault(one.block, []).append(one.error)
     errors = [by_block[block] for block in sorted(by_block)]
     parts = {"mean": [mean(own) for own in errors], "least": list(map(min, errors)), "largest": list(map(max, errors))}
     return {"blocks": sorted(by_block)} | parts if errors else None
@@ -204,7 +205,7 @@ def _matrices(record: RunRecord) -> dict[str, Any] | None:
             _text(own[0].pattern),
             _text(f"{own[0].shape[0]} x {own[0].shape[1]}"),
             _cell(mean(site.sparsity for site in own), "{:.2%}".format),
-            _cell(mean(site.error for site in own), "{:.2%}".format),
+            _cell(mean_known(site.error for site in own), "{:.2%}".format),
             _cell(sum(site.seconds for site in own), "{:.3f}".format),
         ]
         for (block, kind), own in found.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,17 @@ from llmprune.evaluate.perplexity import Perplexity
 SCHEMA = 1
 _PRUNING = ("forward", "statistics", "solve", "reconstruct", "write")
 _PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
+
+
+def relative(lost: float, whole: float) -> float | None:
+    """What is lost of what there was; None where there was nothing."""
+    return lost / whole if whole > 0 else None
+
+
+def mean_known(errors: Iterable[float | None]) -> float | None:
+    """The mean of those that were measured; None where none was."""
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +36,8 @@ class SiteRecord:
         shape: (out, in).
         transposed: stored as (in, out).
         sparsity: share of zeros achieved.
-        error: relative squared output error on a sample of calibration tokens, given the inputs it was solved for.
+        error: relative squared output error on a sample of calibration tokens, given the inputs it was solved for; None where
+            it puts out nothing on them, as an expert does that no token was sent to.
         tokens: calibration tokens that reached it.
         notes: what the solver recorded, such as the damping it needed; for an expert, how much of its statistics came from
             those of all experts together (`pool_share`).
@@ -39,7 +51,7 @@ class SiteRecord:
     shape: tuple[int, int]
     transposed: bool
     sparsity: float
-    error: float
+    error: float | None
     tokens: int
     seconds: float
     notes: Mapping[str, float]
@@ -72,7 +84,7 @@ class Removal:
         kind: heads (or groups of them) or neurons.
         site: the matrix that reads them, fitted again.
         count: how many there were; `kept` stayed.
-        error: relative squared error of what it puts out, on a sample of calibration tokens.
+        error: relative squared error of what it puts out, on a sample of calibration tokens; None where that is nothing.
     """
 
     block: int
@@ -80,7 +92,7 @@ class Removal:
     site: str
     count: int
     kept: int
-    error: float
+    error: float | None
     seconds: float
 
 
@@ -119,6 +131,10 @@ class RunRecord:
 
     def zeros(self) -> int:
         return sum(round(site.sparsity * site.shape[0] * site.shape[1]) for site in self.sites)
+
+    def output_error(self) -> float | None:
+        """The mean of the matrices'."""
+        return mean_known(site.error for site in self.sites)
 
     def pruning_seconds(self) -> float:
         """Seconds of forwards, statistics, solving, reconstruction and writing; not of reading texts or evaluating."""

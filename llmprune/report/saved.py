@@ -193,14 +193,14 @@ def _ranges(record: RunRecord) -> Iterator[tuple[str, bool, str]]:
         yield f"sites[{number}].block", 0 <= site.block < blocks, f"0 to {blocks - 1}"
         yield f"sites[{number}].shape", min(site.shape) > 0, "two sizes above 0"
         yield f"sites[{number}].sparsity", 0 <= site.sparsity <= 1, "0 to 1"
-        yield f"sites[{number}].error", site.error >= 0, "0 or more"
+        yield f"sites[{number}].error", site.error is None or site.error >= 0, "0 or more"
     for number, fit in enumerate(record.reconstructions):
         yield f"reconstructions[{number}].block", 0 <= fit.block < blocks, f"0 to {blocks - 1}"
         yield f"reconstructions[{number}].after", 0 <= fit.after <= fit.before, "0 to what it was before"
     for number, gone in enumerate(record.removals):
         yield f"removals[{number}].block", 0 <= gone.block < blocks, f"0 to {blocks - 1}"
         yield f"removals[{number}].kept", 0 <= gone.kept <= gone.count != 0, "0 to its count"
-        yield f"removals[{number}].error", gone.error >= 0, "0 or more"
+        yield f"removals[{number}].error", gone.error is None or gone.error >= 0, "0 or more"
     for name in ("dense", "pruned"):
         measured = getattr(record, name)
         yield f"{name}.value", measured is None or measured.value > 0, "more than 0"

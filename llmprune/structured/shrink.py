@@ -15,7 +15,7 @@ from llmprune.errors import InputError
 from llmprune.linalg import kept_least_squares
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.ranks import Ranks
-from llmprune.report.record import Removal
+from llmprune.report.record import Removal, relative
 from llmprune.solving import Observed, lean
 from llmprune.stats import Cross, Gram, InputSample
 from llmprune.stream.activations import Activations, Beside
@@ -153,7 +153,7 @@ class Shrinker:
                 bias = _bias_of(block, site)
                 bias.copy_((bias.float() + found.shift).to(block.storage[f"{block.name}.{_bias(site, block)}"]))
             lost, whole = self.ranks.totals(*seen.sample.errors(dense, site.weight.float(), found.shift))
-        error, seconds = lost / whole if whole > 0 else 0.0, time.perf_counter() - start
+        error, seconds = relative(lost, whole), time.perf_counter() - start
         self.removals.append(Removal(block.index, group.kind, site.name, group.count, stay, error, seconds))
         self.tell(self.removals[-1])
         return found.kept
@@ -218,7 +218,7 @@ def removal_error(block: Block, sizes: Sizes, feed: Activations, tokens: int, cl
     seen.add_up(ranks)
     found = choose(group, seen, coupled(group, seen, {}, {}), sizes.stay(group), "second_order", refit=True)
     lost, whole = ranks.totals(*seen.sample.errors(group.consumer.weight.float(), found.weight, found.shift))
-    return lost / whole if whole > 0 else 0.0
+    return relative(lost, whole) or 0.0
 
 
 @contextmanager
