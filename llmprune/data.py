@@ -1,8 +1,13 @@
 """Text to token windows, for calibration and for evaluation.
 
 A text is named (`pydoc`, `wikitext2`, `c4`, `ptb`), a Hub dataset id, or a local .txt, .jsonl, .json, .parquet file, plain
-or .gz. Calibration windows are disjoint, drawn at random with a seed; evaluation windows follow the papers' protocol:
-the whole split concatenated and cut into disjoint windows, a shorter rest left out.
+or .gz. Calibration windows are disjoint, drawn at random with a seed from documents in random order; the papers cut each
+from one long document of `c4` instead.
+
+Evaluation windows are disjoint and cut from one long text, a shorter rest left out. `wikitext2`, `ptb` and `c4` are read as
+SparseGPT and Wanda read them: the test split of the first two, its rows joined by blank lines and by spaces; of `c4` the
+first 1,100 documents of the first validation file, joined by spaces, and at most the first 256 windows. Any other text is
+taken whole, its documents joined by blank lines.
 """
 
 from __future__ import annotations
@@ -35,6 +40,15 @@ _ENOUGH = 4  # calibration windows are drawn from this many times the tokens nee
 
 
 @dataclass(frozen=True, slots=True)
+class _Evaluated:
+    """How documents become evaluation windows: so many of the first ones (None: all), what joins them, and how many windows."""
+
+    documents: int | None = None
+    joined: str = _SEPARATOR
+    windows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _HubText:
     """Where a text lies on the Hub; its splits are `train`, to calibrate, and `test`, to evaluate.
 
@@ -42,6 +56,7 @@ class _HubText:
         name: the configuration.
         files: by use, where not all files of the split are wanted or the dataset does not say which they are.
         joined: what the papers put between rows that are lines of one text; None: each row is a document.
+        evaluated: how documents become the text to evaluate on.
     """
 
     path: str
@@ -50,6 +65,7 @@ class _HubText:
     files: Mapping[Use, str] | None = None
     column: str = "text"
     joined: str | None = None
+    evaluated: _Evaluated = _Evaluated()
 
 
 _HUB = {
@@ -60,6 +76,7 @@ _HUB = {
             "calibration": "en/c4-train.00000-of-01024.json.gz",
             "evaluation": "en/c4-validation.00000-of-00008.json.gz",
         },
+        evaluated=_Evaluated(documents=1100, joined=" ", windows=256),
     ),
     "ptb": _HubText(  # its own files are a script, which datasets no longer run: the Hub's conversion
         "ptb-text-only/ptb_text_only",
@@ -153,14 +170,15 @@ def calibration_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, sample
 
 
 def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int) -> Windows:
-    """The whole evaluation split of a text in disjoint windows of `seqlen` tokens.
+    """The evaluation split of a text in disjoint windows of `seqlen` tokens, by the protocol of its name.
 
     Raises:
         InputError: the text is shorter than one window.
     """
-    joined = _SEPARATOR.join(load_documents(text, "evaluation"))
+    protocol = _HUB[text].evaluated if text in _HUB else _Evaluated()
+    joined = protocol.joined.join(load_documents(text, "evaluation")[: protocol.documents])
     ids = torch.tensor(tokenizer(joined, verbose=False)["input_ids"], dtype=torch.long)
-    count = len(ids) // seqlen
+    count = min(len(ids) // seqlen, protocol.windows or len(ids))
     if not count:
         raise _too_short(text, ids, seqlen)
     return Windows(ids[: count * seqlen].view(count, seqlen), text)
@@ -214,6 +232,8 @@ def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, e
 
 
 def _is_file(text: str) -> bool:
+    if text in NAMED:
+        return False  # whatever lies here under that name
     path = user_path(text, "text")
     if path.is_dir():
         raise InputError(f"text {text} is a folder: pass a file ({', '.join(_SUFFIXES)}, or .gz of one)")
@@ -297,7 +317,7 @@ def _read_hub(text: str, use: Use) -> Sequence[str]:
     texts = rows[known.column]
     if known.joined is not None:
         return [known.joined.join(texts)]
-    return texts[:1100] if text == "c4" and use == "evaluation" else texts  # as the papers do
+    return texts
 
 
 def unreachable(error: BaseException | None) -> bool:

@@ -202,26 +202,40 @@ def hub_of_texts() -> Hub:
     return hub
 
 
-def test_texts_of_the_hub(tmp_path: Path) -> None:
+def test_what_lies_here_under_the_name_of_a_text_is_not_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "ptb").write_text("mine")
+    for name in ("c4", "ptb"):
+        with pytest.raises(InputError, match=f"cannot load text {name} from the Hub"):
+            load_documents(name, "evaluation")
+
+
+def test_texts_of_the_hub(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Through the real client, in a process that may use the network."""
     code = """
 import json, sys
-from llmprune.data import load_documents
+from transformers import AutoTokenizer
+from llmprune.data import evaluation_windows, load_documents
 from llmprune.errors import InputError
-for text in sys.argv[1:]:
+for text in sys.argv[2:]:
     for use in ("calibration", "evaluation"):
         try:
             print(json.dumps([text, use, list(load_documents(text, use))]))
         except InputError as error:
             print(json.dumps([text, use, [type(error).__name__, str(error)]]))
+if "c4" in sys.argv:
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+    for text, seqlen in (("c4", 4), ("c4", 64), ("wikitext2", 3)):
+        print(json.dumps([text, f"windows of {seqlen}", evaluation_windows(text, tokenizer, seqlen=seqlen).ids.flatten().tolist()]))
 """
     hub, names = hub_of_texts(), ("ptb", "wikitext2", "c4", "acme/own", "acme/other", "acme/none")
     with running(hub):
         own = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
         own |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-        run = [sys.executable, "-c", code, *names]
+        run = [sys.executable, "-c", code, str(BUNDLED["llama"]), *names]
         done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | own)
-    gone = [sys.executable, "-c", "import time; time.sleep = lambda seconds: None\n" + code, "acme/new"]  # it tries again
+    gone = [sys.executable, "-c", "import time; time.sleep = lambda seconds: None\n" + code, "", "acme/new"]  # it tries again
     failed = subprocess.run(gone, capture_output=True, text=True, check=True, env=os.environ | own)
     found = {(text, use): documents for text, use, documents in map(json.loads, done.stdout.splitlines())}
     assert found["ptb", "calibration"] == ["train one two"]
@@ -229,7 +243,12 @@ for text in sys.argv[1:]:
     assert found["wikitext2", "calibration"] == ["train = one =\n\ntwo"]
     assert found["wikitext2", "evaluation"] == ["test = one =\n\ntwo"]
     assert found["c4", "calibration"] == ["one", "two"]
-    assert found["c4", "evaluation"] == [f"test {number}" for number in range(1100)]
+    assert found["c4", "evaluation"] == [f"test {number}" for number in range(1200)]
+    whole = tokenizer(" ".join(f"test {number}" for number in range(1100)))["input_ids"]  # as the papers read it
+    assert found["c4", "windows of 4"] == whole[: 256 * 4]
+    assert found["c4", "windows of 64"] == whole[: len(whole) // 64 * 64]
+    whole = tokenizer("test = one =\n\ntwo")["input_ids"]
+    assert found["wikitext2", "windows of 3"] == whole[: len(whole) // 3 * 3]
     assert found["acme/own", "evaluation"] == ["own"]
     assert found["acme/other", "evaluation"] == ["InputError", "Hub dataset acme/other has no `text` column, only words"]
     assert found["acme/none", "calibration"][0] == "InputError"
