@@ -227,7 +227,8 @@ for text in sys.argv[2:]:
 if "c4" in sys.argv:
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     for text, seqlen in (("c4", 4), ("c4", 64), ("wikitext2", 3)):
-        print(json.dumps([text, f"windows of {seqlen}", evaluation_windows(text, tokenizer, seqlen=seqlen).ids.flatten().tolist()]))
+        windows = evaluation_windows(text, tokenizer, seqlen=seqlen)
+        print(json.dumps([text, f"windows of {seqlen}", windows.ids.flatten().tolist()]))
 """
     hub, names = hub_of_texts(), ("ptb", "wikitext2", "c4", "acme/own", "acme/other", "acme/none")
     with running(hub):

@@ -126,13 +126,23 @@ def unlike(a: Path, b: Path) -> float:
     return sum(int((one[name] != other[name]).sum()) for name in one) / sum(mask.numel() for mask in one.values())
 
 
+def reordered(seed: int) -> torch.Tensor:
+    """The windows, those of each batch in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = WINDOWS.split(OPTIONS["batch_size"])
+    return torch.cat([batch[torch.randperm(len(batch), generator=generator)] for batch in batches])
+
+
 @pytest.mark.parametrize(("family", "size", "cases"), [
     ("llama", 2, list(CASES)),
     ("llama", 4, ["unstructured", "one_pass"]),
     ("mixtral", 2, ["unstructured", "balanced"]),
 ])  # fmt: skip
 def test_processes_find_what_one_finds(family: str, size: int, cases: list[str], saved, tmp_path: Path) -> None:
-    """Sums in another order move near ties, and later blocks follow: by no more than another batch size moves them."""
+    """Sums in another order move near ties, and later blocks follow: by no more than in one process whose batches hold the
+    same windows in another order. Measured over six orders: `balanced` .018 to .034 of the masks, two processes .024; `best`
+    .027 to .032, two processes .028; Mixtral's `balanced` .021 to .039, two processes .040; the others 0.
+    """
     source = saved(tiny_model(family, **EXPERTS.get(family, {})))
     together(size, source, tmp_path / "many", "lives", *cases)
     for name in cases:
@@ -141,10 +151,12 @@ def test_processes_find_what_one_finds(family: str, size: int, cases: list[str],
         record = llmprune.prune(source, output=one, **OPTIONS, **case).record
         assert verify(many).problems == ()
         assert {p.name for p in many.iterdir()} == {p.name for p in one.iterdir()}
-        again = tmp_path / f"{name}.again"
-        llmprune.prune(source, output=again, **(OPTIONS | {"batch_size": 3}), **case)
-        noise = unlike(one, again) if name != "best" else 0.1  # there the batch size is the fit's as well
-        assert unlike(one, many) <= 1.5 * noise + 1e-3, name
+        noise = []
+        for seed in range(2):
+            again = tmp_path / f"{name}.{seed}"
+            llmprune.prune(source, output=again, **(OPTIONS | {"calibration": reordered(seed)}), **case)
+            noise.append(unlike(one, again))
+        assert unlike(one, many) <= 1.5 * max(noise) + 1e-3, name
         shared = json.loads((many / "llmprune.json").read_text())
         assert shared["compute"]["processes"] == size
         pairs = list(zip(by_name(shared["sites"]), by_name(map(asdict, record.sites)), strict=True))
