@@ -20,7 +20,7 @@ from llmprune.models.experts import experts_per_token
 from llmprune.models.sites import Block, Site
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import PASSES
-from llmprune.stats import Gram
+from llmprune.stats import SAMPLE_TOKENS, Gram
 from llmprune.texts import Texts
 
 # memory, in tensors of the size that is named
@@ -28,6 +28,8 @@ _SOLVER = 6  # a weight in float32: what the hungriest solver holds at once
 _FACTORS = 4  # a Gram: its factor, its unit form, an inverse, a product
 _FIT = 5  # a block in float32: weights, gradients, two moments, the best state
 _FORWARD = 6  # the widest activation of a batch
+_SAVED = 2  # the outputs of all matrices of a block, for a backward pass
+_ERRORS = 3  # the outputs of the sample that errors are measured on
 _FILES = 1.02  # of the checkpoint: headers, tokenizer, record
 
 # time, in products
@@ -42,18 +44,21 @@ _EFFICIENCY = 0.6  # of a plain product's speed: what blocks 1024 wide reached o
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Of each process. Memory is beyond what a process holds that has only imported llmprune.
+    """Of each process.
 
     Attributes:
+        start: bytes that the process holds already.
         activations: bytes of the hidden states of all texts, in the pruned model and, where needed, in the dense one.
-        weights: bytes of the largest block, as read and as written, with its copy where the dense model runs beside, or of
-            embeddings and head; and what a forward makes.
-        solving: bytes of a stage's statistics, and of what a solver holds.
+        weights: bytes of the largest block, as read and as written, with its copy where the dense model runs beside, or what
+            embeddings and head, which are there before anything is solved, take beyond `solving`; and what a forward makes.
+        solving: bytes of a stage's statistics and samples, or of a block's where it is solved in one pass, and of what a
+            solver holds.
         output: bytes of the output folder.
         forward: floating-point operations of running the blocks and the head, in the compute dtype.
         solve: those of statistics and solvers, in float32.
     """
 
+    start: int
     activations: int
     weights: int
     solving: int
@@ -76,10 +81,16 @@ class _Matrix:
     experts: int = 1
     share: float = 1.0
 
-    def held(self, recipe: Recipe) -> int:
-        """Bytes of its stage's statistics, a Gram an expert, and of what solving it takes."""
-        grams = self.experts + _FACTORS + (recipe.target == "corrected") if _wants_gram(recipe) else 0
-        return 4 * (grams * self.columns**2 + _SOLVER * self.rows * self.columns)
+    def statistics(self, recipe: Recipe) -> int:
+        """Bytes of what is kept of its inputs, of all experts' where it is one's."""
+        grams = self.experts + (recipe.target == "corrected") if _wants_gram(recipe) else 0
+        sample = SAMPLE_TOKENS * self.share * self.experts
+        return int(4 * self.columns * (grams * self.columns + sample))
+
+    def solving(self, recipe: Recipe) -> int:
+        """Bytes of what solving it and measuring its error take."""
+        factors = _FACTORS * self.columns**2 if _wants_gram(recipe) else 0
+        return int(4 * (factors + self.rows * (_SOLVER * self.columns + _ERRORS * SAMPLE_TOKENS * self.share)))
 
     def work(self, recipe: Recipe, tokens: float, processes: int) -> float:
         """Operations of its statistics and of solving it."""
@@ -112,22 +123,35 @@ def estimate(
     evaluated = texts.evaluation.ids.numel() / processes if texts.evaluation else 0
     sizes = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
     chosen = None if all_experts else experts_per_token(model)
-    matrices = [matrix for block in blocks for matrix in _matrices(block.sites, chosen)]
+    by_block = [_matrices(block.sites, chosen) for block in blocks]
+    matrices = [matrix for own in by_block for matrix in own]
     head = config.vocab_size * config.hidden_size
     widest = max((max(one.rows, one.columns) for one in matrices), default=config.hidden_size)
     made = max(_FORWARD * batch * length * widest * dtype.itemsize, 3 * length * config.vocab_size * 4 if evaluated else 0)
     inside = max(sizes) * (dtype.itemsize * (1 + streams) + 4 * _FIT * recipe.reconstruct)
+    if recipe.reconstruct:
+        made += int(4 * _SAVED * batch * length * max(sum(one.rows * one.share for one in own) for own in by_block))
     passes = (
         _STAGES * streams * tokens + 2 * evaluated + probed / processes / 2 + _BACKWARD * PASSES * tokens * recipe.reconstruct
     )
+    solving = max(_statistics(block, own, recipe) for block, own in zip(blocks, by_block, strict=True))
+    solving += max((one.solving(recipe) for one in matrices), default=0)
     return Needs(
+        start=psutil.Process().memory_info().rss,
         activations=int((streams * tokens + 2 * evaluated + probed / processes) * config.hidden_size * dtype.itemsize),
-        weights=max(2 * head * dtype.itemsize, inside) + made,
-        solving=max((one.held(recipe) for one in matrices), default=0),
+        weights=max(2 * head * dtype.itemsize - solving, inside) + made,
+        solving=solving,
         output=int(_FILES * checkpoint),
         forward=2 * (passes * sum(one.rows * one.columns * one.share for one in matrices) + 2 * evaluated * head),
         solve=sum(one.work(recipe, tokens, processes) for one in matrices),
     )
+
+
+def _statistics(block: Block, matrices: Sequence[_Matrix], recipe: Recipe) -> int:
+    """Bytes of the statistics that are alive at once: a stage's, or those of a block that is solved in one pass."""
+    by_stage = {(site.pool or site.name): one for site, one in zip(block.sites, matrices, strict=True)}
+    each = [one.statistics(recipe) for one in by_stage.values()]
+    return max(each, default=0) if recipe.true_sequential else sum(each)
 
 
 def active(model: PretrainedConfig, blocks: Sequence[Block]) -> int:
@@ -172,7 +196,7 @@ def shortage(needs: Needs, device: torch.device, *, mapped: bool) -> str | None:
 
 def describe(needs: Needs, seconds: float, *, mapped: bool) -> str:
     """In one line."""
-    memory = needs.weights + needs.solving + (0 if mapped else needs.activations)
+    memory = needs.start + needs.weights + needs.solving + (0 if mapped else needs.activations)
     disk = needs.output + (needs.activations if mapped else 0)
     took = (
         f"{max(seconds, 1):.0f} s"
@@ -183,6 +207,7 @@ def describe(needs: Needs, seconds: float, *, mapped: bool) -> str:
     )
     where = " on disk" if mapped else ""
     return (
-        f"about {size(memory)} of memory (activations {size(needs.activations)}{where}, weights {size(needs.weights)}, "
-        f"solving {size(needs.solving)}), {size(disk)} of disk, {took}"
+        f"about {size(memory)} of memory (start-up {size(needs.start)}, activations {size(needs.activations)}{where}, weights "
+        f"{size(needs.weights)}, solving {size(needs.solving)}), {size(disk)} of disk, {took} from here, without reading and "
+        "writing files"
     )

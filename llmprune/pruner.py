@@ -23,10 +23,8 @@ from llmprune.report.console import Progress
 from llmprune.report.record import Reconstruction, SiteRecord, relative
 from llmprune.solvers.base import Solution
 from llmprune.solving import Observed, Round, lean, make_batches, make_rounds, solve
-from llmprune.stats import Cross, Gram, InputSample, Statistic
+from llmprune.stats import SAMPLE_TOKENS, Cross, Gram, InputSample, Statistic
 from llmprune.stream.activations import Activations, Beside
-
-_ERROR_TOKENS = 2048  # calibration tokens that output errors are measured on
 
 
 @dataclass(slots=True)
@@ -143,7 +141,7 @@ class Pruner:
         kind: type[Statistic] = solvers.load(self.recipe.method).statistic
         if self.recipe.target == "corrected" or self.recipe.refit:
             kind = Gram
-        sample = InputSample(self.tokens // _ERROR_TOKENS)
+        sample = InputSample(self.tokens // SAMPLE_TOKENS)
         return Observed(kind(columns, device), sample, Cross(columns, device) if corrected else None, self.clock)
 
     def _solve(self, block: Block, work: Round) -> dict[str, Tensor]:

@@ -219,6 +219,9 @@ class Cross:
         return w.addmm(drift @ upper.T, upper, alpha=blend)
 
 
+SAMPLE_TOKENS = 2048  # calibration tokens that output errors are measured on
+
+
 class InputSample:
     """Every `stride`-th of the inputs, `tokens` in all, to measure a matrix's output error on: (tokens / stride, in)."""
 
@@ -230,7 +233,7 @@ class InputSample:
 
     def add(self, x: Tensor) -> None:
         self.tokens += len(x)
-        self._parts.append(x[self._next :: self._stride].float())
+        self._parts.append(x[self._next :: self._stride].to(torch.float32, copy=True))  # a view would keep all of x alive
         self._next = (self._next - len(x)) % self._stride
 
     def inputs(self) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +102,34 @@ def test_the_record_holds_what_was_predicted(saved, tmp_path: Path) -> None:
     record = llmprune.prune(saved(tiny_model("llama")), output=tmp_path / "out", method="wanda", **OPTIONS).record
     assert record.predicted["seconds"] > 0
     assert record.predicted["text"].startswith("about ")
+
+
+_RUN = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import llmprune
+torch.set_num_threads(1)
+options = json.loads(sys.argv[4])
+windows = torch.randint(3, 16000, (options.pop("windows"), 128), generator=torch.Generator().manual_seed(0))
+record = llmprune.prune(sys.argv[2], output=sys.argv[3], sparsity="2:4", calibration=windows, **options).record
+print(json.dumps([record.predicted, record.peak_memory["process"]]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
+def test_memory_is_predicted_within_half(saved, tmp_path: Path) -> None:
+    """Three runs, each in a process of its own: what is taken beyond what the process held, and in all."""
+    sizes = {"vocab_size": 16000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "head_dim": 64}
+    source = saved(tiny_model("llama", max_position_embeddings=128, **sizes).to(torch.bfloat16))
+    runs = [{"method": "wanda", "windows": 240}, {"quality": "balanced", "windows": 64}, {"quality": "best", "windows": 24}]
+    for number, options in enumerate(runs):
+        command = [sys.executable, "-c", _RUN, str(Path(__file__).parent), str(source), str(tmp_path / f"{number}")]
+        done = subprocess.run([*command, json.dumps(options)], capture_output=True, text=True, check=True)
+        predicted, peak = json.loads(done.stdout)
+        inside = sum(predicted[part] for part in ("activations", "weights", "solving"))
+        assert 1 / 1.5 < inside / (peak - predicted["start"]) < 1.5, options
+        assert 1 / 1.2 < (inside + predicted["start"]) / peak < 1.2, options
 
 
 def test_too_little_disk_is_an_error_before_any_work(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

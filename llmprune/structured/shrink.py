@@ -17,15 +17,13 @@ from llmprune.models.sites import Block, Site, Stage
 from llmprune.ranks import Ranks
 from llmprune.report.record import Removal, relative
 from llmprune.solving import Observed, lean
-from llmprune.stats import Cross, Gram, InputSample
+from llmprune.stats import SAMPLE_TOKENS, Cross, Gram, InputSample
 from llmprune.stream.activations import Activations, Beside
 from llmprune.stream.engine import Source
 from llmprune.structured import scores
 from llmprune.structured.groups import Group, Heads, heads, neurons
 from llmprune.structured.scores.base import Coupled
 from llmprune.structured.target import Target
-
-_ERROR_TOKENS = 2048  # calibration tokens that output errors are measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +161,7 @@ def observe(stage: Stage, device: torch.device, tokens: int, clock: Clock, *, co
     """What to keep of a consumer's inputs."""
     columns = stage[0].columns
     cross = Cross(columns, device) if corrected and not stage[0].pool else None
-    return Observed(Gram(columns, device), InputSample(tokens // _ERROR_TOKENS), cross, clock)
+    return Observed(Gram(columns, device), InputSample(tokens // SAMPLE_TOKENS), cross, clock)
 
 
 def choose(group: Group, seen: Observed, known: Coupled, stay: int, score: str, *, refit: bool) -> Removed:
