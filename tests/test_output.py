@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ import llmprune
 from llmprune.errors import InputError
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.patterns import NM, verify
-from llmprune.stream.publish import published
+from llmprune.stream.publish import locked, published
 
 
 def prune(folder: Path, output: Path, **changes: object) -> llmprune.Result:
@@ -207,6 +211,81 @@ def test_a_signal_between_the_renames_restores_the_old_folder(tmp_path: Path, mo
         (partial / "new").write_text("new")
     assert [path.name for path in out.iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+from llmprune.stream.publish import published
+rename, calls = Path.rename, []
+
+def kill(self, target):
+    calls.append(self)
+    if len(calls) == 2:
+        os._exit(9)
+    return rename(self, target)
+
+Path.rename = kill
+with published(Path(sys.argv[1]), overwrite=True) as partial:
+    (partial / "new").write_text("new")
+"""
+
+
+def test_a_kill_between_the_renames_costs_no_model(saved, tmp_path: Path) -> None:
+    """The next run gives the old model its name back, and replaces it only where that is asked for."""
+    source, out = saved(tiny_model("llama")), tmp_path / "out"
+    prune(source, out)
+    old = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert subprocess.run([sys.executable, "-c", _KILLED, str(out)], check=False).returncode == 9
+    assert not out.exists()
+    with pytest.raises(InputError, match="is not empty: choose another, or pass --overwrite"):
+        prune(source, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == old
+    prune(source, out, overwrite=True, method="magnitude")
+    assert llmprune.verify(out).problems == ()
+    assert [path.name for path in tmp_path.glob(".out*") if not path.name.endswith(".partial")] == []
+
+
+@pytest.mark.parametrize("act", ["prune", "pack", "unpack", "in memory"])
+def test_what_an_earlier_run_replaced_and_left_goes(act: str, saved, tmp_path: Path) -> None:
+    source, out, left = saved(tiny_model("llama")), tmp_path / "out", tmp_path / ".out.replaced"
+    prune(source, out)
+    shutil.copytree(out, left)
+    if act == "prune":
+        prune(source, out, overwrite=True)
+    elif act == "in memory":
+        llmprune.prune(tiny_model("llama"), sparsity="2:4", calibration=tokens(4, 16), output=out, overwrite=True)
+    else:
+        shutil.copytree(out, tmp_path / "dense")
+        llmprune.pack(tmp_path / "dense", tmp_path / "packed")
+        convert, folder = (llmprune.pack, "dense") if act == "pack" else (llmprune.unpack, "packed")
+        convert(tmp_path / folder, out, overwrite=True)
+    assert llmprune.verify(out).problems == ()
+    assert not left.exists()
+
+
+def test_a_replacement_that_is_under_way_is_left_alone(saved, tmp_path: Path) -> None:
+    source, out = saved(tiny_model("llama")), tmp_path / "out"
+    prune(source, out)
+    with locked(out, out):
+        out.rename(tmp_path / ".out.replaced")
+        with pytest.raises(InputError, match="another run is writing"):
+            prune(source, out)
+        (tmp_path / ".out.replaced").rename(out)
+    assert llmprune.verify(out).problems == ()
+
+
+def test_what_cannot_be_removed_is_an_error_before_the_work(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out, left = saved(tiny_model("llama")), tmp_path / "out", tmp_path / ".out.replaced"
+    prune(source, out)
+    left.mkdir()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(InputError, match=r"cannot remove .*\.out\.replaced.*: Permission denied"):
+        prune(source, out, overwrite=True)
 
 
 def test_a_model_in_memory_can_be_saved_too(saved, tmp_path: Path) -> None:
