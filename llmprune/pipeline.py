@@ -43,7 +43,7 @@ from llmprune.stream.publish import (
     published,
     recover,
     settle,
-    sha256,
+    sums,
     write_json,
 )
 from llmprune.stream.resume import MANIFEST, Manifest, continued, partial_folder, smaller_folder
@@ -471,7 +471,7 @@ def _write_record(folder: Path, record: RunRecord, name: str) -> None:
     """Add the model card, and last the record with the sums of all other files. The card names the repository, if any."""
     (folder / "README.md").write_text(model_card(record, record.arguments["push_to_hub"] or name), encoding="utf-8")
     record.size["bytes_after"] = Checkpoint(folder).nbytes()
-    record.files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    record.files = sums(folder, MANIFEST)
     write_json(folder / RECORD, record.as_dict())
 
 

@@ -208,6 +208,26 @@ def test_prune_from_the_hub_and_push(source: Path, hub: Hub, tmp_path: Path) -> 
         assert shard.read_bytes() == (tmp_path / "b" / shard.name).read_bytes()
 
 
+def test_files_in_folders_are_pushed_and_read_back(source: Path, hub: Hub) -> None:
+    """What a tokenizer with several chat templates keeps in one; other formats of the weights stay where they are."""
+    out, templates = source.parent / "out", {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(source)
+    (source / "onnx").mkdir()
+    for name in ("model.safetensors", "config.json", "README.md"):
+        (source / "onnx" / name).write_text("other")
+    add(hub, "acme/tiny", source)
+    calibration = {"calibration": tokens(4, 16), "method": "magnitude"}
+    llmprune.prune("acme/tiny", sparsity="2:4", output=out, push_to_hub="me/tiny", **calibration)
+    assert not (resolve("acme/tiny").path / "onnx").exists()
+    assert AutoTokenizer.from_pretrained(resolve("me/tiny").path).chat_template == templates
+    assert llmprune.verify(resolve("me/tiny").path).problems == ()
+    llmprune.push(llmprune.pack(out, source.parent / "packed").output, "me/packed")
+    assert AutoTokenizer.from_pretrained(resolve("me/packed").path).chat_template == templates
+    assert llmprune.verify(resolve("me/packed").path).problems == ()
+
+
 def test_a_push_that_cannot_go_well_costs_no_work(source: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     run = {"model": source, "sparsity": "2:4", "calibration": tokens(4, 16), "output": source.parent / "out"}
     with pytest.raises(InputError, match="'tiny' is no repository id: give user/name"):

@@ -15,12 +15,14 @@ import torch
 from conftest import tiny_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
 from llmprune.errors import InputError
 from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.resolve import BUNDLED
 from llmprune.patterns import NM, verify
-from llmprune.stream.publish import locked, published
+from llmprune.stream.publish import locked, published, sha256
 
 
 def prune(folder: Path, output: Path, **changes: object) -> llmprune.Result:
@@ -143,6 +145,79 @@ def test_verify_notices_flipped_bits_missing_and_added_files(saved, tmp_path: Pa
         "generation_config.json: missing",
         "extra.safetensors: not in the record",
     )
+
+
+@pytest.fixture
+def templates(saved) -> Path:
+    """A tiny Llama whose tokenizer has two chat templates, one of them in a folder."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    path = saved(tiny_model("llama", vocab_size=len(tokenizer)))
+    tokenizer.chat_template = TEMPLATES
+    tokenizer.save_pretrained(path)
+    return path
+
+
+TEMPLATES = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+INSIDE = "additional_chat_templates/tool_use.jinja"
+
+
+@pytest.mark.parametrize("road", ["folder", "structure", "both", "memory", "resumed"])
+def test_every_chat_template_comes_along(road: str, templates: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if road == "memory":
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(templates), AutoTokenizer.from_pretrained(templates)
+        llmprune.prune(model, tokenizer=tokenizer, sparsity="2:4", calibration=tokens(4, 16), output=out)
+    elif road in ("structure", "both"):
+        prune(templates, out, neurons="25%", round_to=4, sparsity="2:4" if road == "both" else None)
+    else:
+        if road == "resumed":
+            (tmp_path / ".out.partial" / "additional_chat_templates").mkdir(parents=True)
+            (tmp_path / ".out.partial" / "additional_chat_templates" / "old.jinja").write_text("of another model")
+        prune(templates, out)
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATES
+    assert INSIDE in llmprune.verify(out).sums
+    assert llmprune.verify(out).problems == ()
+    if road != "structure":
+        llmprune.pack(out, tmp_path / "packed")
+        assert INSIDE in llmprune.verify(tmp_path / "packed").sums
+        assert llmprune.verify(tmp_path / "packed").problems == ()
+        llmprune.unpack(tmp_path / "packed", tmp_path / "back")
+        assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATES
+        assert llmprune.verify(tmp_path / "back").problems == ()
+
+
+def test_verify_looks_into_folders(templates: Path, tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        prune(templates, tmp_path / "out")
+    finally:
+        os.umask(previous)
+    folder = tmp_path / "out" / "additional_chat_templates"
+    assert (folder.stat().st_mode & 0o777, (folder / "tool_use.jinja").stat().st_mode & 0o777) == (0o750, 0o640)
+    (folder / "tool_use.jinja").write_text("other")
+    (folder / "more.jinja").touch()
+    (tmp_path / "out" / "notes" / "deep").mkdir(parents=True)
+    (tmp_path / "out" / ".git").mkdir()
+    (tmp_path / "out" / ".git" / "config").touch()
+    assert llmprune.verify(tmp_path / "out").problems == (
+        f"{INSIDE}: sha256 differs from the record",
+        "additional_chat_templates/more.jinja: not in the record",
+        "notes: not in the record",
+    )
+
+
+def test_verify_does_not_leave_the_folder(saved, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune(saved(tiny_model("llama")), out)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "x").write_text("secret")
+    (out / "link").symlink_to(tmp_path / "secret")
+    digest, record = sha256(tmp_path / "secret" / "x"), json.loads((out / "llmprune.json").read_text())
+    names = ["../secret/x", str(tmp_path / "secret" / "x"), "link/x", "a\0b/c", "."]
+    record["files"] |= dict.fromkeys(names, digest)
+    (out / "llmprune.json").write_text(json.dumps(record))
+    problems = llmprune.verify(out).problems
+    assert problems[: len(names)] == tuple(f"{name}: missing" for name in names)
 
 
 def test_verify_reports_a_broken_shard_with_the_rest(saved, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from llmprune.models.checkpoint import INDEX, PACKED, Checkpoint, read_header
 from llmprune.models.resolve import resolve
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, pack_tensors, why_dense
-from llmprune.stream.publish import RECORD, check_output, check_room, copy_extras, published, recover, sha256, write_json
+from llmprune.stream.publish import RECORD, check_output, check_room, copy_extras, published, recover, sums, write_json
 
 _CARD, _DENSE_CARD = "README.md", "README.dense.md"
 _DENSE, _PACKED = "\nlibrary_name: transformers\n", "\nlibrary_name: llmprune # transformers, once unpacked\n"
@@ -148,8 +148,8 @@ def _nothing(source: Path, dense: dict[str, str], linear: dict[str, str]) -> Inp
 
 
 def _seal(folder: Path, manifest: dict[str, dict[str, object]]) -> None:
-    sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != RECORD}  # which may grow
-    write_json(folder / PACKED, {"format": FORMAT, "version": VERSION, **manifest, "sha256": sums})
+    known = sums(folder, RECORD)  # which may grow
+    write_json(folder / PACKED, {"format": FORMAT, "version": VERSION, **manifest, "sha256": known})
 
 
 def _write_card(source: Path, folder: Path) -> None:

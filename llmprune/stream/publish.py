@@ -34,6 +34,7 @@ _EXTRAS = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates/*",
     "preprocessor_config.json",
     "processor_config.json",
     "LICENSE*",
@@ -50,7 +51,9 @@ def copy_extras(source: Path, folder: Path) -> None:
     """
     for path in (path for pattern in _EXTRAS for path in sorted(source.glob(pattern)) if path.is_file()):
         try:
-            shutil.copyfile(path, folder / path.name)
+            to = folder / path.relative_to(source)
+            to.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, to)
         except OSError as error:
             raise denied(error, f"cannot copy {path} beside the output folder: {error.strerror}") from None
 
@@ -78,6 +81,12 @@ def sha256(path: Path) -> str:
         while piece := stream.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def sums(folder: Path, *but: str) -> dict[str, str]:
+    """sha256 of every file in a folder and in those inside it, but for some; by the path from the folder, with slashes."""
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: sha256(path) for name, path in names.items() if name not in but}
 
 
 def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
@@ -211,7 +220,7 @@ def settle(folder: Path) -> None:
     """Give the files the modes that the umask asks for (safetensors writes 0600) and bring them to the disk."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         fsync(path)
 
