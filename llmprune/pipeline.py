@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +30,7 @@ from llmprune.report.card import licence, model_card
 from llmprune.report.console import Progress
 from llmprune.report.record import RunRecord, SiteRecord, versions
 from llmprune.run import Job, Resume, Work, run
+from llmprune.shell import command_line
 from llmprune.shrinking import Shrinking, structure
 from llmprune.sparse.loading import load_packed
 from llmprune.stream.publish import (
@@ -148,7 +148,7 @@ def _push(job: Job, result: Result) -> None:
     try:
         job.progress.note(f"pushed: {hub.push(output, repository, tell=job.progress.note)}")
     except InputError as error:
-        later = shlex.join(["llmprune", "push", str(output), repository])
+        later = command_line("llmprune", "push", output, repository)
         raise type(error)(f"{error}; {output} is complete, and `{later}` pushes it later") from None
 
 
