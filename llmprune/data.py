@@ -231,6 +231,11 @@ def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, e
     return torch.tensor(ids, dtype=torch.long)
 
 
+def names_a_file(text: str) -> bool:
+    """Whether a text goes by the name of a file; no name of ours and no dataset on the Hub looks like one."""
+    return text.removesuffix(".gz").endswith((*_SUFFIXES, ".csv", ".md")) or text.startswith(("/", ".", "~"))
+
+
 def _is_file(text: str) -> bool:
     if text in NAMED:
         return False  # whatever lies here under that name
@@ -239,8 +244,7 @@ def _is_file(text: str) -> bool:
         raise InputError(f"text {text} is a folder: pass a file ({', '.join(_SUFFIXES)}, or .gz of one)")
     if path.exists() and not path.is_file():
         raise InputError(f"text {text} is no regular file")
-    looks = text.removesuffix(".gz").endswith((*_SUFFIXES, ".csv", ".md")) or text.startswith(("/", ".", "~"))
-    if not path.exists() and looks:
+    if not path.exists() and names_a_file(text):
         raise InputError(f"text file {text} does not exist")
     return path.is_file()
 

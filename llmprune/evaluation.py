@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmprune.data import Windows, evaluation_windows
 from llmprune.errors import InputError, plain_errors, user_path
 from llmprune.evaluate.harness import Tasks, TaskScore
-from llmprune.evaluate.perplexity import perplexity
+from llmprune.evaluate.perplexity import PERPLEXITY_OF, perplexity
 from llmprune.hardware import pick_device, pick_dtype
 from llmprune.models.checkpoint import read_json
 from llmprune.models.resolve import resolve
@@ -56,11 +56,16 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What was measured, of the model and, where asked for, of its baseline: the same scores in the same order."""
+    """What was measured, of the model and, where asked for, of its baseline: the same scores in the same order.
+
+    Attributes:
+        baseline_hub_id: None where it is no model on the Hub.
+    """
 
     model: str
     scores: list[Score]
     baseline: str | None
+    baseline_hub_id: str | None
     baseline_scores: list[Score] | None
     settings: dict[str, Any]
 
@@ -136,7 +141,9 @@ def evaluate(
             "seqlen": seqlen, "windows": windows, "limit": limit, "fewshot": fewshot, "batch_size": batch_size, "seed": seed,
             "device": device, "dtype": dtype,
         }  # fmt: skip
-        result = Evaluation(str(model), scores, None if baseline is None else str(baseline), beside, settings)
+        other = None if baseline is None else str(baseline)
+        hub_id = None if other is None else resolve(other).hub_id
+        result = Evaluation(str(model), scores, other, hub_id, beside, settings)
         _keep(result)
         return result
 
@@ -156,9 +163,7 @@ def _load(name: str, device: str, dtype: str) -> PreTrainedModel:
 
 def _perplexity(model: PreTrainedModel, windows: Windows) -> Score:
     found = perplexity(model, windows)
-    return Score(
-        f"token perplexity of {windows.text}", f"{found.windows} windows x {found.length} tokens", found.value, None, False
-    )
+    return Score(f"{PERPLEXITY_OF}{windows.text}", f"{found.windows} windows x {found.length} tokens", found.value, None, False)
 
 
 def _named(score: TaskScore) -> Score:

@@ -29,10 +29,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from llmprune.errors import InputError, MachineError, plain_errors, reason, user_path
 from llmprune.integrity import verify
-from llmprune.models.checkpoint import PACKED
+from llmprune.models.checkpoint import PACKED, read_json
 from llmprune.models.skeleton import Skeleton, load_config
+from llmprune.report.public import public
 from llmprune.sparse.files import open_checkpoint
-from llmprune.stream.publish import RECORD, sha256
+from llmprune.stream.publish import RECORD, as_json, sha256
 
 T = TypeVar("T")
 _MAIN = "main"
@@ -112,8 +113,7 @@ def _checked(folder: Path) -> dict[str, str]:
         more = f" and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
         raise InputError(f"{folder} does not pass `llmprune verify`, so it is not pushed: {found.problems[0]}{more}")
     Skeleton(open_checkpoint(folder), load_config(folder), torch.device("cpu"), torch.float32)
-    own = PACKED if (folder / PACKED).is_file() else RECORD
-    return {**found.sums, own: sha256(folder / own)}
+    return {**found.sums, **{own: sha256(folder / own) for own in (PACKED, RECORD) if (folder / own).is_file()}}
 
 
 def _prepared(repo_id: str, private: bool, revision: str | None) -> ModelInfo:
@@ -132,7 +132,7 @@ def _sent(
 ) -> str:
     """Upload the files and commit them on top of `state`; returns the URL."""
     api, repo_id = HfApi(), state.id
-    additions = [CommitOperationAdd(name, folder / name) for name in sorted(sums)]
+    additions = [CommitOperationAdd(name, _content(folder, name)) for name in sorted(sums)]
     tell(f"uploading {len(additions)} files, {sum(one.upload_info.size for one in additions):,} bytes, to {repo_id}")
     try:
         api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
@@ -158,11 +158,17 @@ def _sent(
     return str(commit.pr_url or commit.commit_url)
 
 
+def _content(folder: Path, name: str) -> Path | bytes:
+    """What is uploaded: the file, or of the record, which has no sum in the folder, what others may see."""
+    return as_json(public(read_json(folder / name))) if name == RECORD else folder / name
+
+
 def _check_unchanged(folder: Path, sums: dict[str, str], additions: Iterable[CommitOperationAdd]) -> None:
     """Raises: InputError: a file is, or was when it was uploaded, not what was checked."""
     for addition in additions:
         name = addition.path_in_repo
-        if sha256(folder / name) != sums[name] or addition.upload_info.sha256.hex() != sums[name]:
+        sent = sums[name] if name == RECORD else addition.upload_info.sha256.hex()  # its public form was made at once
+        if {sha256(folder / name), sent} != {sums[name]}:
             raise InputError(f"{folder / name} changed during the upload, so nothing was committed: push again")
 
 

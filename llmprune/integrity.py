@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
@@ -100,13 +100,16 @@ def _verify_packed(packed: PackedFolder) -> Verification:
 
 def _file_problems(folder: Path, files: dict[str, str], own: str = RECORD) -> Iterator[str]:
     for name, expected in files.items():
-        if Path(name).name != name or not (folder / name).is_file():
+        path = folder / name
+        if not path.is_file() or not path.parent.resolve().is_relative_to(folder.resolve()):
             yield f"{name}: missing"
-        elif sha256(folder / name) != expected:
+        elif sha256(path) != expected:
             yield f"{name}: sha256 differs from the record"
-    for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name not in (own, RECORD, MANIFEST, *_DOWNLOADED):
-            yield f"{path.name}: not in the record"
+    known = {".", *files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
+    for path in (path.relative_to(folder) for path in sorted(folder.rglob("*"))):
+        stranger = str(path) not in known and str(path.parent) in known  # of a folder not what it holds, too
+        if stranger and str(path) not in (own, RECORD, MANIFEST, *_DOWNLOADED):
+            yield f"{path}: not in the record"
 
 
 def _site_problems(folder: Path, claims: list[_Claim]) -> Iterator[str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,6 +30,7 @@ from llmprune.report.card import licence, model_card
 from llmprune.report.console import Progress
 from llmprune.report.record import RunRecord, SiteRecord, versions
 from llmprune.run import Job, Resume, Work, run
+from llmprune.shell import command_line
 from llmprune.shrinking import Shrinking, structure
 from llmprune.sparse.loading import load_packed
 from llmprune.stream.publish import (
@@ -43,17 +41,19 @@ from llmprune.stream.publish import (
     existing_parent,
     publish,
     published,
-    sha256,
+    recover,
+    settle,
+    sums,
     write_json,
 )
-from llmprune.stream.resume import MANIFEST, Manifest, check_idle, continued, partial_folder
+from llmprune.stream.resume import MANIFEST, Manifest, continued, partial_folder, smaller_folder
 from llmprune.stream.shards import NoSink, ShardWriter
 from llmprune.stream.source import CheckpointSource, ModelSource
 from llmprune.texts import Texts, choose_texts
 
 _LARGE_TENSOR = 4 * 2**20  # bytes
 # the options of structure, for a run that has removed it
-_UNSTRUCTURED: dict[str, Any] = {"score": "second_order", "layer_score": "influence", "per_layer": False, "round_to": None}
+_WHOLE: dict[str, Any] = {"score": "second_order", "layer_score": "influence", "per_layer": False, "round_to": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,16 @@ def _push(job: Job, result: Result) -> None:
     try:
         job.progress.note(f"pushed: {hub.push(output, repository, tell=job.progress.note)}")
     except InputError as error:
-        later = shlex.join(["llmprune", "push", str(output), repository])
+        later = command_line("llmprune", "push", output, repository)
         raise type(error)(f"{error}; {output} is complete, and `{later}` pushes it later") from None
+
+
+def _check_output(job: Job, output: Path, model: Path | None) -> None:
+    """Refuse an output folder that would cost the user something, after the first process has put it right."""
+    if job.ranks.first:
+        recover(output)
+    job.ranks.agree(None)
+    check_output(output, model, job.config.overwrite)
 
 
 def _make_smaller(job: Job, folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Result:
@@ -157,33 +165,7 @@ def _make_smaller(job: Job, folder: ModelFolder, config: PretrainedConfig, token
     output = job.output(folder.name)
     if output is None:
         raise InputError("heads, neurons and layers are removed from folder to folder: name an output folder")
-    check_output(output, folder.path, job.config.overwrite)
-    if job.pattern is None:
-        record = _shrink_folder(job, folder, config, tokenizer, output, overwrite=job.config.overwrite)
-        job.progress.summary(record, output)
-        return Result(record, None, output)
-    between = partial_folder(output).with_suffix(".smaller")
-    rest = replace(job.config, output=str(output), heads=None, neurons=None, layers=None, target_params=None, **_UNSTRUCTURED)
-    then = Job(rest, job.given, job.progress, job.ranks, job.clock)
-    try:
-        record = _shrink_folder(job, folder, config, tokenizer, between, overwrite=False, final=output)
-        return _prune_folder(then, replace(folder, path=between), load_config(between), tokenizer, earlier=record)
-    finally:
-        if job.ranks.first and not partial_folder(output).exists():  # else the same command goes on from there
-            shutil.rmtree(between, ignore_errors=True)
-
-
-def _shrink_folder(
-    job: Job,
-    folder: ModelFolder,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    output: Path,
-    *,
-    overwrite: bool,
-    final: Path | None = None,
-) -> RunRecord:
-    """Stream a checkpoint folder to a smaller model's, unless an earlier run of the same command has, on its way to `final`."""
+    _check_output(job, output, folder.path)
     with job.clock("prepare"):
         skeleton = _skeleton(job, folder, config)
         work = _streamed(job, skeleton, Plan({}, {}), output)
@@ -193,45 +175,64 @@ def _shrink_folder(
             make_plan(shrinking.trial.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
         predicted = _predict(job, work, config, skeleton.describe(), texts, output, probed=shrinking.probed())
     record = _announce(job, work, texts, folder, predicted, "structure", str(shrinking))
-    fingerprint = json.loads(json.dumps(_fingerprint(job, skeleton.checkpoint, texts, record)))
-    if known := _earlier(job, output, fingerprint, final or output):
-        return known
-    scouted = shrinking.scout()
-    decision = shrinking.decide(scouted)
-    told = job.progress.note
-    with continued(output, {}, restart=True, tell=told) if job.ranks.first else nullcontext() as manifest:
-        partial = manifest.folder if manifest else output
-        writer = ShardWriter(decision.target, partial, set(decision.target.names))
-        record.dense, record.pruned = scouted.dense, shrinking.stream(decision, writer if manifest else NoSink())
-        record.removals = shrinking.removals
-        record.structure = structure(decision, scouted, skeleton) | {"fingerprint": fingerprint}
-        record.peak_memory = job.clock.peaks()
+    with _continued(job, output, _fingerprint(job, skeleton.checkpoint, texts, record)) as manifest:
+        if job.pattern is not None:
+            record = _smaller(job, folder, skeleton, shrinking, record, output, manifest)
+            rest = replace(job.config, output=str(output), heads=None, neurons=None, layers=None, target_params=None, **_WHOLE)
+            then, between = Job(rest, job.given, job.progress, job.ranks, job.clock), smaller_folder(output)
+            whole = replace(folder, path=between)
+            return _prune_folder(then, whole, load_config(between), tokenizer, earlier=record, manifest=manifest)
+        _shrink(job, folder, skeleton, shrinking, record, manifest.folder if manifest else None, output.name)
         if manifest:
-            with job.clock("write"):
-                writer.finish()
-                copy_extras(folder.path, partial)
-                smaller = decision.target.config
-                smaller.dtype, smaller.architectures = load_config(folder.path).dtype, [record.structure["architecture"]]
-                smaller.save_pretrained(partial)
-                _write_record(partial, record, output.name)
-            publish(partial, output, overwrite=overwrite)
+            publish(manifest.folder, output, overwrite=job.config.overwrite)
+    job.ranks.agree(None)
+    job.progress.summary(record, output)
+    return Result(record, None, output)
+
+
+def _smaller(
+    job: Job,
+    folder: ModelFolder,
+    skeleton: Skeleton,
+    shrinking: Shrinking,
+    record: RunRecord,
+    output: Path,
+    manifest: Manifest | None,
+) -> RunRecord:
+    """Make the smaller model on the way to `output`, unless an earlier run of the same command has; returns its record."""
+    between = smaller_folder(output)
+    if job.ranks.agree((between / RECORD).is_file()):
+        job.progress.note("the smaller model is there from an earlier run")
+        return RunRecord.read(read_json(between / RECORD))
+    if manifest:
+        between.mkdir(mode=0o700, exist_ok=True)
+    _shrink(job, folder, skeleton, shrinking, record, between if manifest else None, output.name)
+    if manifest:
+        settle(between)
+        manifest.begin()
     job.ranks.agree(None)
     return record
 
 
-def _earlier(job: Job, between: Path, fingerprint: Mapping[str, Any], final: Path) -> RunRecord | None:
-    """The record of the smaller model in `between`, if the same command made it on its way to `final`; another's is removed."""
-    if between == final or not job.ranks.agree((between / RECORD).is_file()):
-        return None
-    saved = read_json(between / RECORD)
-    if saved["structure"].get("fingerprint") == fingerprint and not job.config.restart:
-        job.progress.note("the smaller model is there from an earlier run")
-        return RunRecord.read(saved)
-    job.ranks.agree(None)
-    if job.ranks.first:
-        check_idle(final)
-        shutil.rmtree(between)
-    return None
+def _shrink(
+    job: Job, folder: ModelFolder, skeleton: Skeleton, shrinking: Shrinking, record: RunRecord, into: Path | None, name: str
+) -> None:
+    """Stream the model's smaller one into a folder, on the process that writes, and fill in the record."""
+    scouted = shrinking.scout()
+    decision = shrinking.decide(scouted)
+    writer = ShardWriter(decision.target, into, set(decision.target.names)) if into else None
+    record.dense, record.pruned = scouted.dense, shrinking.stream(decision, writer or NoSink())
+    record.removals = shrinking.removals
+    record.structure = structure(decision, scouted, skeleton)
+    record.peak_memory = job.clock.peaks()
+    if into and writer:
+        with job.clock("write"):
+            writer.finish()
+            copy_extras(folder.path, into)
+            smaller = decision.target.config
+            smaller.dtype, smaller.architectures = load_config(folder.path).dtype, [record.structure["architecture"]]
+            smaller.save_pretrained(into)
+            _write_record(into, record, name)
 
 
 def _skeleton(job: Job, folder: ModelFolder, config: PretrainedConfig) -> Skeleton:
@@ -262,13 +263,20 @@ def _prune_folder(
     folder: ModelFolder,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
     earlier: RunRecord | None = None,
+    manifest: Manifest | None = None,
 ) -> Result:
-    """Stream a checkpoint folder to the output folder. `earlier` is the record of what made it smaller before."""
+    """Stream a checkpoint folder to the output folder.
+
+    Args:
+        earlier: the record of what made the model smaller before, under the same `manifest`.
+    """
     output = job.output(folder.name)
     assert output is not None
     assert job.pattern is not None
-    check_output(output, folder.path, job.config.overwrite)
+    if earlier is None:
+        _check_output(job, output, folder.path)
     with job.clock("prepare"):
         skeleton = _skeleton(job, folder, config)
         checkpoint, blocks = skeleton.checkpoint, skeleton.describe()
@@ -277,7 +285,8 @@ def _prune_folder(
         texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=folder.bundled)
         predicted = _predict(job, work, config, blocks, texts, output)
     record = _announce(job, work, texts, folder, predicted, "pattern", _pattern(job, work))
-    with _continued(job, output, _fingerprint(job, checkpoint, texts, record)) as manifest:
+    unfinished = nullcontext(manifest) if earlier else _continued(job, output, _fingerprint(job, checkpoint, texts, record))
+    with unfinished as manifest:
         partial, finished = job.ranks.agree((manifest.folder, manifest.blocks) if manifest else (output, []))
         if finished:
             job.clock.add(finished[-1]["seconds"])
@@ -368,7 +377,7 @@ def _prune_in_memory(
     if folder is None and (job.config.device, job.config.dtype) != ("auto", "auto"):
         raise InputError("a model in memory is pruned on its own device, in its own dtype: leave device and dtype out")
     if output is not None:
-        check_output(output, folder.path if folder else None, job.config.overwrite)
+        _check_output(job, output, folder.path if folder else None)
     with job.clock("prepare"):
         source = ModelSource(model)
         plan = make_plan(list(source.blocks()), job.pattern, only=job.config.only, skip=job.config.skip)
@@ -463,7 +472,7 @@ def _write_record(folder: Path, record: RunRecord, name: str) -> None:
     """Add the model card, and last the record with the sums of all other files. The card names the repository, if any."""
     (folder / "README.md").write_text(model_card(record, record.arguments["push_to_hub"] or name), encoding="utf-8")
     record.size["bytes_after"] = Checkpoint(folder).nbytes()
-    record.files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    record.files = sums(folder, MANIFEST)
     write_json(folder / RECORD, record.as_dict())
 
 

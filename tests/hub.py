@@ -82,7 +82,8 @@ def serve(folders: dict[str, Path]) -> Iterator[str]:
 def add(hub: Hub, name: str, folder: Path, branch: str = "main") -> str:
     """Put a folder into a repository; returns the commit."""
     repository = hub.repositories.setdefault(name, Repository())
-    return repository.commit({path.name: path.read_bytes() for path in folder.iterdir()}, branch)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return repository.commit(files, branch)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -63,6 +64,40 @@ def test_a_run_shows_what_it_did(folder: Path, text: Path, tmp_path: Path, capsy
     assert "bundled" not in printed
     assert main(["verify", str(out)]) == 0
     assert "21 matrices checked, 0 problems" in capsys.readouterr().out
+
+
+def commands(printed: str) -> list[list[str]]:
+    """The words of the commands that were printed to go on with, as a shell reads them."""
+    return [shlex.split(line) for line in printed.splitlines() if line.startswith("  ")]
+
+
+@pytest.mark.parametrize("name", ["-x", "a 'b' \"c\" $HOME \U0001f600"])
+def test_what_is_printed_can_be_pasted(
+    name: str, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Next steps, and the model card's command, whatever the model and the output are called."""
+    monkeypatch.chdir(tmp_path)
+    folder.rename("-m")
+    run = ["--model=-m", "--sparsity", "2:4", "--method", "magnitude", "--calibration", text.name, *QUICK]
+    assert main([*run, f"--output={name}"]) == 0
+    verify, load = commands(capsys.readouterr().out)
+    assert verify[:2] == ["llmprune", "verify"]
+    assert main(verify[1:]) == 0
+    assert load[:2] == ["python", "-c"]
+    exec(load[2], {})
+    card = Path(name, "README.md").read_text()
+    code, command = card.split("```python\n")[1].split("```")[0], card.split("```bash\n")[1].split("```")[0]
+    exec(code, {})
+    assert main([*shlex.split(command)[1:], "--output", "again"]) == 0
+    assert {path.name: path.read_bytes() for path in Path(name).glob("*.safetensors")} == {
+        path.name: path.read_bytes() for path in Path("again").glob("*.safetensors")
+    }
+    capsys.readouterr()
+    assert main(["pack", "again", f"./{name}p"]) == 0
+    bench, load = commands(capsys.readouterr().out)
+    assert bench[:2] == ["llmprune", "bench"]
+    assert main(["verify", *bench[2:]]) == 0
+    exec(load[2], {})
 
 
 def test_config_file_and_flags_share_names(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +16,7 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 from hub import TOKEN, Hub, Repository, add, running
-from huggingface_hub import constants, metadata_load
+from huggingface_hub import constants, metadata_load, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, logging
 from transformers import AutoTokenizer
 
@@ -73,7 +76,12 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What a push is to send: every file, and of the record a version without the folders of what the tests name."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    record = json.loads(files["llmprune.json"])
+    for part in filter(None, (record["arguments"], record["calibration"], record["dense"], record["pruned"])):
+        part |= {key: Path(value).name for key, value in part.items() if str(value).startswith("/")}
+    return files | {"llmprune.json": (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def pushed(hub: Hub, name: str, branch: str = "main") -> dict[str, bytes]:
@@ -183,10 +191,11 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def test_prune_from_the_hub_and_push(source: Path, hub: Hub, tmp_path: Path) -> None:
+def test_prune_from_the_hub_and_push(source: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a pinned revision to a repository whose card says how to make it again, to the last byte."""
     commit = add(hub, "acme/tiny", source)
     add(hub, "acme/tiny", BUNDLED["llama"])
+    monkeypatch.chdir(tmp_path)  # the card names the text without its folder
     text = str(tmp_path / "text.txt")
     run = ["--sparsity", "50%", "--method", "magnitude", "--samples", "4", "--seqlen", "64", "--calibration", text]
     run += ["--eval-text", text, "--no-true-sequential", "--skip", "*.q_proj", "*.k_proj"]
@@ -206,6 +215,26 @@ def test_prune_from_the_hub_and_push(source: Path, hub: Hub, tmp_path: Path) -> 
     assert main([*again, "--output", str(tmp_path / "b")]) == 0
     for shard in (tmp_path / "a").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "b" / shard.name).read_bytes()
+
+
+def test_files_in_folders_are_pushed_and_read_back(source: Path, hub: Hub) -> None:
+    """What a tokenizer with several chat templates keeps in one; other formats of the weights stay where they are."""
+    out, templates = source.parent / "out", {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(source)
+    (source / "onnx").mkdir()
+    for name in ("model.safetensors", "config.json", "README.md"):
+        (source / "onnx" / name).write_text("other")
+    add(hub, "acme/tiny", source)
+    calibration = {"calibration": tokens(4, 16), "method": "magnitude"}
+    llmprune.prune("acme/tiny", sparsity="2:4", output=out, push_to_hub="me/tiny", **calibration)
+    assert not (resolve("acme/tiny").path / "onnx").exists()
+    assert AutoTokenizer.from_pretrained(resolve("me/tiny").path).chat_template == templates
+    assert llmprune.verify(resolve("me/tiny").path).problems == ()
+    llmprune.push(llmprune.pack(out, source.parent / "packed").output, "me/packed")
+    assert AutoTokenizer.from_pretrained(resolve("me/packed").path).chat_template == templates
+    assert llmprune.verify(resolve("me/packed").path).problems == ()
 
 
 def test_a_push_that_cannot_go_well_costs_no_work(source: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +260,77 @@ def test_a_push_that_fails_leaves_the_pruned_folder(source: Path, hub: Hub) -> N
         llmprune.prune(**run, push_to_hub="acme/tiny")
     assert main(["verify", str(out)]) == 0
     llmprune.push(out, "me/tiny")
+
+
+def test_a_push_that_fails_names_a_command_to_paste(source: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.parent)
+    run = {"model": source, "sparsity": "2:4", "method": "magnitude", "calibration": tokens(4, 16)}
+    with pytest.raises(InputError) as error:
+        llmprune.prune(**run, output="-x 'y'", push_to_hub="acme/tiny")
+    told = re.search("`(llmprune push .*)` pushes it later", str(error.value))
+    assert told
+    words = shlex.split(told[1])
+    assert words[-1] == "acme/tiny"
+    assert main([*words[1:-1], "me/tiny"]) == 0
+
+
+def inside(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from strings(inner)
+
+
+@pytest.mark.parametrize("written", [str, inside], ids=["absolute", "relative"])
+def test_no_local_path_is_pushed(
+    written: Callable[[Path], str], source: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what ran from a folder, was evaluated beside one and on a file: dense and packed, read back, verified and shown."""
+    monkeypatch.chdir(tmp_path.parent)
+    text, out = written(tmp_path / "text.txt"), tmp_path / "out"
+    run = ["--model", written(source), "--sparsity", "2:4", "--method", "magnitude", "--samples", "4", "--seqlen", "64"]
+    assert main([*run, "--calibration", text, "--eval-text", text, "--output", written(out)]) == 0
+    add(hub, "acme/tiny", source)
+    for baseline in (written(source), "acme/tiny"):
+        assert main(["eval", str(out), "--baseline", baseline, "--texts", text, "--seqlen", "64", "--windows", "2"]) == 0
+    before = (out / "llmprune.json").read_bytes()
+    local = json.loads(before)
+    assert (local["arguments"]["model"], local["calibration"]["text"]) == (written(source), text)
+    for name, folder in {"me/tiny": out, "me/packed": llmprune.pack(out, tmp_path / "packed").output}.items():
+        llmprune.push(folder, name)
+        for data in pushed(hub, name).values():
+            assert tmp_path.name.encode() not in data
+        record = json.loads(pushed(hub, name)["llmprune.json"])
+        asked = {option: record["arguments"][option] for option in ("model", "output", "calibration", "eval_text")}
+        assert asked == {"model": "source", "output": "out", "calibration": "text.txt", "eval_text": "text.txt"}
+        assert [one["baseline"] for one in record["evaluations"]] == ["source", "acme/tiny"]
+        assert record["evaluations"][0]["scores"][0]["name"] == "token perplexity of text.txt"
+        changed = [(a, b) for a, b in zip(strings(local), strings(record), strict=True) if a != b]
+        assert {Path(a).name for a, _ in changed} == {"source", "out", "text.txt"}
+        there = tmp_path / "there" / name
+        snapshot_download(name, local_dir=there)
+        assert main(["verify", str(there)]) == 0
+        assert main(["report", str(there), "-o", str(there.with_suffix(".html"))]) == 0
+        page = json.loads(there.with_suffix(".json").read_text())["runs"][0]
+        assert page["command"].startswith("llmprune --model source --sparsity 2:4 ")
+    assert (out / "llmprune.json").read_bytes() == before
+
+
+def test_a_push_keeps_what_is_no_local_path(hub: Hub, source: Path) -> None:
+    """Names of ours and of the Hub."""
+    add(hub, "acme/tiny", source)
+    out = source.parent / "out"
+    llmprune.prune("acme/tiny@main", sparsity="2:4", method="magnitude", calibration=tokens(4, 16), output=out)
+    record = json.loads((out / "llmprune.json").read_text())
+    record["arguments"] |= {"calibration": "allenai/c4", "eval_text": "wikitext2", "push_to_hub": "me/tiny", "output": "auto"}
+    record["model"]["license"] = {"license_link": "https://example.com/LICENSE.txt"}
+    (out / "llmprune.json").write_text(json.dumps(record))
+    llmprune.push(out, "me/tiny")
+    assert json.loads(pushed(hub, "me/tiny")["llmprune.json"]) == record
 
 
 def damage(name: str) -> Callable[[Path], object]:

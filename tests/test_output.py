@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +15,14 @@ import torch
 from conftest import tiny_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
 from llmprune.errors import InputError
 from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.resolve import BUNDLED
 from llmprune.patterns import NM, verify
-from llmprune.stream.publish import published
+from llmprune.stream.publish import locked, published, sha256
 
 
 def prune(folder: Path, output: Path, **changes: object) -> llmprune.Result:
@@ -141,6 +147,79 @@ def test_verify_notices_flipped_bits_missing_and_added_files(saved, tmp_path: Pa
     )
 
 
+@pytest.fixture
+def templates(saved) -> Path:
+    """A tiny Llama whose tokenizer has two chat templates, one of them in a folder."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    path = saved(tiny_model("llama", vocab_size=len(tokenizer)))
+    tokenizer.chat_template = TEMPLATES
+    tokenizer.save_pretrained(path)
+    return path
+
+
+TEMPLATES = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+INSIDE = "additional_chat_templates/tool_use.jinja"
+
+
+@pytest.mark.parametrize("road", ["folder", "structure", "both", "memory", "resumed"])
+def test_every_chat_template_comes_along(road: str, templates: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if road == "memory":
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(templates), AutoTokenizer.from_pretrained(templates)
+        llmprune.prune(model, tokenizer=tokenizer, sparsity="2:4", calibration=tokens(4, 16), output=out)
+    elif road in ("structure", "both"):
+        prune(templates, out, neurons="25%", round_to=4, sparsity="2:4" if road == "both" else None)
+    else:
+        if road == "resumed":
+            (tmp_path / ".out.partial" / "additional_chat_templates").mkdir(parents=True)
+            (tmp_path / ".out.partial" / "additional_chat_templates" / "old.jinja").write_text("of another model")
+        prune(templates, out)
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATES
+    assert INSIDE in llmprune.verify(out).sums
+    assert llmprune.verify(out).problems == ()
+    if road != "structure":
+        llmprune.pack(out, tmp_path / "packed")
+        assert INSIDE in llmprune.verify(tmp_path / "packed").sums
+        assert llmprune.verify(tmp_path / "packed").problems == ()
+        llmprune.unpack(tmp_path / "packed", tmp_path / "back")
+        assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATES
+        assert llmprune.verify(tmp_path / "back").problems == ()
+
+
+def test_verify_looks_into_folders(templates: Path, tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        prune(templates, tmp_path / "out")
+    finally:
+        os.umask(previous)
+    folder = tmp_path / "out" / "additional_chat_templates"
+    assert (folder.stat().st_mode & 0o777, (folder / "tool_use.jinja").stat().st_mode & 0o777) == (0o750, 0o640)
+    (folder / "tool_use.jinja").write_text("other")
+    (folder / "more.jinja").touch()
+    (tmp_path / "out" / "notes" / "deep").mkdir(parents=True)
+    (tmp_path / "out" / ".git").mkdir()
+    (tmp_path / "out" / ".git" / "config").touch()
+    assert llmprune.verify(tmp_path / "out").problems == (
+        f"{INSIDE}: sha256 differs from the record",
+        "additional_chat_templates/more.jinja: not in the record",
+        "notes: not in the record",
+    )
+
+
+def test_verify_does_not_leave_the_folder(saved, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune(saved(tiny_model("llama")), out)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "x").write_text("secret")
+    (out / "link").symlink_to(tmp_path / "secret")
+    digest, record = sha256(tmp_path / "secret" / "x"), json.loads((out / "llmprune.json").read_text())
+    names = ["../secret/x", str(tmp_path / "secret" / "x"), "link/x", "a\0b/c", "."]
+    record["files"] |= dict.fromkeys(names, digest)
+    (out / "llmprune.json").write_text(json.dumps(record))
+    problems = llmprune.verify(out).problems
+    assert problems[: len(names)] == tuple(f"{name}: missing" for name in names)
+
+
 def test_verify_reports_a_broken_shard_with_the_rest(saved, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prune(saved(tiny_model("llama")), out)
@@ -207,6 +286,81 @@ def test_a_signal_between_the_renames_restores_the_old_folder(tmp_path: Path, mo
         (partial / "new").write_text("new")
     assert [path.name for path in out.iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+from llmprune.stream.publish import published
+rename, calls = Path.rename, []
+
+def kill(self, target):
+    calls.append(self)
+    if len(calls) == 2:
+        os._exit(9)
+    return rename(self, target)
+
+Path.rename = kill
+with published(Path(sys.argv[1]), overwrite=True) as partial:
+    (partial / "new").write_text("new")
+"""
+
+
+def test_a_kill_between_the_renames_costs_no_model(saved, tmp_path: Path) -> None:
+    """The next run gives the old model its name back, and replaces it only where that is asked for."""
+    source, out = saved(tiny_model("llama")), tmp_path / "out"
+    prune(source, out)
+    old = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert subprocess.run([sys.executable, "-c", _KILLED, str(out)], check=False).returncode == 9
+    assert not out.exists()
+    with pytest.raises(InputError, match="is not empty: choose another, or pass --overwrite"):
+        prune(source, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == old
+    prune(source, out, overwrite=True, method="magnitude")
+    assert llmprune.verify(out).problems == ()
+    assert [path.name for path in tmp_path.glob(".out*") if not path.name.endswith(".partial")] == []
+
+
+@pytest.mark.parametrize("act", ["prune", "pack", "unpack", "in memory"])
+def test_what_an_earlier_run_replaced_and_left_goes(act: str, saved, tmp_path: Path) -> None:
+    source, out, left = saved(tiny_model("llama")), tmp_path / "out", tmp_path / ".out.replaced"
+    prune(source, out)
+    shutil.copytree(out, left)
+    if act == "prune":
+        prune(source, out, overwrite=True)
+    elif act == "in memory":
+        llmprune.prune(tiny_model("llama"), sparsity="2:4", calibration=tokens(4, 16), output=out, overwrite=True)
+    else:
+        shutil.copytree(out, tmp_path / "dense")
+        llmprune.pack(tmp_path / "dense", tmp_path / "packed")
+        convert, folder = (llmprune.pack, "dense") if act == "pack" else (llmprune.unpack, "packed")
+        convert(tmp_path / folder, out, overwrite=True)
+    assert llmprune.verify(out).problems == ()
+    assert not left.exists()
+
+
+def test_a_replacement_that_is_under_way_is_left_alone(saved, tmp_path: Path) -> None:
+    source, out = saved(tiny_model("llama")), tmp_path / "out"
+    prune(source, out)
+    with locked(out, out):
+        out.rename(tmp_path / ".out.replaced")
+        with pytest.raises(InputError, match="another run is writing"):
+            prune(source, out)
+        (tmp_path / ".out.replaced").rename(out)
+    assert llmprune.verify(out).problems == ()
+
+
+def test_what_cannot_be_removed_is_an_error_before_the_work(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out, left = saved(tiny_model("llama")), tmp_path / "out", tmp_path / ".out.replaced"
+    prune(source, out)
+    left.mkdir()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(InputError, match=r"cannot remove .*\.out\.replaced.*: Permission denied"):
+        prune(source, out, overwrite=True)
 
 
 def test_a_model_in_memory_can_be_saved_too(saved, tmp_path: Path) -> None:

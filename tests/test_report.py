@@ -24,6 +24,7 @@ from llmprune import cli
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 from llmprune.report import html
+from llmprune.report.card import model_card
 from llmprune.report.page import MOST, content
 from llmprune.report.saved import read_runs
 from llmprune.stream.publish import write_whole
@@ -197,8 +198,9 @@ def test_a_bench_is_shown(folders: dict[str, Path], tmp_path: Path) -> None:
         {"sparsity": "2:4", "method": "wanda", "samples": 16, "true_sequential": False, "refit": True},
         {"heads": "25%", "neurons": "3", "per_layer": True, "model": "-odd 'name'", "overwrite": True},
         {"sparsity": "50%", "skip": ["*.down_proj", "--x"], "only": ["*"], "output": "a b", "eval_text": "none"},
+        {"sparsity": "2:4", "push_to_hub": "me/tiny", "output": "-x", "restart": True, "activations": "disk"},
     ],
-    ids=["weights", "structure", "globs"],
+    ids=["weights", "structure", "globs", "no part of the result"],
 )
 def test_the_command_repeats_the_run(options: Record, folders: dict[str, Path], tmp_path: Path) -> None:
     config = PruneConfig.create({"model": "llama", "output": "auto"} | options)
@@ -208,12 +210,38 @@ def test_the_command_repeats_the_run(options: Record, folders: dict[str, Path], 
     options = cli._parse(cli._prune_parser(), words[1:])
     assert Terminal.take(options) == Terminal()
     again = PruneConfig.create({"output": "auto"} | options)
-    assert again == PruneConfig.create(arguments | {"overwrite": False})
+    left_out = {"output": "auto", "overwrite": False, "restart": False, "push_to_hub": None, "activations": "memory"}
+    assert again == PruneConfig.create(arguments | left_out)
 
 
-def test_given_tokens_have_no_command(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = change(alone(folders["wanda"], tmp_path / "run"), lambda r: r["arguments"].update(calibration="given tokens"))
-    assert content(read_runs([str(folder)]))["runs"][0]["command"] is None
+def test_the_report_and_the_card_show_one_command(folders: dict[str, Path], tmp_path: Path) -> None:
+    """By several processes, of a model on the Hub."""
+
+    def pin(record: Record) -> None:
+        record["model"] |= {"hub_id": "acme/tiny", "commit": "c0ffee"}
+        record["arguments"] |= {"model": "acme/tiny@main", "push_to_hub": "me/tiny", "overwrite": True}
+        record["compute"]["processes"] = 4
+
+    (run,) = read_runs([str(change(alone(folders["wanda"], tmp_path / "run"), pin))])
+    command = content([run])["runs"][0]["command"]
+    assert command == (
+        "torchrun --nproc-per-node 4 -m llmprune --model acme/tiny@c0ffee --sparsity 2:4 --method wanda "
+        "--calibration pydoc --batch-size 2"
+    )
+    assert f"```bash\n{command}\n```" in model_card(run.record, "tiny")
+
+
+@pytest.mark.parametrize("edit", [
+    lambda record: record["arguments"].update(calibration="given tokens"),
+    lambda record: record["arguments"].update(model=record["model"]["class"]),
+], ids=["tokens", "model"])  # fmt: skip
+def test_what_was_in_memory_has_no_command(edit: Callable[[Record], object], folders: dict[str, Path], tmp_path: Path) -> None:
+    (run,) = read_runs([str(change(alone(folders["wanda"], tmp_path / "run"), edit))])
+    assert content([run])["runs"][0]["command"] is None
+    words = "It was made from Python, of a model in memory or with tokens of its own, so no command makes it again"
+    assert report(run.file, "-o", tmp_path / "r.html") == 0
+    assert words in (tmp_path / "r.html").read_text()
+    assert words in model_card(run.record, "tiny")
 
 
 def test_a_deep_model_and_many_runs_stay_small(folders: dict[str, Path], tmp_path: Path) -> None:

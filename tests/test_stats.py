@@ -62,6 +62,14 @@ def test_sample_takes_every_nth_token_across_batches(stride: int) -> None:
     assert sample.errors(torch.zeros_like(dense), torch.zeros_like(dense)) == (0.0, 0.0)
 
 
+def test_a_sample_keeps_no_batch_alive() -> None:
+    """A view of the inputs would hold all of them: gigabytes at the width of a real model."""
+    x, sample = inputs(400), InputSample(100)
+    sample.add(x)
+    assert sample.inputs().shape == (4, 6)
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in sample._parts)
+
+
 def test_cross_aims_at_what_the_dense_model_puts_out() -> None:
     """With the whole blend, least squares of the dense outputs on the pruned model's inputs; with none, the weights."""
     generator = torch.Generator().manual_seed(0)

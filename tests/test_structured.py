@@ -27,6 +27,7 @@ from llmprune.ranks import Ranks
 from llmprune.report.console import Progress
 from llmprune.run import Job
 from llmprune.shrinking import Shrinking
+from llmprune.stream import resume
 from llmprune.stream.activations import Activations
 from llmprune.stream.source import ModelSource
 from llmprune.structured.groups import Heads, heads, neurons
@@ -298,6 +299,83 @@ def test_another_command_makes_its_own_smaller_model(saved, tmp_path: Path) -> N
         llmprune.prune(source, output=tmp_path / "out", progress=Kill(), **options)
     record = llmprune.prune(source, output=tmp_path / "out", restart=True, **(options | {"neurons": "50%"})).record
     assert record.removals[0].kept == 24
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+WEIGHTS = PLAIN | {"sparsity": "2:4", "method": "wanda"}
+SMALLER = OPTIONS | {"neurons": "25%"}
+BOTH = SMALLER | WEIGHTS
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("first", "second", "words"), [
+    (WEIGHTS, SMALLER, r"--sparsity 2:4 \(now None\), --neurons None \(now 25%\)"),
+    (WEIGHTS, BOTH, r"--neurons None \(now 25%\)"),
+    (BOTH, WEIGHTS, r"--neurons 25% \(now None\)"),
+    (BOTH, SMALLER, r"--sparsity 2:4 \(now None\)"),
+    (BOTH, BOTH | {"neurons": "50%"}, r"--neurons 25% \(now 50%\)"),
+], ids=["weights, structure", "weights, both", "both, weights", "both, structure", "both, both"])  # fmt: skip
+def test_an_unfinished_run_is_kept_from_other_commands(first: dict, second: dict, words: str, saved, tmp_path: Path) -> None:
+    source = saved(model_of("llama"))
+    for name in ("first", "second"):
+        with pytest.raises(Killed):
+            llmprune.prune(source, output=tmp_path / name, progress=Kill(), **first)
+    left = contents(tmp_path)
+    with pytest.raises(InputError, match=f"other settings: {words}.*; repeat them, or pass --restart to begin anew"):
+        llmprune.prune(source, output=tmp_path / "first", **second)
+    assert contents(tmp_path) == left
+    notes = Notes()
+    llmprune.prune(source, output=tmp_path / "first", progress=notes, **first)
+    assert "going on after block 1, which an earlier run finished" in notes.notes
+    llmprune.prune(source, output=tmp_path / "second", restart=True, **second)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "first", "second"}
+
+
+class KillFirst(Notes):
+    """Before the second phase has finished a block."""
+
+    def site(self, site: object) -> None:
+        raise Killed
+
+
+class KillRemoval(Notes):
+    def removed(self, removal: object) -> None:
+        raise Killed
+
+
+def killed(progress: Progress, source: Path, out: Path, options: dict) -> None:
+    """A run that could tidy nothing up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume.shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(Killed):
+            llmprune.prune(source, output=out, progress=progress, **options)
+
+
+def test_a_finished_smaller_model_is_an_unfinished_run(saved, tmp_path: Path) -> None:
+    """It is there, and no block of it is pruned."""
+    source, out = saved(model_of("llama")), tmp_path / "out"
+    whole = llmprune.prune(source, output=tmp_path / "whole", **BOTH).record
+    killed(KillFirst(), source, out, BOTH)
+    for other in (WEIGHTS, SMALLER):
+        with pytest.raises(InputError, match="holds an unfinished run with other settings"):
+            llmprune.prune(source, output=out, **other)
+    notes = Notes()
+    record = llmprune.prune(source, output=out, progress=notes, **BOTH).record
+    assert "the smaller model is there from an earlier run" in notes.notes
+    assert [removal.error for removal in record.removals] == [removal.error for removal in whole.removals]
+    assert weights(out) == weights(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "out"}
+
+
+@pytest.mark.parametrize("options", [SMALLER, BOTH], ids=["structure", "both"])
+def test_half_a_smaller_model_is_begun_anew(options: dict, saved, tmp_path: Path) -> None:
+    source, out = saved(model_of("llama")), tmp_path / "out"
+    killed(KillRemoval(), source, out, options)
+    assert (tmp_path / ".out.partial").is_dir()
+    llmprune.prune(source, output=out, **WEIGHTS)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llmprune.commands import Outcome
+from llmprune.shell import command_line, literal
 from llmprune.terminal import Terminal
 
 SUMMARY = "store 2:4 matrices as values and codes: 9/16 of their bytes in 16 bits"
@@ -31,6 +32,6 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
         f"all tensors {found.total_before:,} -> {found.total_after:,} ({found.total_after / found.total_before:.1%})"
     )
     terminal.say(f"wrote {found.output}; next:")
-    terminal.say(f"  llmprune bench {found.output}")
-    terminal.say(f"  python -c 'import llmprune; llmprune.load(\"{found.output}\")'")
+    terminal.say(f"  {command_line('llmprune', 'bench', found.output)}")
+    terminal.say(f"  {command_line('python', '-c', f'import llmprune; llmprune.load({literal(found.output)})')}")
     return Outcome(asdict(found))

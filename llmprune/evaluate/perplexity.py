@@ -20,6 +20,7 @@ from llmprune.ranks import Ranks
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
 
+PERPLEXITY_OF = "token perplexity of "  # a text: what such a number is called
 _IGNORED = -100  # cross_entropy's own default
 
 

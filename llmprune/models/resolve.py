@@ -21,9 +21,9 @@ from llmprune.errors import InputError, MachineError, reason, unknown, user_path
 
 BUNDLED = {"llama": Path(__file__).parent.parent / "demo" / "llama"}
 EXAMPLE = "meta-llama/Llama-3.2-1B"
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-
-_UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
+_TEMPLATES = "*.jinja"  # these in folders, too
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", _TEMPLATES, "README*.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+_UNWANTED = [*(f"*/{name}" for name in _WANTED if name != _TEMPLATES), "consolidated*"]  # other formats of the same weights
 
 
 @dataclass(frozen=True, slots=True)

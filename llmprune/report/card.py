@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
-from llmprune.config import as_flags
 from llmprune.evaluate.perplexity import Perplexity
+from llmprune.report.again import NO_COMMAND, again
+from llmprune.report.public import public_run
 from llmprune.report.record import RunRecord, versions
+from llmprune.shell import literal
 
 _LICENCE = ("license", "license_name", "license_link")
-_NOT_THE_RESULT = ("model", "output", "overwrite", "restart", "push_to_hub", "activations")
-_GIVEN = "given tokens"
 
 
 def licence(folder: Path) -> dict[str, str]:
@@ -28,18 +27,20 @@ def licence(folder: Path) -> dict[str, str]:
 
 
 def model_card(record: RunRecord, name: str) -> str:
-    """Markdown with Hub metadata: what was done, what was measured, how to load it, its limits, how to make it again.
+    """Markdown with Hub metadata: what was done, what was measured, how to load it, its limits, how to make it again. It may
+    be shown to others: local paths are cut to their last names.
 
     Args:
         name: what it is to be loaded by: a folder, or a repository on the Hub.
     """
+    record = public_run(record)
     parts = [
         f"{_front_matter(record, name)}# {name}",
         _summary(record),
         "\n".join(_numbers(record)),
         _usage(name, record),
         _limits(record),
-        _again(record),
+        _made_with(record),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -118,13 +119,13 @@ def _usage(name: str, record: RunRecord) -> str:
             "Without biases and sliding windows the two are the same mathematics.\n\n"
         )
     if record.structure.get("differ_by_layer"):
-        how = f'import llmprune\n\nmodel = llmprune.load("{name}")'
+        how = f"import llmprune\n\nmodel = llmprune.load({literal(name)})"
         other += "Its layers differ in size, which `from_pretrained` does not build.\n\n"
     else:
         how = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+            f"model = AutoModelForCausalLM.from_pretrained({literal(name)})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({literal(name)})"
         )
     return (
         f"{stored if record.sites else ''}{other}```python\n{how}\n```\n\n"
@@ -143,16 +144,8 @@ def _limits(record: RunRecord) -> str:
     return f"## Limits\n\n{told}{source}"
 
 
-def _again(record: RunRecord) -> str:
-    """The command that makes the same model, where there is one."""
-    arguments, model = record.arguments, record.model
+def _made_with(record: RunRecord) -> str:
+    command = again(record)
+    how = f"```bash\n{command}\n```" if command else NO_COMMAND
     made_with = ", ".join(f"{package} {version}" for package, version in versions().items())
-    if arguments["calibration"] == _GIVEN or model["name"] == model["class"]:
-        how = "It was made from Python, of a model in memory or with tokens of its own: `llmprune.json` holds the arguments."
-    else:
-        source = f"{model['hub_id']}@{model['commit']}" if model.get("commit") else model["name"]
-        rest = {name: value for name, value in arguments.items() if name not in _NOT_THE_RESULT}
-        processes = record.compute["processes"]
-        start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
-        how = f"```bash\n{shlex.join([*start, 'llmprune', '--model', source, *as_flags(rest)])}\n```"
     return f"## Made with\n\n{how}\n\nVersions: {made_with}; {record.compute['dtype']} on {record.compute['device']}."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from rich.table import Table
 
 from llmprune.evaluate.perplexity import excess_loss
 from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known
+from llmprune.shell import command_line, literal
 
 
 class Progress:
@@ -187,11 +186,10 @@ def _table(record: RunRecord) -> Table:
 
 def _next_steps(output: Path, *, own: bool) -> str:
     """`own`: only llmprune loads it."""
-    path = json.dumps(str(output))
-    load = f"import llmprune; llmprune.load({path})"
+    load = f"import llmprune; llmprune.load({literal(output)})"
     if not own:
-        load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({path})"
-    return f"  llmprune verify {shlex.quote(str(output))}\n  python -c {shlex.quote(load)}"
+        load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({literal(output)})"
+    return f"  {command_line('llmprune', 'verify', output)}\n  {command_line('python', '-c', load)}"
 
 
 def _shared(processes: int) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
-from llmprune.config import PruneConfig, as_flags
+from llmprune.config import PruneConfig
 from llmprune.evaluate.perplexity import excess_loss
 from llmprune.models.checkpoint import PACKED
+from llmprune.report.again import NO_COMMAND, again
 from llmprune.report.masks import masks
 from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known
 from llmprune.report.saved import Bench, Saved
@@ -31,7 +30,7 @@ def content(runs: Sequence[Saved]) -> dict[str, Any]:
 
 
 def _run(run: Saved, pictures: int) -> dict[str, Any]:
-    record, packed = run.record, _packed_bytes(run)
+    record, packed, command = run.record, _packed_bytes(run), again(run.record)
     found = {
         "label": run.label,
         "model": record.model["name"],
@@ -54,7 +53,8 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "speed": _speed(run.bench) if run.bench else None,
         "matrices": _matrices(record),
         "left_out": _left_out(record.skipped),
-        "command": command(run),
+        "command": command,
+        "no_command": None if command else NO_COMMAND,
         "versions": run.versions,
     }
     return found
@@ -248,15 +248,6 @@ def _asked(config: PruneConfig) -> str:
 def _protocol(record: RunRecord) -> str:
     measured = record.pruned
     return f"{measured.windows} windows of {measured.length} tokens of {measured.text}" if measured else ""
-
-
-def command(run: Saved) -> str | None:
-    """The command that repeats a run; None for one of a model in memory or of given tokens."""
-    config = run.config
-    if config.calibration == "given tokens" or config.model == run.record.model["class"]:
-        return None
-    left_out = {"overwrite", "restart"} | ({"output"} if config.output == "auto" else set())
-    return shlex.join(["llmprune", *as_flags({name: value for name, value in asdict(config).items() if name not in left_out})])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from llmprune.stream.publish import RECORD
 _BLOCKS, _LARGEST = 10_000, 1e300
 _WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "null"}
 
-_Model = TypedDict("_Model", {"name": str, "hub_id": "str | None", "class": str, "parameters": int, "blocks": int})
+_Model = TypedDict(
+    "_Model", {"name": str, "hub_id": "str | None", "commit": "str | None", "class": str, "parameters": int, "blocks": int}
+)
 
 
 class _Recipe(TypedDict):

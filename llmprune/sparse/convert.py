@@ -16,7 +16,7 @@ from llmprune.models.checkpoint import INDEX, PACKED, Checkpoint, read_header
 from llmprune.models.resolve import resolve
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, pack_tensors, why_dense
-from llmprune.stream.publish import RECORD, check_output, check_room, copy_extras, published, sha256, write_json
+from llmprune.stream.publish import RECORD, check_output, check_room, copy_extras, published, recover, sums, write_json
 
 _CARD, _DENSE_CARD = "README.md", "README.dense.md"
 _DENSE, _PACKED = "\nlibrary_name: transformers\n", "\nlibrary_name: llmprune # transformers, once unpacked\n"
@@ -72,6 +72,7 @@ def pack(
         source = resolve(str(folder)).path
         if (source / PACKED).is_file():
             raise InputError(f"{source} is packed already")
+        recover(output)
         check_output(output, source, overwrite)
         checkpoint = Checkpoint(source)
         skeleton = Skeleton(checkpoint, load_config(source), torch.device("cpu"), torch.float32)
@@ -147,8 +148,8 @@ def _nothing(source: Path, dense: dict[str, str], linear: dict[str, str]) -> Inp
 
 
 def _seal(folder: Path, manifest: dict[str, dict[str, object]]) -> None:
-    sums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != RECORD}  # which may grow
-    write_json(folder / PACKED, {"format": FORMAT, "version": VERSION, **manifest, "sha256": sums})
+    known = sums(folder, RECORD)  # which may grow
+    write_json(folder / PACKED, {"format": FORMAT, "version": VERSION, **manifest, "sha256": known})
 
 
 def _write_card(source: Path, folder: Path) -> None:
@@ -173,6 +174,7 @@ def unpack(
         if not (folder / PACKED).is_file():
             raise InputError(f"{folder} holds no {PACKED}: give a folder that llmprune pack wrote")
         packed = PackedFolder.open(folder)
+        recover(output)
         check_output(output, folder, overwrite)
         view = DenseView(packed)
         check_room(output, view.nbytes())

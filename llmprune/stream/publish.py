@@ -6,6 +6,7 @@ of it is on disk. Only a folder that llmprune wrote is ever replaced.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ _EXTRAS = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates/*",
     "preprocessor_config.json",
     "processor_config.json",
     "LICENSE*",
@@ -49,7 +51,9 @@ def copy_extras(source: Path, folder: Path) -> None:
     """
     for path in (path for pattern in _EXTRAS for path in sorted(source.glob(pattern)) if path.is_file()):
         try:
-            shutil.copyfile(path, folder / path.name)
+            to = folder / path.relative_to(source)
+            to.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, to)
         except OSError as error:
             raise denied(error, f"cannot copy {path} beside the output folder: {error.strerror}") from None
 
@@ -68,7 +72,11 @@ def write_whole(texts: dict[Path, str]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(as_json(value))
+
+
+def as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def sha256(path: Path) -> str:
@@ -77,6 +85,12 @@ def sha256(path: Path) -> str:
         while piece := stream.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def sums(folder: Path, *but: str) -> dict[str, str]:
+    """sha256 of every file in a folder and in those inside it, but for some; by the path from the folder, with slashes."""
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: sha256(path) for name, path in names.items() if name not in but}
 
 
 def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
@@ -95,14 +109,67 @@ def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
         raise InputError(f"output {output} is a file: choose a folder")
     if target.is_mount() or Path.cwd().is_relative_to(target):
         raise InputError(f"output {output} cannot be replaced as a whole: name a new folder inside it")
-    if target.is_dir() and any(target.iterdir()):
+    if _filled(target):
         if not overwrite:
             raise InputError(f"output {output} is not empty: choose another, or pass --overwrite to replace it")
-        if not (target / RECORD).is_file() and not (target / PACKED).is_file():
+        if not _ours(target):
             raise InputError(f"output {output} holds no {RECORD}, so llmprune did not write it and will not replace it")
     parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"cannot write output {output}: {parent} is {'read-only' if parent.is_dir() else 'a file'}")
+
+
+def recover(output: Path) -> None:
+    """Put right what a run that was killed while it replaced `output` has left. Where `output` is gone, the folder that was to
+    be replaced gets its name back; where the new one has it, the old one goes.
+
+    Raises:
+        InputError: another run is replacing `output` just now, or what is left cannot be removed.
+    """
+    target = output.resolve()
+    old = _replaced(target)
+    if not old.is_dir():
+        return
+    with locked(old, output):
+        if not target.is_file() and not _filled(target):
+            old.rename(target)
+        elif _ours(target):
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                raise denied(error, f"cannot remove {old}, which an earlier run has replaced: {error.strerror}") from None
+
+
+def _filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _ours(folder: Path) -> bool:
+    """Whether llmprune wrote it."""
+    return (folder / RECORD).is_file() or (folder / PACKED).is_file()
+
+
+def _replaced(target: Path) -> Path:
+    """Where a folder is while another takes its name."""
+    return target.parent / f".{target.name}.replaced"
+
+
+@contextmanager
+def locked(folder: Path, output: Path) -> Iterator[None]:
+    """No other run has `folder`, and so `output`, meanwhile. The lock stays with the folder when it is renamed.
+
+    Raises:
+        InputError: one has.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing {output}: wait for it, or choose another --output") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_room(output: Path, nbytes: int) -> None:
@@ -147,17 +214,17 @@ def publish(partial: Path, output: Path, *, overwrite: bool) -> None:
         InputError: `output` was filled meanwhile and `overwrite` is off.
     """
     target = output.resolve()
-    _settle(partial)
+    settle(partial)
     _rename(partial, target, overwrite)
     with suppress(OSError):  # it is published; not every parent can be opened
         fsync(target.parent)
 
 
-def _settle(folder: Path) -> None:
+def settle(folder: Path) -> None:
     """Give the files the modes that the umask asks for (safetensors writes 0600) and bring them to the disk."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         fsync(path)
 
@@ -170,14 +237,15 @@ def _rename(partial: Path, target: Path, overwrite: bool) -> None:
         except OSError as error:
             raise InputError(f"output {target} was filled meanwhile ({reason(error)}); nothing was written") from None
         return
-    old = partial.with_suffix(".old")
-    target.rename(old)
-    try:
-        partial.rename(target)
-    except BaseException:  # a signal too
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    old = _replaced(target)
+    with locked(target, target):
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except BaseException:  # a signal too
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

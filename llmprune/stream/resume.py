@@ -7,10 +7,8 @@ about a fifth of the time that pruning them took and no disk.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from safetensors import SafetensorError
 
 from llmprune.errors import InputError, MachineError, reason
 from llmprune.models.checkpoint import read_json
-from llmprune.stream.publish import fsync, sha256
+from llmprune.stream.publish import fsync, locked, sha256
 
 MANIFEST = "llmprune.partial.json"
 _AGAIN = "pass --restart to begin anew"
@@ -66,7 +64,13 @@ class Manifest:
     def commit(self, shard: Path, block: Mapping[str, Any]) -> None:
         """Count one more block as finished: its shard, and what is to be known of it later (JSON)."""
         fsync(shard)
-        shards, blocks = self._shards | {shard.name: sha256(shard)}, [*self.blocks, dict(block)]
+        self._save(self._shards | {shard.name: sha256(shard)}, [*self.blocks, dict(block)])
+
+    def begin(self) -> None:
+        """Count what comes before the first block as finished."""
+        self._save(self._shards, self.blocks)
+
+    def _save(self, shards: dict[str, str], blocks: list[dict[str, Any]]) -> None:
         saved = json.loads(json.dumps({"fingerprint": self._fingerprint, "shards": shards, "blocks": blocks}))
         draft = self._path.with_suffix(".draft")
         draft.write_text(json.dumps({"sum": _sum(saved), **saved}), encoding="utf-8")
@@ -86,17 +90,18 @@ def continued(
 ) -> Iterator[Manifest]:
     """A hidden folder beside `output` to fill and publish, with what an earlier run of the same fingerprint finished in it.
 
-    On an error or ^C it stays, if a block is finished. `restart` empties it first; `tell` hears what a user should know.
+    On an error or ^C it stays, if a block is finished. `restart` empties it first; `tell` hears what a user should know. The
+    smaller model that the run makes on its way, in `smaller_folder`, stays and goes with it.
 
     Raises:
         InputError: another run works in it, or it cannot be continued.
     """
-    target, partial = output.resolve(), partial_folder(output)
+    target, partial, smaller = output.resolve(), partial_folder(output), smaller_folder(output)
     partial.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(partial, output):
+    with locked(partial, output):
         if restart or not (partial / MANIFEST).exists():
-            for path in partial.iterdir():
-                path.unlink()
+            for path in (*partial.iterdir(), smaller):
+                _remove(path)
         manifest = Manifest(partial, fingerprint)
         if manifest.blocks:
             tell(f"going on after block {len(manifest.blocks)}, which an earlier run finished")
@@ -108,7 +113,8 @@ def continued(
             if partial.exists() and manifest.blocks:
                 tell(f"{len(manifest.blocks)} blocks are finished: the same command goes on from there")
             else:
-                shutil.rmtree(partial, ignore_errors=True)
+                for folder in (partial, smaller):
+                    shutil.rmtree(folder, ignore_errors=True)
         (target / MANIFEST).unlink(missing_ok=True)
 
 
@@ -118,26 +124,13 @@ def partial_folder(output: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def check_idle(output: Path) -> None:
-    """No other run may be writing `output`.
-
-    Raises:
-        InputError: one is.
-    """
-    folder = partial_folder(output)
-    if folder.exists():
-        with _locked(folder, output):
-            pass
+def smaller_folder(output: Path) -> Path:
+    """Where a run to `output` that prunes the weights of a smaller model keeps that model."""
+    return partial_folder(output).with_suffix(".smaller")
 
 
-@contextmanager
-def _locked(folder: Path, output: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another run is writing {output}: wait for it, or choose another --output") from None
-        yield
-    finally:
-        os.close(descriptor)
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
