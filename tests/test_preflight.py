@@ -112,7 +112,8 @@ import llmprune
 torch.set_num_threads(1)
 options = json.loads(sys.argv[4])
 windows = torch.randint(3, 16000, (options.pop("windows"), 128), generator=torch.Generator().manual_seed(0))
-record = llmprune.prune(sys.argv[2], output=sys.argv[3], sparsity="2:4", calibration=windows, **options).record
+options |= {"sparsity": "2:4", "calibration": windows, "batch_size": 32}
+record = llmprune.prune(sys.argv[2], output=sys.argv[3], **options).record
 print(json.dumps([record.predicted, record.peak_memory["process"]]))
 """
 
@@ -122,7 +123,8 @@ def test_memory_is_predicted_within_half(saved, tmp_path: Path) -> None:
     """Three runs, each in a process of its own: what is taken beyond what the process held, and in all."""
     sizes = {"vocab_size": 16000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "head_dim": 64}
     source = saved(tiny_model("llama", max_position_embeddings=128, **sizes).to(torch.bfloat16))
-    runs = [{"method": "wanda", "windows": 240}, {"quality": "balanced", "windows": 64}, {"quality": "best", "windows": 24}]
+    # batches so large that each tensor of theirs is mapped by itself: what the heap keeps of smaller ones varies by chance
+    runs = [{"method": "wanda", "windows": 256}, {"quality": "balanced", "windows": 96}, {"quality": "best", "windows": 64}]
     for number, options in enumerate(runs):
         command = [sys.executable, "-c", _RUN, str(Path(__file__).parent), str(source), str(tmp_path / f"{number}")]
         done = subprocess.run([*command, json.dumps(options)], capture_output=True, text=True, check=True)
