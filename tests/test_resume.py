@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,11 +72,15 @@ def test_goes_on_to_the_same_files(family: str, recipe: dict, saved, tmp_path: P
     assert record.size == whole.size
 
 
+def unfinished(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
 def stopped(source: Path, out: Path, **changes: object) -> Path:
     """An unfinished run; returns its folder."""
     with pytest.raises(Killed):
         llmprune.prune(source, output=out, progress=KillAfter(10), **(OPTIONS | {"method": "wanda"} | changes))
-    return out.parent / f".{out.name}.partial"
+    return unfinished(out)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -140,35 +144,105 @@ def test_what_an_aborted_start_left_is_not_published(saved, tmp_path: Path) -> N
     assert not (out / "tokenizer.json").exists()
 
 
-_RUN = """
-import sys
+# runs what each line of its input asks for in a process of its own; "kill" counts what is opened and renamed in the
+# unfinished folder once a block is finished
+_RUNS = """
+import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
+import torch
 from conftest import tokens
 import llmprune
-print("ready", flush=True)
-options = {"sparsity": "2:4", "method": "sparsegpt", "calibration": tokens(48, 60), "batch_size": 1}
-llmprune.prune(sys.argv[2], output=sys.argv[3], **options)
+from llmprune.report.console import Progress
+
+torch.set_num_threads(1)
+options = {"sparsity": "2:4", "method": "sparsegpt", "calibration": tokens(8, 24), "batch_size": 4}
+
+class Told(Progress):
+    def note(self, text):
+        print("note", text, flush=True)
+
+    def site(self, site):
+        print("solved", site.name, flush=True)
+
+    def repeated(self, sites):
+        print("repeated", sites, flush=True)
+
+def run(partial, kill):
+    def look(event, args):
+        nonlocal kill
+        if event in ("open", "os.rename") and partial in str(args[0]) and os.path.exists(partial + "/llmprune.partial.json"):
+            kill -= 1
+            if kill == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+    llmprune.prune(sys.argv[2], output=out, progress=Told(), **options)
+
+for line in sys.stdin:
+    out, partial, kill = json.loads(line)
+    child = os.fork()
+    if not child:
+        try:
+            run(partial, kill)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    print("exit", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_any_moment(seed: int, saved, tmp_path: Path) -> None:
-    """A real process, killed without warning again and again."""
-    source = saved(tiny_model("llama", num_hidden_layers=12))
-    run = [sys.executable, "-c", _RUN, str(Path(__file__).parent), str(source)]
+@pytest.fixture(scope="module")
+def run_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[int, list[str]]]]:
+    """Another process that prunes a model of 8 blocks into a folder, and is killed, without warning, as it touches the
+    unfinished folder for the `kill`-th time since a block is finished. Returns its exit code, and what it told.
+    """
+    home = tmp_path_factory.mktemp("killed")
+    tiny_model("llama", num_hidden_layers=8).save_pretrained(home / "source")
+    command = [sys.executable, "-c", _RUNS, str(Path(__file__).parent), str(home / "source")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*run, str(tmp_path / "whole")], check=True, env=env, stdout=subprocess.DEVNULL)
-    chance, out, kills = random.Random(seed), tmp_path / "out", 0
-    while not out.exists() and kills < 4:
-        process = subprocess.Popen([*run, str(out)], env=env, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(chance.uniform(0.1, 2.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += 1
-    if not out.exists():
-        subprocess.run([*run, str(out)], check=True, env=env, stdout=subprocess.DEVNULL)
-    assert kills >= 1
-    assert weights(out) == weights(tmp_path / "whole")
+
+        def run(out: Path, kill: int = 0) -> tuple[int, list[str]]:
+            print(json.dumps([str(out), str(unfinished(out)), kill]), file=process.stdin, flush=True)
+            told: list[str] = []
+            while not (line := process.stdout.readline()).startswith("exit"):
+                assert line
+                told.append(line.rstrip("\n"))
+            return int(line.split()[1]), told
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def whole(run_elsewhere, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What comes of a run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert run_elsewhere(out)[0] == 0
+    return out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment(seed: int, whole: Path, run_elsewhere, tmp_path: Path) -> None:
+    """A real process, killed again and again, never loses a finished block, and never solves it again."""
+    chance, out, finished = random.Random(seed), tmp_path / "out", []
+    for _ in range(3):
+        assert run_elsewhere(out, chance.randrange(1, 30))[0] == -signal.SIGKILL
+        blocks = json.loads((unfinished(out) / resume.MANIFEST).read_text())["blocks"]
+        assert blocks[: len(finished)] == finished
+        assert blocks
+        finished = blocks
+    code, told = run_elsewhere(out)
+    assert code == 0
+    assert f"note going on after block {len(finished)}, which an earlier run finished" in told
+    record = json.loads((out / "llmprune.json").read_text())
+    kept = [site for block in finished for site in block["sites"]]
+    assert record["sites"][: len(kept)] == kept  # their seconds, too
+    solved = [site["name"] for site in record["sites"][len(kept) :]]
+    assert [line for line in told if line.startswith(("repeated", "solved"))] == (
+        ["repeated 7"] * len(finished) + [f"solved {name}" for name in solved]
+    )
+    assert weights(out) == weights(whole)
     assert [path.name for path in tmp_path.glob(".*")] == []
