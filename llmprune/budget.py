@@ -14,6 +14,7 @@ from llmprune.structured.allocate import Layer, Part, Shape, spread
 from llmprune.structured.groups import Heads, heads, neurons
 from llmprune.structured.plan import parameters_left
 from llmprune.structured.shrink import Sizes
+from llmprune.words import count
 
 _FEWEST = 8  # one in so many neurons stays at least
 _TRIED = 16  # so many shapes are built, the best first, before the budget is given up
@@ -196,11 +197,11 @@ class Budget:
         return found
 
     def _told(self, layers: list[int], sizes: list[Sizes]) -> str:
-        parts = [f"{len(layers)} of {len(self._layers)} layers"]
+        parts = [f"{len(layers)} of {count(len(self._layers), 'layer')}"]
         if self._layout and sizes[0].heads:
-            parts.append(f"{_range([own.heads for own in sizes])} of {self._layout.query} heads")
+            parts.append(f"{_range([own.heads for own in sizes])} of {count(self._layout.query, 'head')}")
         if sizes[0].neurons:
-            parts.append(f"{_range([own.neurons for own in sizes])} of {self._kinds['neurons'].count} neurons")
+            parts.append(f"{_range([own.neurons for own in sizes])} of {count(self._kinds['neurons'].count, 'neuron')}")
         return "within the budget stay " + ", ".join(parts)
 
 

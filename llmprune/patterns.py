@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import InputError
+from llmprune.words import count
 
 
 class Pattern(Protocol):
@@ -76,8 +77,8 @@ class Unstructured:
         return percent if float(percent[:-1]) / 100 == self.sparsity else repr(self.sparsity)  # parses back exactly
 
     def misfit(self, rows: int, columns: int) -> str | None:
-        count = rows * columns
-        return None if 0 < round(self.sparsity * count) < count else f"it would drop none or all of its {count} weights"
+        size = rows * columns
+        return None if 0 < round(self.sparsity * size) < size else f"it would drop none or all of its {count(size, 'weight')}"
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
         if score.ndim > 2:
@@ -101,7 +102,7 @@ class Unstructured:
 
     def violation(self, weight: Tensor) -> str | None:
         zeros, needed = int((weight == 0).sum()), round(self.sparsity * weight.numel())
-        return None if zeros >= needed else f"{zeros} zeros of {weight.numel()} weights, {needed} needed"
+        return None if zeros >= needed else f"{count(zeros, 'zero')} of {count(weight.numel(), 'weight')}, {needed} needed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class NM:
         return self.m
 
     def misfit(self, rows: int, columns: int) -> str | None:
-        return f"its {columns} columns are not a multiple of {self.m}" if columns % self.m else None
+        return f"its width of {count(columns, 'column')} is not a multiple of {self.m}" if columns % self.m else None
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
         groups = score.unflatten(-1, (-1, self.m))
@@ -155,7 +156,7 @@ class Stacked:
     rows: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.pattern} in {len(self.rows)} matrices"
+        return f"{self.pattern} in {count(len(self.rows), 'matrix')}"
 
     @property
     def period(self) -> int:

@@ -50,6 +50,7 @@ from llmprune.stream.resume import MANIFEST, Manifest, check_idle, continued, pa
 from llmprune.stream.shards import NoSink, ShardWriter
 from llmprune.stream.source import CheckpointSource, ModelSource
 from llmprune.texts import Texts, choose_texts
+from llmprune.words import count
 
 _LARGE_TENSOR = 4 * 2**20  # bytes
 # the options of structure, for a run that has removed it
@@ -407,7 +408,7 @@ def _on_disk(site: SiteRecord, names: Names) -> SiteRecord:
 
 
 def _pattern(job: Job, work: Work) -> str:
-    return f"{job.pattern} in {len(work.plan.patterns)} matrices, {len(work.plan.skipped)} left out"
+    return f"{job.pattern} in {count(len(work.plan.patterns), 'matrix')}, {len(work.plan.skipped)} left out"
 
 
 def _announce(
@@ -452,7 +453,7 @@ def _announce(
         shadowed = " (a folder here of that name is ./llama)" if Path(config.model).is_dir() else ""
         job.progress.note(f"llama is the bundled {size}; for a real model pass a Hub id such as {EXAMPLE}{shadowed}")
     if apart := [name for name, why in record.skipped.items() if why.endswith("of no linear layer")]:
-        job.progress.note(f"{len(apart)} weights of no linear layer (fused experts?) are left alone, such as {apart[0]}")
+        job.progress.note(f"left alone: {count(len(apart), 'weight')} of no linear layer (fused experts?), such as {apart[0]}")
     for note in (*texts.notes, *([predicted["short"]] if "short" in predicted else [])):
         job.progress.note(note)
     return record

@@ -10,6 +10,7 @@ from llmprune.errors import InputError
 from llmprune.models.discover import unreached
 from llmprune.models.sites import Block
 from llmprune.patterns import Pattern
+from llmprune.words import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ def make_plan(blocks: Sequence[Block], pattern: Pattern, *, only: Sequence[str],
     """
     sites = [site for block in blocks for site in block.sites]
     if not sites:
-        raise InputError(f"found no linear layers in the {len(blocks)} decoder blocks: looked for nn.Linear and Conv1D")
+        raise InputError(f"found no linear layers in {count(len(blocks), 'decoder block')}: looked for nn.Linear and Conv1D")
     for flag, globs in (("--only", only), ("--skip", skip)):
         for glob in globs:
             if not fnmatch.filter([site.name for site in sites], glob):

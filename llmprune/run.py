@@ -35,6 +35,7 @@ from llmprune.stream.resume import Manifest
 from llmprune.stream.shards import ShardWriter
 from llmprune.structured import scores
 from llmprune.texts import Texts
+from llmprune.words import count
 
 
 @dataclass(slots=True)
@@ -162,8 +163,8 @@ def run(
     if thin := [site for site in pruner.records if site.notes.get("pool_share", 0) > 0.5]:
         least = min(thin, key=lambda site: site.tokens)
         job.progress.note(
-            f"{len(thin)} expert matrices saw fewer tokens than they have inputs ({least.name}: {least.tokens}) and lean on "
-            "all experts' statistics; more --samples or --all-experts give them their own"
+            f"with fewer tokens than inputs ({least.name}: {least.tokens}), {count(len(thin), 'expert matrix')} must lean on "
+            "all experts' statistics; more --samples or --all-experts give each its own"
         )
     if not pruner.records:
         raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")

@@ -27,6 +27,7 @@ from llmprune.structured.plan import (
 )
 from llmprune.structured.shrink import Sizes, check_fit
 from llmprune.structured.target import Target
+from llmprune.words import count
 
 _WIDE, _ROUND, _ROUND_TINY = 1024, 64, 8  # neurons from which multiples of 64 stay; else of 8
 
@@ -101,8 +102,9 @@ class Amounts:
     def __init__(self, builder: Builder, config: PruneConfig, note: Callable[[str], None]) -> None:
         self._builder, self._config = builder, config
         blocks = builder.blocks
-        count = len(blocks)
-        self._layers = kept_layers(Amount.parse("layers", config.layers), count) if config.layers is not None else count
+        self._layers = len(blocks)
+        if config.layers is not None:
+            self._layers = kept_layers(Amount.parse("layers", config.layers), self._layers)
         self._width: tuple[int, int] | None = None
         if config.neurons is not None:
             whole = widths(blocks)
@@ -124,11 +126,11 @@ class Amounts:
         """In words, such as `keep 6 of 8 heads, 528 of 704 neurons`."""
         parts = []
         if self._layout:
-            parts.append(f"{self._each.heads} of {self._layout.query} heads")
+            parts.append(f"{self._each.heads} of {count(self._layout.query, 'head')}")
         if self._width:
-            parts.append(f"{self._width[1]} of {self._width[0]} neurons")
+            parts.append(f"{self._width[1]} of {count(self._width[0], 'neuron')}")
         if self._layers < len(self._builder.blocks):
-            parts.append(f"{self._layers} of {len(self._builder.blocks)} layers")
+            parts.append(f"{self._layers} of {count(len(self._builder.blocks), 'layer')}")
         return "keep " + ", ".join(parts)
 
     def _sizes(self, whole: bool) -> Sizes:
@@ -205,9 +207,9 @@ def widths(blocks: Sequence[Block]) -> int:
     return counts.pop()
 
 
-def multiple(config: PruneConfig, count: int) -> int:
+def multiple(config: PruneConfig, whole: int) -> int:
     """Of which the number of neurons that stay is one."""
-    return config.round_to or (_ROUND if count >= _WIDE else _ROUND_TINY)
+    return config.round_to or (_ROUND if whole >= _WIDE else _ROUND_TINY)
 
 
 def footprint(model: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, int]:

@@ -337,7 +337,7 @@ def test_bad_input_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys:
         ([folders["wanda"], "-o", folders["wanda"] / "r.html"], "a model lies in its folder"),
         ([run, "-o", out, "--bench", tmp_path / "other.json"], "is not what llmprune bench"),
         ([run, "-o", out, "--bench", tmp_path / "zero.json"], "times above 0"),
-        ([run, folders["smaller"], "-o", out, "--bench", tmp_path / "bench.json"], "1 bench files for 2 runs"),
+        ([run, folders["smaller"], "-o", out, "--bench", tmp_path / "bench.json"], "1 bench file for 2 runs"),
         (["-o", out], "required"),
         ([run, "--outptu", out], "did you mean --output"),
     ]:

@@ -334,7 +334,7 @@ def test_layers_without_padding_in_their_loss(saved, tmp_path: Path) -> None:
     ("llama", {"sparsity": "2:4", "score": "magnitude"}, "score has no effect here"),
     ("llama", {"neurons": "25%", "layer_score": "loss"}, "layer_score has no effect here: it is there to remove --layers"),
     ("llama", {"neurons": "25%", "sparsity": "2:4", "only": ["*.nothing"]}, "matches no site; sites are named like"),
-    ("llama", {"neurons": "3", "round_to": 1, "sparsity": "2:4"}, "45 columns are not a multiple of 4"),
+    ("llama", {"neurons": "3", "round_to": 1, "sparsity": "2:4"}, "width of 45 columns is not a multiple of 4"),
     ("deepseek_v3", {"layers": "1"}, "is no parameter there"),
     ("mixtral", {}, "sparsity is required: pass --sparsity, --heads, --neurons, --layers or --target-params"),
 ])  # fmt: skip

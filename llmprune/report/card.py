@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from llmprune.config import as_flags
 from llmprune.evaluate.perplexity import Perplexity
 from llmprune.report.record import RunRecord, versions
+from llmprune.words import count
 
 _LICENCE = ("license", "license_name", "license_link")
 _NOT_THE_RESULT = ("model", "output", "overwrite", "restart", "push_to_hub", "activations")
@@ -70,7 +71,7 @@ def _result(found: Perplexity, whose: str) -> EvalResult:
         dataset_name=found.text,
         metric_type="perplexity",
         metric_value=found.value,
-        metric_name=f"token perplexity{whose}, {found.windows} windows of {found.length} tokens",
+        metric_name=f"token perplexity{whose}, {count(found.windows, 'window')} of {found.length} tokens",
     )
 
 
@@ -78,7 +79,7 @@ def _summary(record: RunRecord) -> str:
     calibration, asked = record.calibration, _asked(record)
     return (
         f"`{record.model['name']}` pruned to **{asked}** by `{record.recipe['text']}` with llmprune, one shot, "
-        f"block by block. Calibration: {calibration['samples']} windows of {calibration['seqlen']} tokens of "
+        f"block by block. Calibration: {count(calibration['samples'], 'window')} of {calibration['seqlen']} tokens of "
         f"{calibration['text']}, seed {calibration['seed']}."
     )
 
@@ -98,10 +99,10 @@ def _numbers(record: RunRecord) -> list[str]:
     if record.sites:
         rows += [
             ("pruned matrices", f"{len(record.sites)}"),
-            ("zeros in them", f"{record.zeros() / weights:.4%} of {weights:,} weights"),
+            ("zeros in them", f"{record.zeros() / weights:.4%} of {count(weights, 'weight')}"),
         ]
     if record.dense and record.pruned:
-        protocol = f"{record.pruned.text}, {record.pruned.windows} windows of {record.pruned.length} tokens"
+        protocol = f"{record.pruned.text}, {count(record.pruned.windows, 'window')} of {record.pruned.length} tokens"
         rows += [
             (f"token perplexity before ({protocol})", f"{record.dense.value:.3f}"),
             ("token perplexity after, same windows", f"{record.pruned.value:.3f}"),

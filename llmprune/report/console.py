@@ -17,6 +17,7 @@ from rich.table import Table
 
 from llmprune.evaluate.perplexity import excess_loss
 from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord
+from llmprune.words import count
 
 
 class Progress:
@@ -74,12 +75,13 @@ class Console(Progress):
 
     def header(self, record: RunRecord, what: str, asked: str) -> None:
         model, text, arguments = record.model, record.calibration, record.arguments
+        parameters = count(model["parameters"], "parameter")
         order = ", stage by stage" if record.recipe["true_sequential"] else ", one pass a block"
         for title, value in {
-            "model": f"{model['name']} ({model['class']}, {model['parameters']:,} parameters, {model['blocks']} blocks)",
+            "model": f"{model['name']} ({model['class']}, {parameters}, {count(model['blocks'], 'block')})",
             what: asked,
             "method": f"{record.recipe['text']}{order if arguments['sparsity'] else ''}",
-            "calibration": f"{text['text']}, {text['samples']} windows x {text['seqlen']} tokens, seed {text['seed']}",
+            "calibration": f"{text['text']}, {count(text['samples'], 'window')} x {text['seqlen']} tokens, seed {text['seed']}",
             "compute": f"{record.compute['dtype']} on {record.compute['device']}{_shared(record.compute['processes'])}",
             **({"needs": record.predicted["text"]} if record.predicted else {}),
         }.items():
@@ -105,14 +107,14 @@ class Console(Progress):
         if self._each_site:
             self._line(
                 f"  {site.name}  {site.pattern}  {site.shape[0]} x {site.shape[1]}  zeros {site.sparsity:.2%}  "
-                f"output error {site.error:.2%}  {site.tokens:,} tokens  {site.seconds:.2f} s"
+                f"output error {site.error:.2%}  {count(site.tokens, 'token')}  {site.seconds:.2f} s"
             )
         if self._console.is_terminal:
             self._live.update(self._task, completed=self._done, eta=self._eta())
 
     def reconstructed(self, result: Reconstruction) -> None:
         self._fit = (
-            f"  block fit {result.before:.3%} -> {result.after:.3%} ({result.steps} steps, rate {result.rate:g}, "
+            f"  block fit {result.before:.3%} -> {result.after:.3%} ({count(result.steps, 'step')}, rate {result.rate:g}, "
             f"{result.nbytes / 2**20:,.0f} MiB)"
         )
 
@@ -162,7 +164,7 @@ def _table(record: RunRecord) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     if record.dense and record.pruned:
-        protocol = f"{escape(record.pruned.text)}, {record.pruned.windows} windows x {record.pruned.length} tokens"
+        protocol = f"{escape(record.pruned.text)}, {count(record.pruned.windows, 'window')} x {record.pruned.length} tokens"
         table.add_row(f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{record.pruned.value:.3f}")
         table.add_row("loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}")
     for what, before in record.structure.get("before", {}).items():
@@ -170,7 +172,7 @@ def _table(record: RunRecord) -> Table:
     if record.sites:
         asked = str(record.arguments["sparsity"])
         share = record.zeros() / record.weights()
-        table.add_row(f"zeros in {len(record.sites)} pruned matrices (asked: {asked})", "", f"{share:.2%}")
+        table.add_row(f"zeros in {count(len(record.sites), 'pruned matrix')} (asked: {asked})", "", f"{share:.2%}")
         table.add_row("nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}")
         mean = sum(site.error for site in record.sites) / len(record.sites)
         table.add_row("output error of a matrix, mean", "", f"{mean:.2%}")
@@ -196,7 +198,7 @@ def _next_steps(output: Path, *, own: bool) -> str:
 
 
 def _shared(processes: int) -> str:
-    return f", {processes} processes" if processes > 1 else ""
+    return f", {count(processes, 'process')}" if processes > 1 else ""
 
 
 def _removals(gone: Sequence[Removal]) -> str:

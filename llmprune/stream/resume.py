@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from llmprune.errors import InputError, MachineError, reason
 from llmprune.models.checkpoint import read_json
 from llmprune.stream.publish import fsync, sha256
+from llmprune.words import count
 
 MANIFEST = "llmprune.partial.json"
 _AGAIN = "pass --restart to begin anew"
@@ -106,7 +107,7 @@ def continued(
             raise MachineError(f"cannot write the weights beside {output}: {reason(error)}") from None
         finally:
             if partial.exists() and manifest.blocks:
-                tell(f"{len(manifest.blocks)} blocks are finished: the same command goes on from there")
+                tell(f"finished: {count(len(manifest.blocks), 'block')}; the same command goes on from there")
             else:
                 shutil.rmtree(partial, ignore_errors=True)
         (target / MANIFEST).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site
+from llmprune.words import count
 
 Kind = Literal["neurons", "heads"]
 
@@ -55,7 +56,7 @@ class Heads:
     width: int
 
     def __str__(self) -> str:
-        return f"{self.query} heads, {self.value} of keys and values, {self.width} wide"
+        return f"{count(self.query, 'head')}, {self.value} of keys and values, {self.width} wide"
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Heads:
