@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site
+from llmprune.notation import Allowance
 from llmprune.scouting import Scouted
 from llmprune.sizing import Builder, Watched, footprint, multiple, widths
 from llmprune.structured.allocate import Layer, Part, Shape, spread
 from llmprune.structured.groups import Heads, heads, neurons
-from llmprune.structured.plan import parameters_left
 from llmprune.structured.shrink import Sizes
 from llmprune.words import count
 
@@ -53,7 +53,7 @@ class Budget:
     def __init__(self, builder: Builder, config: PruneConfig, note: Callable[[str], None]) -> None:
         self._builder, self._config, self._note = builder, config, note
         self._whole = footprint(builder.skeleton.model, builder.blocks)["parameters"]
-        self._most = parameters_left(config.target_params or "", self._whole)
+        self._most = Allowance.parse(config.target_params or "").of(self._whole)
         self._layers = [sum(parameter.numel() for parameter in block.module.parameters()) for block in builder.blocks]
         self.trial = (list(range(len(self._layers))), [Sizes(None, None, None, False)] * len(self._layers))
         self.ways: Sequence[Sizes] = ()

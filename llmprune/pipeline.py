@@ -16,12 +16,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune import hub
+from llmprune.asked import check_folders, check_names
 from llmprune.config import DTYPES, PruneConfig
 from llmprune.data import Given
 from llmprune.errors import InputError, plain_errors, unknown
 from llmprune.hardware import map_large_allocations, pick_device, pick_dtype
-from llmprune.models.checkpoint import Checkpoint, read_json
+from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
+from llmprune.models.files import read_json
 from llmprune.models.names import Names, locate, match_names
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
 from llmprune.models.sites import Block, part_text, read_part
@@ -105,6 +107,9 @@ def prune(
         "calibration": str(calibration) if given is None else "given tokens",
     }
     config = PruneConfig.create({**options, **named})
+    check_names(config)
+    if not isinstance(model, PreTrainedModel):
+        check_folders(config)
     with torch.no_grad(), plain_errors():
         with joined() as ranks:
             job = Job(config, given, progress or Progress(), ranks)

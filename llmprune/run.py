@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune import solvers
+from llmprune.asked import output_folder
 from llmprune.clock import Clock
 from llmprune.config import PruneConfig
 from llmprune.data import Given, Windows
-from llmprune.errors import InputError, user_path
+from llmprune.errors import InputError
 from llmprune.evaluate.perplexity import streamed_perplexity
 from llmprune.models.experts import observable
 from llmprune.models.names import Names
@@ -70,14 +71,8 @@ class Job:
         return ", then ".join(steps + ([str(self.recipe)] if self.pattern else []))
 
     def output(self, model: str) -> Path | None:
-        """The folder to write; `auto` names it after the model, what is removed, the pattern and the method."""
-        if self.config.output != "auto":
-            return None if self.config.output is None else user_path(self.config.output, "output")
-        asked = {what: getattr(self.config, what) for what in ("heads", "neurons", "layers")}
-        parts = [f"{what}{amount}" for what, amount in asked.items() if amount]
-        parts += [f"to{self.config.target_params}"] if self.config.target_params else []
-        parts += [str(self.pattern), self.recipe.name] if self.pattern else []
-        return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
+        """See `output_folder`."""
+        return output_folder(self.config, model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site
 from llmprune.models.skeleton import Skeleton
+from llmprune.notation import Amount
 from llmprune.preflight import active
 from llmprune.scouting import Scouted, Watched
 from llmprune.structured.allocate import Curve, Part, allocate
 from llmprune.structured.groups import Heads, neurons
 from llmprune.structured.plan import (
-    Amount,
     kept_layers,
     kept_neurons,
     smaller_config,

@@ -14,9 +14,10 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 # who may import whom, from the ground up; `errors`, `words` and `__init__` may be imported by all
 ALLOWED = {
-    "patterns": set(),
+    "notation": set(),
+    "patterns": {"notation"},
     "linalg": set(),
-    "config": set(),
+    "config": {"notation"},
     "hardware": set(),
     "demo": set(),
     "ranks": set(),
@@ -33,6 +34,7 @@ ALLOWED = {
     "plan": {"models", "patterns"},
     "report": {"config", "evaluate", "models", "patterns", "report", "sparse", "stream"},
     "recipes": {"config"},
+    "asked": {"config", "models", "recipes", "solvers", "stream", "structured"},
     "reconstruct": {"models", "ranks", "report", "stream"},
     "solving": {"clock", "linalg", "models", "patterns", "ranks", "recipes", "report", "solvers", "stats"},
     "pruner": {
@@ -53,7 +55,19 @@ ALLOWED = {
     "scouting": None,
     "sizing": None,
     "budget": None,
-    "structured": {"clock", "data", "linalg", "models", "ranks", "report", "solving", "stats", "stream", "structured"},
+    "structured": {
+        "clock",
+        "data",
+        "linalg",
+        "models",
+        "notation",
+        "ranks",
+        "report",
+        "solving",
+        "stats",
+        "stream",
+        "structured",
+    },
     "preflight": {"hardware", "models", "recipes", "reconstruct", "solvers", "stats", "stream", "texts"},
     "run": None,
     "shrinking": None,
@@ -64,7 +78,7 @@ ALLOWED = {
     "comparison": None,
     "commands": None,
     "terminal": set(),
-    "cli": {"commands", "terminal", "config", "recipes", "solvers", "structured", "pipeline", "report"},
+    "cli": {"asked", "commands", "terminal", "config", "recipes", "solvers", "structured", "pipeline", "report"},
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmprune.config import PruneConfig, as_flags
 from llmprune.evaluate.perplexity import excess_loss
-from llmprune.models.checkpoint import PACKED
+from llmprune.models.files import PACKED
 from llmprune.report.masks import masks
 from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord
 from llmprune.report.saved import Bench, Saved

@@ -12,10 +12,10 @@ from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, 
 
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError, user_path
-from llmprune.models.checkpoint import INDEX, PACKED, SINGLE, read_json
+from llmprune.models.files import INDEX, PACKED, SINGLE, read_json
 from llmprune.patterns import parse
-from llmprune.report.record import SCHEMA, RunRecord
-from llmprune.stream.publish import RECORD
+from llmprune.report.record import RunRecord
+from llmprune.stream.publish import RECORD, SCHEMA
 from llmprune.words import count
 
 _BLOCKS, _LARGEST = 10_000, 1e300
