@@ -260,8 +260,8 @@ def _text(name: str, value: str) -> str:
         return Allowance.parse(value).text
     if name in _AMOUNTS:
         return Amount.parse(name, value).text
-    if not value.strip():
-        raise InputError(f"{name} is empty: give it a value{'' if name == 'model' else ', or leave it out'}")
+    if not value.strip() and name != "model":  # which a record may call anything
+        raise InputError(f"{name} is empty: give it a value, or leave it out")
     return value
 
 

@@ -70,7 +70,7 @@ def test_amounts_have_no_blanks_around_them() -> None:
     assert create(target_params=" 6b ").target_params == "6b"
 
 
-@pytest.mark.parametrize("name", ["model", "method", "quality", "score", "target", "calibration", "device", "push_to_hub"])
+@pytest.mark.parametrize("name", ["method", "quality", "score", "target", "calibration", "device", "push_to_hub"])
 def test_an_empty_text_is_said_to_be_empty(name: str) -> None:
     with pytest.raises(InputError, match=f"^{name} is empty: give it a value"):
         create(**WEIGHTS | {name: " "})
