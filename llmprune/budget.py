@@ -175,11 +175,12 @@ class Budget:
             stay = [number for number in range(len(layers)) if number not in shape.dropped]
             sizes = self._sizes(shape)
             try:
-                self._builder.target(stay, sizes)
+                target = self._builder.target(stay, sizes)
             except InputError as error:
                 problem = error
                 continue
-            self._note(self._told(stay, sizes))
+            left = footprint(target.model, target.describe())["parameters"]
+            self._note(f"{self._told(stay, sizes)}: {left:,} of {self._whole:,} parameters ({left / self._whole:.1%})")
             return stay, sizes
         raise problem
 

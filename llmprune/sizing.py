@@ -19,6 +19,8 @@ from llmprune.scouting import Scouted, Watched
 from llmprune.structured.allocate import Curve, Part, allocate
 from llmprune.structured.groups import Heads, neurons
 from llmprune.structured.plan import (
+    departs,
+    departure,
     kept_layers,
     kept_neurons,
     smaller_config,
@@ -107,8 +109,7 @@ class Amounts:
             self._layers = kept_layers(Amount.parse("layers", config.layers), self._layers)
         self._width: tuple[int, int] | None = None
         if config.neurons is not None:
-            whole = widths(blocks)
-            self._width = whole, kept_neurons(Amount.parse("neurons", config.neurons), whole, multiple(config, whole))
+            self._width = self._neurons(Amount.parse("neurons", config.neurons), note)
         self._layout = Heads.of(builder.skeleton.model.config) if config.heads is not None else None
         self._kept: dict[bool, int] = {}
         if config.heads is not None and self._layout:
@@ -133,6 +134,16 @@ class Amounts:
             parts.append(f"{self._layers} of {count(len(self._builder.blocks), 'layer')}")
         return "keep " + ", ".join(parts)
 
+    def _neurons(self, amount: Amount, note: Callable[[str], None]) -> tuple[int, int]:
+        """How many there are, and how many stay."""
+        whole = widths(self._builder.blocks)
+        step = multiple(self._config, whole)
+        kept = kept_neurons(amount, whole, step)
+        if departs(amount, whole, whole - kept):
+            why = f"those that stay are a multiple of {step}, which --round-to can change"
+            note(departure("neurons", amount, whole, whole - kept, [why]))
+        return whole, kept
+
     def _sizes(self, whole: bool) -> Sizes:
         return Sizes(self._width[1] if self._width else None, self._kept.get(whole), self._layout, whole)
 
@@ -148,8 +159,10 @@ class Amounts:
             except InputError as error:
                 problem = problem if str(problem) else error
                 continue
-            if str(problem):
-                note(f"{ways[0][0]} heads would not load ({problem}); {kept} stay")
+            reasons = [_together(layout)] if departs(amount, layout.query, layout.query - ways[0][0]) else []
+            reasons += [f"{count(ways[0][0], 'head')} would not load ({problem})"] if str(problem) else []
+            if reasons:
+                note(departure("heads", amount, layout.query, layout.query - kept, reasons))
             return found
         raise problem
 
@@ -193,6 +206,14 @@ class Amounts:
                 replace(own, heads=self._layout.query - heads_a_step * less) for own, less in zip(sizes, gone, strict=True)
             ]
         return sizes
+
+
+def _together(layout: Heads) -> str:
+    """Why not any number of heads can go."""
+    return (
+        f"{layout.query // layout.value} heads share keys and values, in each of {count(layout.value, 'group')}; "
+        "whole groups go, or as many heads of each"
+    )
 
 
 def widths(blocks: Sequence[Block]) -> int:

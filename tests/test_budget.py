@@ -192,7 +192,9 @@ def test_a_budget_is_kept_by_removing_what_nothing_reads(family: str, per_layer:
     assert record.structure["after"]["parameters"] <= budget
     assert record.structure["removed_layers"] == []
     assert close(model, llmprune.load(tmp_path / "out", device="cpu"))
-    assert any(note.startswith("within the budget stay 3 of 3 layers") for note in notes.notes)
+    (told,) = [note for note in notes.notes if note.startswith("within the budget stay 3 of 3 layers")]
+    left = record.structure["after"]["parameters"]
+    assert told.endswith(f": {left:,} of {whole:,} parameters ({left / whole:.1%})")
     if not per_layer:
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() <= budget
 

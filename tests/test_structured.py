@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model, tokens
+from rich.console import Console as RichConsole
 from test_families import EXPERTS
 from test_resume import weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -25,7 +26,7 @@ from llmprune.models.experts import observable
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.notation import Amount
 from llmprune.ranks import Ranks
-from llmprune.report.console import Progress
+from llmprune.report.console import Console, Progress
 from llmprune.run import Job
 from llmprune.shrinking import Shrinking
 from llmprune.stream.activations import Activations
@@ -357,7 +358,48 @@ def test_the_nearest_number_of_heads_that_loads(saved, tmp_path: Path) -> None:
     source = saved(model_of("gemma2", **ALONE))
     llmprune.prune(source, output=tmp_path / "out", heads="1", progress=notes, **PLAIN)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_attention_heads == 2
-    assert any(note.startswith("3 heads would not load") and note.endswith("2 stay") for note in notes.notes)
+    (told,) = notes.notes
+    assert told.startswith("heads 1 asks to remove 1 of 4 heads a layer, but 2 go: 3 heads would not load (")
+
+
+SHARED = "2 heads share keys and values, in each of 2 groups; whole groups go, or as many heads of each"
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({"heads": "1"}, [f"heads 1 asks to remove 1 of 4 heads a layer, but 2 go: {SHARED}"]),
+    ({"heads": "25%"}, [f"heads 25% asks to remove 1 of 4 heads a layer, but 2 go: {SHARED}"]),
+    ({"heads": "3"}, [f"heads 3 asks to remove 3 of 4 heads a layer, but 2 go: {SHARED}"]),
+    ({"heads": "2"}, []),
+    ({"heads": "40%"}, []),
+    ({"neurons": "25%", "round_to": 32},
+     ["neurons 25% asks to remove 12 of 48 neurons a layer, but 16 go: "
+      "those that stay are a multiple of 32, which --round-to can change"]),
+    ({"neurons": "30%", "round_to": 2}, []),
+], ids=str)  # fmt: skip
+def test_what_is_not_as_asked_is_said(options: dict, told: list[str], saved, tmp_path: Path) -> None:
+    notes = Notes()
+    record = llmprune.prune(saved(model_of("llama")), output=tmp_path / "out", progress=notes, **PLAIN, **options).record
+    assert notes.notes == told
+    if told:
+        gone = {one.count - one.kept for one in record.removals}
+        assert told[0].split(", but ")[1].startswith(f"{gone.pop()} go: ")
+        assert not gone
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_heads_are_counted_as_those_of_queries(whole: bool, saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the header, in every block's line and in the record, whether whole groups go or some of each."""
+    model = model_of("llama")
+    for block in ModelSource(model).blocks():
+        o = heads(block, Heads.of(model.config), whole=whole).consumer.weight
+        o.view(o.shape[0], 4, 8)[:, [2, 3] if whole else [0, 3]] = 0
+    with Console(RichConsole(width=200)) as shown:
+        record = llmprune.prune(saved(model), output=tmp_path / "out", heads="2", progress=shown, **PLAIN).record
+    assert record.structure["whole_groups_of_heads"] is whole
+    assert {(one.count, one.kept) for one in record.removals} == {(4, 2)}
+    printed = capsys.readouterr().out
+    assert "keep 2 of 4 heads" in printed
+    assert printed.count("  2 of 4 heads, o_proj error") == 3
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class Removal:
     """What was removed from one block.
 
     Attributes:
-        kind: heads (or groups of them) or neurons.
+        kind: heads, counted as the model counts those of queries, or neurons.
         site: the matrix that reads them, fitted again.
         count: how many there were; `kept` stayed.
         error: relative squared error of what it puts out, on a sample of calibration tokens.

@@ -38,6 +38,7 @@ class Group:
         producers: each with the rows that belong to one of the `count` parts.
         count: heads, groups of heads with common keys and values, or neurons.
         bundles: consecutive parts fall into so many bundles, and each must keep the same number.
+        each: how many heads of the model, or neurons, a part is.
     """
 
     kind: Kind
@@ -45,6 +46,7 @@ class Group:
     producers: Sequence[Site]
     count: int
     bundles: int = 1
+    each: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def heads(block: Block, layout: Heads, *, whole: bool) -> Group:
             count * layout.width for count in (layout.query, layout.value, layout.value, layout.query)
         ):
             if whole:
-                return Group("heads", out, (q, k, v), layout.value)
+                return Group("heads", out, (q, k, v), layout.value, each=layout.query // layout.value)
             return Group("heads", out, (q,), layout.query, layout.value)
     raise InputError(f"the heads of {block.name} cannot be removed: looked for separate q, k, v and o of {layout}")
 

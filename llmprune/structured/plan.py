@@ -33,6 +33,17 @@ def kept_neurons(amount: Amount, count: int, multiple: int) -> int:
     return kept
 
 
+def departure(what: str, amount: Amount, count: int, gone: int, reasons: Sequence[str]) -> str:
+    """In words, that of `count` heads or neurons others are removed than were asked for, and why."""
+    asked = f"{amount.of(count):,.1f}".removesuffix(".0")
+    return f"{what} {amount.text} asks to remove {asked} of {count:,} {what} a layer, but {gone:,} go: {'; '.join(reasons)}"
+
+
+def departs(amount: Amount, count: int, gone: int) -> bool:
+    """Whether `gone` of `count` is something else than what was asked for, by more than a fraction of one."""
+    return abs(gone - amount.of(count)) >= 1
+
+
 def ways_to_keep_heads(amount: Amount, layout: Heads) -> list[tuple[int, bool]]:
     """How many query heads may stay, nearest to what is asked for first, and whether whole groups go, with their keys and
     values, or as many heads of each group.
