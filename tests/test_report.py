@@ -158,7 +158,7 @@ def test_structure_is_shown_by_layer(folders: dict[str, Path]) -> None:
     assert run["kept"]["texts"] == [[f"{gone['kept']} of {gone['count']}" for gone in record["removals"]]]
     sizes = {row[0]["text"]: (row[1]["value"], row[2]["value"]) for row in run["sizes"]["rows"]}
     before, after = record["structure"]["before"], record["structure"]["after"]
-    assert sizes["macs a token"] == (before["macs_a_token"], after["macs_a_token"])
+    assert sizes["multiplications a token"] == (before["macs_a_token"], after["macs_a_token"])
     assert run["facts"]["zeros"] == {"value": None, "text": "none"}
     assert run["masks"] == []
 

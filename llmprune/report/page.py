@@ -12,7 +12,7 @@ from llmprune.config import PruneConfig, as_flags
 from llmprune.evaluate.perplexity import excess_loss
 from llmprune.models.files import PACKED
 from llmprune.report.masks import masks
-from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord
+from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord, size_name
 from llmprune.report.saved import Bench, Saved
 from llmprune.sparse.files import PackedFolder
 from llmprune.words import count
@@ -159,7 +159,7 @@ def _phase_memory(record: RunRecord) -> dict[str, Any]:
 def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
     size, structure = record.size, record.structure
     rows: list[tuple[str, int, int, Callable[[Any], str]]] = [
-        (what.replace("_", " "), before, structure["after"][what], "{:,}".format)
+        (size_name(what), before, structure["after"][what], "{:,}".format)
         for what, before in structure.get("before", {}).items()
     ]
     if record.sites:

@@ -12,6 +12,8 @@ from typing import Any
 from llmprune.evaluate.perplexity import Perplexity
 from llmprune.stream.publish import SCHEMA
 
+COMPUTED = "computed from tensor sizes"  # the heading of what is not measured
+_SIZES = {"macs_a_token": "multiplications a token", "kv_bytes_a_token": "bytes of keys and values a token"}
 _PRUNING = ("forward", "statistics", "solve", "reconstruct", "write")
 _PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
 
@@ -86,7 +88,7 @@ class Removal:
 
 @dataclass(slots=True)
 class RunRecord:
-    """A whole run. Sizes, seconds and perplexities are measured in it; `None` stands for what was not.
+    """A whole run. Seconds, memory and perplexities are measured in it, sizes computed; `None` stands for what was not.
 
     `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after. `recipe` is
     what the arguments came to: method, refit, target, reconstruction. `structure` says what was removed and what that made
@@ -140,6 +142,11 @@ class RunRecord:
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
+
+
+def size_name(what: str) -> str:
+    """What a size of the record's `structure` is called where people read it."""
+    return _SIZES.get(what, what.replace("_", " "))
 
 
 def versions() -> dict[str, str]:
