@@ -25,6 +25,7 @@ from llmprune.kernels.timing import copies, graphed
 from llmprune.pipeline import load
 from llmprune.report.record import versions
 from llmprune.sparse.layer import Sparse24Linear, nbytes, sparse_layers
+from llmprune.words import count
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 BATCHES = (1, 8, 32)
@@ -128,7 +129,7 @@ def bench(
     name = (
         torch.cuda.get_device_name(where)
         if where.type == "cuda"
-        else f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
+        else f"CPU, {platform.machine()}, {count(torch.get_num_threads(), 'thread')}"
     )
     kind = str(packed.dtype).removeprefix("torch.")
     return Bench(name, kind, memory, sizes, found, whole, advice(where, found, whole, sizes))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site
+from llmprune.notation import Allowance
 from llmprune.scouting import Scouted
 from llmprune.sizing import Builder, Watched, footprint, multiple, widths
 from llmprune.structured.allocate import Layer, Part, Shape, spread
 from llmprune.structured.groups import Heads, heads, neurons
-from llmprune.structured.plan import parameters_left
 from llmprune.structured.shrink import Sizes
+from llmprune.words import count
 
 _FEWEST = 8  # one in so many neurons stays at least
 _TRIED = 16  # so many shapes are built, the best first, before the budget is given up
@@ -52,7 +53,7 @@ class Budget:
     def __init__(self, builder: Builder, config: PruneConfig, note: Callable[[str], None]) -> None:
         self._builder, self._config, self._note = builder, config, note
         self._whole = footprint(builder.skeleton.model, builder.blocks)["parameters"]
-        self._most = parameters_left(config.target_params or "", self._whole)
+        self._most = Allowance.parse(config.target_params or "").of(self._whole)
         self._layers = [sum(parameter.numel() for parameter in block.module.parameters()) for block in builder.blocks]
         self.trial = (list(range(len(self._layers))), [Sizes(None, None, None, False)] * len(self._layers))
         self.ways: Sequence[Sizes] = ()
@@ -174,11 +175,12 @@ class Budget:
             stay = [number for number in range(len(layers)) if number not in shape.dropped]
             sizes = self._sizes(shape)
             try:
-                self._builder.target(stay, sizes)
+                target = self._builder.target(stay, sizes)
             except InputError as error:
                 problem = error
                 continue
-            self._note(self._told(stay, sizes))
+            left = footprint(target.model, target.describe())["parameters"]
+            self._note(f"{self._told(stay, sizes)}: {left:,} of {self._whole:,} parameters ({left / self._whole:.1%})")
             return stay, sizes
         raise problem
 
@@ -196,11 +198,11 @@ class Budget:
         return found
 
     def _told(self, layers: list[int], sizes: list[Sizes]) -> str:
-        parts = [f"{len(layers)} of {len(self._layers)} layers"]
+        parts = [f"{len(layers)} of {count(len(self._layers), 'layer')}"]
         if self._layout and sizes[0].heads:
-            parts.append(f"{_range([own.heads for own in sizes])} of {self._layout.query} heads")
+            parts.append(f"{_range([own.heads for own in sizes])} of {count(self._layout.query, 'head')}")
         if sizes[0].neurons:
-            parts.append(f"{_range([own.neurons for own in sizes])} of {self._kinds['neurons'].count} neurons")
+            parts.append(f"{_range([own.neurons for own in sizes])} of {count(self._kinds['neurons'].count, 'neuron')}")
         return "within the budget stay " + ", ".join(parts)
 
 

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import io
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llmprune import __version__, commands, solvers
@@ -98,18 +100,39 @@ def _prune(arguments: list[str]) -> int:
     if path is not None:
         options = _under(options, _checked(read_yaml(user_path(path, "config")), path))
     config = PruneConfig.create({"output": "auto"} | options)
-
     terminal.settle_libraries()
+    from llmprune.asked import check_folders, check_names, finished
+
+    check_names(config)
+    if (done := finished(config)) is not None:
+        return _finished(*done, config.push_to_hub, terminal)
+    check_folders(config)
+    first = _is_first()
+    if first:
+        terminal.say(f"llmprune {__version__}: loading torch and transformers ...")
     from llmprune import pipeline
     from llmprune.report.console import Console, Progress
 
-    first = _is_first()
     shown = Console(terminal.console, each_site=terminal.verbose) if first and not terminal.quiet else nullcontext(Progress())
     with shown as progress:
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         result = pipeline.prune(values.pop("model"), progress=progress, **values)
     if first:
         terminal.write({"output": result.output, **result.record.as_dict()})
+    return 0
+
+
+def _finished(output: Path, record: dict[str, Any], push_to_hub: str | None, terminal: Terminal) -> int:
+    """Say that there is nothing to do; push what is there, where that is asked for."""
+    if not _is_first():
+        return 0
+    check = shlex.join(["llmprune", "verify", str(output)])
+    terminal.say(
+        f"{output} is complete: an earlier run of this command wrote it; `{check}` checks it, --overwrite makes it anew"
+    )
+    if push_to_hub is not None:
+        commands.load("push").run({"folder": str(output), "repo_id": push_to_hub}, terminal)
+    terminal.write({"output": output, **record})
     return 0
 
 
@@ -122,8 +145,9 @@ def _under(flags: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """A file's options, checked on their own so that an error names the file."""
-    PruneConfig.create({"model": "-", "sparsity": "0.5", **values}, where=path)
+    """A file's options, checked on their own so that an error names the file, as if flags said what else they need."""
+    amounts = {} if "target_params" in values else {"neurons": "1", "layers": "1"}
+    PruneConfig.create({"model": "-", "output": "-", "sparsity": "0.5", **amounts, **values}, where=path)
     return values
 
 

@@ -11,10 +11,16 @@ from typing import Any
 import yaml
 
 from llmprune.errors import InputError, reason, unknown
+from llmprune.notation import Allowance, Amount, read_sparsity, sparsity_text
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLACES = ("memory", "disk")
 LAYER_SCORES = ("influence", "loss")
+_AMOUNTS = {
+    "sparsity": "0.5, 50% or N:M",
+    **dict.fromkeys(("heads", "neurons", "layers"), "a share such as 25% or a count"),
+    "target_params": "a share such as 75% or a number such as 6.5B",
+}
 
 
 def _option(help: str, default: Any = dataclasses.MISSING, *, metavar: str | None = None) -> Any:
@@ -128,19 +134,24 @@ class PruneConfig:
             raise InputError(
                 f"target_params and {amounts[0]} cannot be combined: a budget decides about heads, neurons and layers"
             )
-        chosen = self.heads is not None or self.neurons is not None or budget
-        weights = ("method", "quality", "reconstruct", "only", "skip")
-        shapes = {"score": "second_order", "round_to": None, "per_layer": False}
-        idle = {
-            "to prune weights, with --sparsity": [name for name in weights if getattr(self, name) and not self.sparsity],
-            "to remove --heads or --neurons": [
-                n for n, default in shapes.items() if not chosen and getattr(self, n) != default
-            ],
-            "to remove --layers": ["layer_score"] if self.layers is None and self.layer_score != LAYER_SCORES[0] else [],
-        }
-        for purpose, names in idle.items():
-            if names:
-                raise InputError(f"{names[0]} has no effect here: it is there {purpose}")
+        weights, chosen = self.sparsity is not None, self.heads is not None or self.neurons is not None or budget
+        uses = {
+            "to prune weights, with --sparsity": (
+                weights, ("method", "quality", "reconstruct", "true_sequential", "only", "skip")
+            ),
+            "to remove --heads or --neurons, or with --target-params": (chosen, ("score", "per_layer")),
+            "to remove --neurons, or with --target-params": (self.neurons is not None or budget, ("round_to",)),
+            "to remove --layers": (self.layers is not None, ("layer_score",)),
+            "to fit what is left, with --sparsity, --heads, --neurons or --target-params": (weights or chosen, ("refit",)),
+            "to fit what is left, with --sparsity, or without --no-refit": (
+                weights or (chosen and self.refit is not False), ("target",)
+            ),
+            "to write a folder, with output": (self.output is not None, ("overwrite", "restart")),
+        }  # fmt: skip
+        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        for purpose, (there, names) in uses.items():
+            if idle := [name for name in names if name in given and not there]:
+                raise InputError(f"{idle[0]} has no effect here: it is there {purpose}")
 
     @property
     def structured(self) -> bool:
@@ -219,14 +230,8 @@ class _NoDuplicates(yaml.SafeLoader):
 def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
     """`value` as the field's type; annotations are strings here."""
     at = f"{where}: " if where else ""
-    if name == "sparsity" and value is not None:
-        return _sparsity(value, at)
-    if (
-        name in ("heads", "neurons", "layers", "target_params")
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-    ):
-        return str(value)
+    if name in _AMOUNTS and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = _number(name, value, at)
     if kind.startswith("bool") and isinstance(value, bool):
         return value
     if kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool):
@@ -238,16 +243,31 @@ def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
             return tuple(items)
     if kind.startswith("str") and isinstance(value, (str, Path)):
-        return str(value)
-    text = "text" if kind.startswith("str") else "a list of text"
+        try:
+            return _text(name, str(value))
+        except InputError as error:
+            raise InputError(f"{at}{error}") from None
+    text = _AMOUNTS.get(name, "text" if kind.startswith("str") else "a list of text")
     wanted = {"bool": "true or false", "int": "a whole number"}.get(kind.split(" ")[0], text)
     raise InputError(f"{at}{name} must be {wanted}, not {value!r}")
 
 
-def _sparsity(value: Any, at: str) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and at and value >= 60:
+def _text(name: str, value: str) -> str:
+    """A text, checked as far as it can be by itself, and without blanks around it where it says how much."""
+    if name == "sparsity":
+        return sparsity_text(read_sparsity(value))
+    if name == "target_params":
+        return Allowance.parse(value).text
+    if name in _AMOUNTS:
+        return Amount.parse(name, value).text
+    if not value.strip() and name != "model":  # which a record may call anything
+        raise InputError(f"{name} is empty: give it a value, or leave it out")
+    return value
+
+
+def _number(name: str, value: float, at: str) -> str:
+    """A number where text is meant."""
+    if name == "sparsity" and isinstance(value, int) and at and value >= 60:
         hours, rest = divmod(value, 60)
         raise InputError(f'{at}YAML reads an unquoted N:M as the number {value}: quote it, sparsity: "{hours}:{rest}"')
-    if isinstance(value, bool) or value is None:
-        raise InputError(f"{at}sparsity must be 0.5, 50% or N:M, not {value!r}")
     return str(value)

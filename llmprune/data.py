@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmprune.demo import text as pydoc
 from llmprune.errors import InputError, MachineError, reason, unknown, user_path
+from llmprune.words import count
 
 Given: TypeAlias = Tensor | Mapping[str, Any] | Sequence[Any]  # calibration samples that the caller tokenised
 Use = Literal["calibration", "evaluation"]
@@ -122,7 +123,7 @@ class Windows:
         """
         if len(self.ids) < size:
             raise InputError(
-                f"{size} processes cannot share the {len(self.ids)} windows of text {self.text}: "
+                f"{count(size, 'process')} cannot share {count(len(self.ids), 'window')} of text {self.text}: "
                 "start fewer, or ask for more --samples or a shorter --seqlen"
             )
         return Windows(self.ids[rank::size], self.text, None if self.mask is None else self.mask[rank::size])
@@ -156,17 +157,17 @@ def calibration_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, sample
     rng = random.Random(seed)
     order = rng.sample(range(len(documents)), len(documents))
     ids = _tokenize((documents[i] for i in order), tokenizer, enough=_ENOUGH * samples * seqlen)
-    count = len(ids) // seqlen
-    if not count:
+    there = len(ids) // seqlen
+    if not there:
         raise _too_short(text, ids, seqlen)
-    if count < samples:
+    if there < samples:
         raise InputError(
-            f"text {text} gives {count} windows of {seqlen} tokens, fewer than the {samples} asked for; "
-            f"pass --samples {count} or a shorter --seqlen"
+            f"text {text} gives {count(there, 'window')} of {seqlen} tokens, fewer than the {samples} asked for; "
+            f"pass --samples {there} or a shorter --seqlen"
         )
-    offset = rng.randrange(len(ids) - count * seqlen + 1)
-    windows = ids[offset : offset + count * seqlen].view(count, seqlen)
-    return Windows(windows[rng.sample(range(count), samples)], text)
+    offset = rng.randrange(len(ids) - there * seqlen + 1)
+    windows = ids[offset : offset + there * seqlen].view(there, seqlen)
+    return Windows(windows[rng.sample(range(there), samples)], text)
 
 
 def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int) -> Windows:
@@ -178,10 +179,10 @@ def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen:
     protocol = _HUB[text].evaluated if text in _HUB else _Evaluated()
     joined = protocol.joined.join(load_documents(text, "evaluation")[: protocol.documents])
     ids = torch.tensor(tokenizer(joined, verbose=False)["input_ids"], dtype=torch.long)
-    count = min(len(ids) // seqlen, protocol.windows or len(ids))
-    if not count:
+    windows = min(len(ids) // seqlen, protocol.windows or len(ids))
+    if not windows:
         raise _too_short(text, ids, seqlen)
-    return Windows(ids[: count * seqlen].view(count, seqlen), text)
+    return Windows(ids[: windows * seqlen].view(windows, seqlen), text)
 
 
 def given_windows(samples: Given) -> Windows:
@@ -219,7 +220,7 @@ def _grid(tokens: Any) -> Tensor:
 
 
 def _too_short(text: str, ids: Tensor, seqlen: int) -> InputError:
-    return InputError(f"text {text} has {len(ids)} tokens, fewer than one window of {seqlen}; pass a shorter --seqlen")
+    return InputError(f"text {text} has {count(len(ids), 'token')}, fewer than one window of {seqlen}; pass a shorter --seqlen")
 
 
 def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, enough: int) -> Tensor:

@@ -28,6 +28,7 @@ from llmprune.models.skeleton import load_config, load_tokenizer
 from llmprune.pipeline import load
 from llmprune.report.record import versions
 from llmprune.stream.publish import RECORD
+from llmprune.words import count
 
 _HARNESS = "lm-eval "  # what names of its scores begin with
 
@@ -163,14 +164,15 @@ def _load(name: str, device: str, dtype: str) -> PreTrainedModel:
 
 def _perplexity(model: PreTrainedModel, windows: Windows) -> Score:
     found = perplexity(model, windows)
-    return Score(f"{PERPLEXITY_OF}{windows.text}", f"{found.windows} windows x {found.length} tokens", found.value, None, False)
+    protocol = f"{count(found.windows, 'window')} x {found.length} tokens"
+    return Score(f"{PERPLEXITY_OF}{windows.text}", protocol, found.value, None, False)
 
 
 def _named(score: TaskScore) -> Score:
     examples = f", {score.fewshot}-shot" if score.fewshot else ""
     return Score(
         f"{_HARNESS}{score.task} {score.metric}",
-        f"{score.size} documents{examples}",
+        f"{count(score.size, 'document')}{examples}",
         score.value,
         score.error,
         score.higher_is_better,

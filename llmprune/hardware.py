@@ -65,14 +65,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def size(nbytes: int) -> str:
-    """As people read it."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:,.1f} {name}"
-    return f"{nbytes / 2**10:,.0f} KiB"
-
-
 def map_large_allocations() -> None:
     """Have glibc take large allocations from the system one by one and give each back when it is freed.
 

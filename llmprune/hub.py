@@ -34,6 +34,7 @@ from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.report.public import public
 from llmprune.sparse.files import open_checkpoint
 from llmprune.stream.publish import RECORD, as_json, sha256
+from llmprune.words import count
 
 T = TypeVar("T")
 _MAIN = "main"
@@ -133,7 +134,7 @@ def _sent(
     """Upload the files and commit them on top of `state`; returns the URL."""
     api, repo_id = HfApi(), state.id
     additions = [CommitOperationAdd(name, _content(folder, name)) for name in sorted(sums)]
-    tell(f"uploading {len(additions)} files, {sum(one.upload_info.size for one in additions):,} bytes, to {repo_id}")
+    tell(f"uploading {count(len(additions), 'file')}, {sum(one.upload_info.size for one in additions):,} bytes, to {repo_id}")
     try:
         api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
     except (HTTPError, OSError, RuntimeError, ValueError):

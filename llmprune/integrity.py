@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.errors import InputError, plain_errors, reason, user_path
-from llmprune.models.checkpoint import PACKED, Checkpoint, read_json
+from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.files import PACKED, read_json
 from llmprune.models.sites import read_part
 from llmprune.patterns import Pattern, parse
-from llmprune.report.record import SCHEMA
 from llmprune.sparse.files import PackedFolder
-from llmprune.stream.publish import RECORD, sha256
+from llmprune.stream.publish import RECORD, SCHEMA, sha256
 from llmprune.stream.resume import MANIFEST
 
 _DOWNLOADED = (".gitattributes", ".git", ".cache")  # what a download from the Hub adds

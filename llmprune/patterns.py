@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError
+from llmprune.notation import check_fraction, check_ratio, read_sparsity, sparsity_text
+from llmprune.words import count
 
 
 class Pattern(Protocol):
@@ -68,16 +68,14 @@ class Unstructured:
     rowwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:  # also rejects nan
-            raise InputError(f"sparsity {self.sparsity:g} is impossible: give a fraction between 0 and 1, or e.g. 50%")
+        check_fraction(self.sparsity)
 
     def __str__(self) -> str:
-        percent = f"{100 * self.sparsity:g}%"
-        return percent if float(percent[:-1]) / 100 == self.sparsity else repr(self.sparsity)  # parses back exactly
+        return sparsity_text(self.sparsity)
 
     def misfit(self, rows: int, columns: int) -> str | None:
-        count = rows * columns
-        return None if 0 < round(self.sparsity * count) < count else f"it would drop none or all of its {count} weights"
+        size = rows * columns
+        return None if 0 < round(self.sparsity * size) < size else f"it would drop none or all of its {count(size, 'weight')}"
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
         if score.ndim > 2:
@@ -101,7 +99,7 @@ class Unstructured:
 
     def violation(self, weight: Tensor) -> str | None:
         zeros, needed = int((weight == 0).sum()), round(self.sparsity * weight.numel())
-        return None if zeros >= needed else f"{zeros} zeros of {weight.numel()} weights, {needed} needed"
+        return None if zeros >= needed else f"{count(zeros, 'zero')} of {count(weight.numel(), 'weight')}, {needed} needed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +111,17 @@ class NM:
     rowwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise InputError(f"sparsity {self}: N:M keeps N of every M weights, so 0 < N < M, as in 2:4")
+        check_ratio(self.n, self.m)
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return sparsity_text((self.n, self.m))
 
     @property
     def period(self) -> int:
         return self.m
 
     def misfit(self, rows: int, columns: int) -> str | None:
-        return f"its {columns} columns are not a multiple of {self.m}" if columns % self.m else None
+        return f"its width of {count(columns, 'column')} is not a multiple of {self.m}" if columns % self.m else None
 
     def keep(self, score: Tensor, *, start: int = 0) -> Tensor:
         groups = score.unflatten(-1, (-1, self.m))
@@ -155,7 +152,7 @@ class Stacked:
     rows: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.pattern} in {len(self.rows)} matrices"
+        return f"{self.pattern} in {count(len(self.rows), 'matrix')}"
 
     @property
     def period(self) -> int:
@@ -216,17 +213,8 @@ def parse(text: str | float | Pattern) -> Pattern:
     """
     if isinstance(text, (Unstructured, NM)):
         return text
-    source = str(text).strip()
-    if groups := re.fullmatch(r"(\d{1,6}):(\d{1,6})", source):
-        return NM(int(groups[1]), int(groups[2]))
-    percent = source.endswith("%")
-    try:
-        value = float(source.removesuffix("%"))
-    except ValueError:
-        raise InputError(f"sparsity {source!r} is not a pattern: give 0.5, 50% or N:M such as 2:4") from None
-    if not percent and 1 < value < 100 and math.isfinite(value):
-        raise InputError(f"sparsity {source} is impossible: a fraction lies between 0 and 1 (did you mean {source}%?)")
-    return Unstructured(value / 100 if percent else value)
+    found = read_sparsity(str(text))
+    return NM(*found) if isinstance(found, tuple) else Unstructured(found)
 
 
 def verify(weight: Tensor, pattern: Pattern) -> None:

@@ -13,12 +13,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune import hub
+from llmprune.asked import check_folders, check_names
 from llmprune.config import DTYPES, PruneConfig
 from llmprune.data import Given
 from llmprune.errors import InputError, plain_errors, unknown
 from llmprune.hardware import map_large_allocations, pick_device, pick_dtype
-from llmprune.models.checkpoint import Checkpoint, read_json
+from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
+from llmprune.models.files import read_json
 from llmprune.models.names import Names, locate, match_names
 from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
 from llmprune.models.sites import Block, part_text, read_part
@@ -50,6 +52,7 @@ from llmprune.stream.resume import MANIFEST, Manifest, continued, partial_folder
 from llmprune.stream.shards import NoSink, ShardWriter
 from llmprune.stream.source import CheckpointSource, ModelSource
 from llmprune.texts import Texts, choose_texts
+from llmprune.words import count
 
 _LARGE_TENSOR = 4 * 2**20  # bytes
 # the options of structure, for a run that has removed it
@@ -104,6 +107,9 @@ def prune(
         "calibration": str(calibration) if given is None else "given tokens",
     }
     config = PruneConfig.create({**options, **named})
+    check_names(config)
+    if not isinstance(model, PreTrainedModel):
+        check_folders(config)
     with torch.no_grad(), plain_errors():
         with joined() as ranks:
             job = Job(config, given, progress or Progress(), ranks)
@@ -417,7 +423,7 @@ def _on_disk(site: SiteRecord, names: Names) -> SiteRecord:
 
 
 def _pattern(job: Job, work: Work) -> str:
-    return f"{job.pattern} in {len(work.plan.patterns)} matrices, {len(work.plan.skipped)} left out"
+    return f"{job.pattern} in {count(len(work.plan.patterns), 'matrix')}, {len(work.plan.skipped)} left out"
 
 
 def _announce(
@@ -462,7 +468,7 @@ def _announce(
         shadowed = " (a folder here of that name is ./llama)" if Path(config.model).is_dir() else ""
         job.progress.note(f"llama is the bundled {size}; for a real model pass a Hub id such as {EXAMPLE}{shadowed}")
     if apart := [name for name, why in record.skipped.items() if why.endswith("of no linear layer")]:
-        job.progress.note(f"{len(apart)} weights of no linear layer (fused experts?) are left alone, such as {apart[0]}")
+        job.progress.note(f"left alone: {count(len(apart), 'weight')} of no linear layer (fused experts?), such as {apart[0]}")
     for note in (*texts.notes, *([predicted["short"]] if "short" in predicted else [])):
         job.progress.note(note)
     return record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from llmprune.errors import InputError
 from llmprune.models.discover import unreached
 from llmprune.models.sites import Block
 from llmprune.patterns import Pattern
+from llmprune.words import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,26 +30,43 @@ def make_plan(blocks: Sequence[Block], pattern: Pattern, *, only: Sequence[str],
     """
     sites = [site for block in blocks for site in block.sites]
     if not sites:
-        raise InputError(f"found no linear layers in the {len(blocks)} decoder blocks: looked for nn.Linear and Conv1D")
+        raise InputError(f"found no linear layers in {count(len(blocks), 'decoder block')}: looked for nn.Linear and Conv1D")
     for flag, globs in (("--only", only), ("--skip", skip)):
         for glob in globs:
             if not fnmatch.filter([site.name for site in sites], glob):
                 raise InputError(f"{flag} {glob!r} matches no site; sites are named like {sites[0].name}")
-    plan = Plan({}, {name: why for block in blocks for name, why in unreached(block).items()})
+    plan, misfits = Plan({}, {name: why for block in blocks for name, why in unreached(block).items()}), dict[str, str]()
     for site in sites:
         if only and not _matches(site.name, only):
             plan.skipped[site.name] = "not in --only"
         elif _matches(site.name, skip):
             plan.skipped[site.name] = "in --skip"
         elif misfit := pattern.misfit(*site.weight.shape):
-            raise InputError(
-                f"{site.name} cannot be {pattern}: {misfit}; leave it out with --skip '*.{site.name.rsplit('.', 1)[-1]}'"
-            )
+            misfits[site.name] = misfit
         else:
             plan.patterns[site.name] = pattern
+    if misfits:
+        raise _misfitting(misfits, plan, pattern)
     if not plan.patterns:
         raise InputError("--only and --skip leave nothing to prune")
     return plan
+
+
+def _misfitting(misfits: dict[str, str], plan: Plan, pattern: Pattern) -> InputError:
+    """Which sites cannot have the pattern, those of one last name together, and how to leave them out and no others."""
+    fitting = {_last(name) for name in plan.patterns}
+    kinds: dict[str, str] = {}
+    for name, why in misfits.items():
+        kinds.setdefault(name if _last(name) in fitting else f"*.{_last(name)}", why)
+    reasons = "; ".join(f"{glob.removeprefix('*.')}: {why}" for glob, why in kinds.items())
+    what = f"{count(len(kinds), 'kind')} of matrices cannot be {pattern} ({reasons})"
+    if not plan.patterns:
+        return InputError(f"{what}, and there are no others: choose another sparsity")
+    return InputError(f"{what}; leave them out with: {shlex.join(['--skip', *kinds])}")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

@@ -15,13 +15,14 @@ import torch
 from transformers import PretrainedConfig
 
 from llmprune import solvers
-from llmprune.hardware import operations_per_second, size
+from llmprune.hardware import operations_per_second
 from llmprune.models.experts import experts_per_token
 from llmprune.models.sites import Block, Site
 from llmprune.recipes import Recipe
 from llmprune.reconstruct import PASSES
 from llmprune.stats import SAMPLE_TOKENS, Gram
 from llmprune.texts import Texts
+from llmprune.words import size
 
 # memory, in tensors of the size that is named
 _SOLVER = 6  # a weight in float32: what the hungriest solver holds at once

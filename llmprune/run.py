@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune import solvers
+from llmprune.asked import output_folder
 from llmprune.clock import Clock
 from llmprune.config import PruneConfig
 from llmprune.data import Given, Windows
-from llmprune.errors import InputError, user_path
+from llmprune.errors import InputError
 from llmprune.evaluate.perplexity import streamed_perplexity
 from llmprune.models.experts import observable
 from llmprune.models.names import Names
@@ -35,6 +36,7 @@ from llmprune.stream.resume import Manifest
 from llmprune.stream.shards import ShardWriter
 from llmprune.structured import scores
 from llmprune.texts import Texts
+from llmprune.words import count
 
 
 @dataclass(slots=True)
@@ -69,14 +71,8 @@ class Job:
         return ", then ".join(steps + ([str(self.recipe)] if self.pattern else []))
 
     def output(self, model: str) -> Path | None:
-        """The folder to write; `auto` names it after the model, what is removed, the pattern and the method."""
-        if self.config.output != "auto":
-            return None if self.config.output is None else user_path(self.config.output, "output")
-        asked = {what: getattr(self.config, what) for what in ("heads", "neurons", "layers")}
-        parts = [f"{what}{amount}" for what, amount in asked.items() if amount]
-        parts += [f"to{self.config.target_params}"] if self.config.target_params else []
-        parts += [str(self.pattern), self.recipe.name] if self.pattern else []
-        return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
+        """See `output_folder`."""
+        return output_folder(self.config, model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +158,8 @@ def run(
     if thin := [site for site in pruner.records if site.notes.get("pool_share", 0) > 0.5]:
         least = min(thin, key=lambda site: site.tokens)
         job.progress.note(
-            f"{len(thin)} expert matrices saw fewer tokens than they have inputs ({least.name}: {least.tokens}) and lean on "
-            "all experts' statistics; more --samples or --all-experts give them their own"
+            f"with fewer tokens than inputs ({least.name}: {least.tokens}), {count(len(thin), 'expert matrix')} must lean on "
+            "all experts' statistics; more --samples or --all-experts give each its own"
         )
     if not pruner.records:
         raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")

@@ -13,12 +13,14 @@ from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site
 from llmprune.models.skeleton import Skeleton
+from llmprune.notation import Amount
 from llmprune.preflight import active
 from llmprune.scouting import Scouted, Watched
 from llmprune.structured.allocate import Curve, Part, allocate
 from llmprune.structured.groups import Heads, neurons
 from llmprune.structured.plan import (
-    Amount,
+    departs,
+    departure,
     kept_layers,
     kept_neurons,
     smaller_config,
@@ -27,6 +29,7 @@ from llmprune.structured.plan import (
 )
 from llmprune.structured.shrink import Sizes, check_fit
 from llmprune.structured.target import Target
+from llmprune.words import count
 
 _WIDE, _ROUND, _ROUND_TINY = 1024, 64, 8  # neurons from which multiples of 64 stay; else of 8
 
@@ -101,12 +104,12 @@ class Amounts:
     def __init__(self, builder: Builder, config: PruneConfig, note: Callable[[str], None]) -> None:
         self._builder, self._config = builder, config
         blocks = builder.blocks
-        count = len(blocks)
-        self._layers = kept_layers(Amount.parse("layers", config.layers), count) if config.layers is not None else count
+        self._layers = len(blocks)
+        if config.layers is not None:
+            self._layers = kept_layers(Amount.parse("layers", config.layers), self._layers)
         self._width: tuple[int, int] | None = None
         if config.neurons is not None:
-            whole = widths(blocks)
-            self._width = whole, kept_neurons(Amount.parse("neurons", config.neurons), whole, multiple(config, whole))
+            self._width = self._neurons(Amount.parse("neurons", config.neurons), note)
         self._layout = Heads.of(builder.skeleton.model.config) if config.heads is not None else None
         self._kept: dict[bool, int] = {}
         if config.heads is not None and self._layout:
@@ -124,12 +127,22 @@ class Amounts:
         """In words, such as `keep 6 of 8 heads, 528 of 704 neurons`."""
         parts = []
         if self._layout:
-            parts.append(f"{self._each.heads} of {self._layout.query} heads")
+            parts.append(f"{self._each.heads} of {count(self._layout.query, 'head')}")
         if self._width:
-            parts.append(f"{self._width[1]} of {self._width[0]} neurons")
+            parts.append(f"{self._width[1]} of {count(self._width[0], 'neuron')}")
         if self._layers < len(self._builder.blocks):
-            parts.append(f"{self._layers} of {len(self._builder.blocks)} layers")
+            parts.append(f"{self._layers} of {count(len(self._builder.blocks), 'layer')}")
         return "keep " + ", ".join(parts)
+
+    def _neurons(self, amount: Amount, note: Callable[[str], None]) -> tuple[int, int]:
+        """How many there are, and how many stay."""
+        whole = widths(self._builder.blocks)
+        step = multiple(self._config, whole)
+        kept = kept_neurons(amount, whole, step)
+        if departs(amount, whole, whole - kept):
+            why = f"those that stay are a multiple of {step}, which --round-to can change"
+            note(departure("neurons", amount, whole, whole - kept, [why]))
+        return whole, kept
 
     def _sizes(self, whole: bool) -> Sizes:
         return Sizes(self._width[1] if self._width else None, self._kept.get(whole), self._layout, whole)
@@ -146,8 +159,10 @@ class Amounts:
             except InputError as error:
                 problem = problem if str(problem) else error
                 continue
-            if str(problem):
-                note(f"{ways[0][0]} heads would not load ({problem}); {kept} stay")
+            reasons = [_together(layout)] if departs(amount, layout.query, layout.query - ways[0][0]) else []
+            reasons += [f"{count(ways[0][0], 'head')} would not load ({problem})"] if str(problem) else []
+            if reasons:
+                note(departure("heads", amount, layout.query, layout.query - kept, reasons))
             return found
         raise problem
 
@@ -193,6 +208,14 @@ class Amounts:
         return sizes
 
 
+def _together(layout: Heads) -> str:
+    """Why not any number of heads can go."""
+    return (
+        f"{layout.query // layout.value} heads share keys and values, in each of {count(layout.value, 'group')}; "
+        "whole groups go, or as many heads of each"
+    )
+
+
 def widths(blocks: Sequence[Block]) -> int:
     """How many neurons each feed-forward part has.
 
@@ -205,9 +228,9 @@ def widths(blocks: Sequence[Block]) -> int:
     return counts.pop()
 
 
-def multiple(config: PruneConfig, count: int) -> int:
+def multiple(config: PruneConfig, whole: int) -> int:
     """Of which the number of neurons that stay is one."""
-    return config.round_to or (_ROUND if count >= _WIDE else _ROUND_TINY)
+    return config.round_to or (_ROUND if whole >= _WIDE else _ROUND_TINY)
 
 
 def footprint(model: PreTrainedModel, blocks: Sequence[Block]) -> dict[str, int]:

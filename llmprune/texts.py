@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llmprune.config import PruneConfig
 from llmprune.data import Given, Windows, calibration_windows, evaluation_windows, given_windows
 from llmprune.errors import InputError
+from llmprune.words import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,15 @@ def choose_texts(
     positions = getattr(model, "max_position_embeddings", None) or config.seqlen
     seqlen = min(config.seqlen, positions)
     if seqlen < 2:
-        raise InputError(f"the model's configuration allows {positions} positions, too few for a window")
-    notes = (f"seqlen {config.seqlen} is capped at the model's {positions} positions",) if seqlen < config.seqlen else ()
+        raise InputError(f"the model's configuration allows {count(positions, 'position')}, too few for a window")
+    notes = (
+        (f"seqlen {config.seqlen} is capped at the model's {count(positions, 'position')}",) if seqlen < config.seqlen else ()
+    )
     if given is not None:
         calibration, notes = given_windows(given), ()
         if calibration.ids.shape[1] > positions:
-            raise InputError(
-                f"calibration windows of {calibration.ids.shape[1]} tokens exceed the model's {positions} positions"
-            )
+            given_ones = f"calibration windows of {count(calibration.ids.shape[1], 'token')}"
+            raise InputError(f"{given_ones} exceed the model's {count(positions, 'position')}")
     else:
         text = ("pydoc" if bundled else "c4") if config.calibration == "auto" else config.calibration
         tokenizer = _needed(tokenizer, text)

@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from llmprune.models.checkpoint import INDEX
 from llmprune.models.resolve import BUNDLED
 from llmprune.report.record import versions
+from llmprune.words import count
 
 
 def run_command(*arguments: str, launcher: Sequence[str] = (), threads: int | None = None) -> dict[str, Any]:
@@ -159,9 +160,11 @@ def show(results: dict[str, Any]) -> None:
     for row in results.get("memory", []):
         size, peak = row["checkpoint_bytes"] / 2**20, row["peak_memory_bytes"] / 2**20
         each = ", ".join(f"{peak / 2**20:.0f}" for peak in row["peaks_bytes"])
-        print(f"streaming {row['blocks']} blocks ({size:.0f} MiB): peak {peak:.0f} MiB, median of {each}")
+        print(f"streaming {count(row['blocks'], 'block')} ({size:.0f} MiB): peak {peak:.0f} MiB, median of {each}")
     for row in results.get("processes", []):
-        print(f"{row['processes']} processes: collect {row['collect_seconds']:.1f} s, solve {row['solve_seconds']:.1f} s")
+        print(
+            f"{count(row['processes'], 'process')}: collect {row['collect_seconds']:.1f} s, solve {row['solve_seconds']:.1f} s"
+        )
 
 
 def main() -> None:

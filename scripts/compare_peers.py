@@ -31,6 +31,7 @@ from llmprune.evaluate.perplexity import excess_loss, perplexity
 from llmprune.models.discover import find_blocks
 from llmprune.models.resolve import resolve
 from llmprune.report.record import versions
+from llmprune.words import count
 
 PEER, TORCH = "llmcompressor==0.14.0.1", "torch==2.13.0"
 METHODS, PATTERNS = ("wanda", "sparsegpt"), ("2:4", "50%")
@@ -109,9 +110,10 @@ def table(result: dict[str, Any]) -> str:
         "# Beside llm-compressor",
         "",
         "Written by `scripts/compare_peers.py`. "
-        f"Model `{result['model']}`, dense perplexity {result['dense']:.2f}; {result['samples']} calibration windows of "
-        f"{result['length']} tokens, the same for both; {result['windows']} evaluation windows; float32, "
-        f"{result['threads']} CPU thread(s), {result['date']}.",
+        f"Model `{result['model']}`, dense perplexity {result['dense']:.2f}; "
+        f"{count(result['samples'], 'calibration window')} of {result['length']} tokens, the same for both; "
+        f"{count(result['windows'], 'evaluation window')}; float32, "
+        f"{count(result['threads'], 'CPU thread')}, {result['date']}.",
         "",
         "| pattern | method | tool | perplexity | excess loss | seconds | peak memory |",
         "|---|---|---|---:|---:|---:|---:|",

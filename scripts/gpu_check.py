@@ -39,6 +39,7 @@ from llmprune.solvers import load as load_solver
 from llmprune.sparse.fuse import fuse
 from llmprune.sparse.layer import Sparse24Linear, replace_module
 from llmprune.stats import Gram
+from llmprune.words import count
 
 CHECKED = [(7, 260), (130, 1024), (33, 12), (512, 4096), (1024, 776)]
 LAYERS = [(14336, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (1024, 4096)]
@@ -82,7 +83,13 @@ def check(device: torch.device, *, fast: bool) -> list[dict[str, Any]]:
                 x = torch.randn(tokens, columns, device=device).to(dtype)
                 own: dict[str, Any] = {"processors": processors, "fast": fast, "stages": stages}
                 run = partial(decode.decode24, x, packed.values, packed.meta, bias, **own)
-                record("decode", f"{name} x {tokens}, {stages} stages", run, x.double() @ w.double().T + bias.double(), bound)
+                record(
+                    "decode",
+                    f"{name} x {tokens}, {count(stages, 'stage')}",
+                    run,
+                    x.double() @ w.double().T + bias.double(),
+                    bound,
+                )
             run = partial(decompress.decompress24, packed.values, packed.meta, packed.columns, fast=fast)
             record("decompress", name, run, w.double(), 0.0)
             if cusparselt.supported(rows, columns, dtype, device):

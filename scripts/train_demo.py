@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmprune.demo.text import documents
+from llmprune.words import count
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
@@ -178,7 +179,7 @@ def main() -> None:
         "log": log,
     }
     (args.output / "training.json").write_text(json.dumps(how, indent=1) + "\n")
-    print(f"wrote {args.output} after {log[-1]['step']} steps", file=sys.stderr)
+    print(f"wrote {args.output} after {count(log[-1]['step'], 'step')}", file=sys.stderr)
 
 
 if __name__ == "__main__":

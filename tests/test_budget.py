@@ -21,6 +21,7 @@ from llmprune.errors import InputError
 from llmprune.evaluate.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.skeleton import Skeleton, load_config
+from llmprune.notation import Allowance
 from llmprune.ranks import Ranks
 from llmprune.report.console import Progress
 from llmprune.run import Job
@@ -28,7 +29,6 @@ from llmprune.shrinking import Shrinking
 from llmprune.stream.source import ModelSource
 from llmprune.structured.allocate import Curve, Layer, Part, allocate, in_nats, spread
 from llmprune.structured.groups import Heads, heads, neurons
-from llmprune.structured.plan import parameters_left
 from llmprune.texts import Texts
 
 
@@ -102,15 +102,15 @@ def test_own_sizes_lose_no_more_than_equal_ones() -> None:
 def test_budgets(text: str, left: int | None) -> None:
     if left is None:
         with pytest.raises(InputError, match=r"give a share to keep such as 75%, or a number such as 6\.5B"):
-            parameters_left(text, 1000)
+            Allowance.parse(text).of(1000)
     else:
-        assert parameters_left(text, 1000) == left
+        assert Allowance.parse(text).of(1000) == left
 
 
 @given(st.text(alphabet="0123456789.%KMBkmb -", max_size=8), st.integers(1, 10**12))
 def test_a_budget_is_a_number_below_all_or_an_error(text: str, whole: int) -> None:
     try:
-        left = parameters_left(text, whole)
+        left = Allowance.parse(text).of(whole)
     except InputError:
         left = 0
     assert 0 <= left < whole
@@ -192,7 +192,9 @@ def test_a_budget_is_kept_by_removing_what_nothing_reads(family: str, per_layer:
     assert record.structure["after"]["parameters"] <= budget
     assert record.structure["removed_layers"] == []
     assert close(model, llmprune.load(tmp_path / "out", device="cpu"))
-    assert any(note.startswith("within the budget stay 3 of 3 layers") for note in notes.notes)
+    (told,) = [note for note in notes.notes if note.startswith("within the budget stay 3 of 3 layers")]
+    left = record.structure["after"]["parameters"]
+    assert told.endswith(f": {left:,} of {whole:,} parameters ({left / whole:.1%})")
     if not per_layer:
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() <= budget
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from hub import serve
 
+import llmprune
 from llmprune.cli import main
 
 QUICK = ["--samples", "4", "--seqlen", "64", "--eval-text", "none"]
@@ -123,11 +126,84 @@ def test_repeated_globs_add_up(folder: Path, text: Path, tmp_path: Path, capsys:
 
 
 MODEL = ["--model", "llama"]
+EARLY = {  # said before torch is imported
+    **{f"empty {name}": ([*MODEL, "--sparsity", "2:4", f"--{name}", ""], f"{name} is empty") for name in ("method", "output")},
+    "empty sparsity": ([*MODEL, "--sparsity", " "], "sparsity is empty: give 0.5, 50% or N:M such as 2:4"),
+    "empty heads": ([*MODEL, "--heads", ""], "heads '' is impossible: give a share to remove such as 25%"),
+    "empty model": (["--model", "", "--sparsity", "2:4"], "model is empty"),
+    "amount": ([*MODEL, "--neurons", "25 percent"], "neurons '25 percent' is impossible"),
+    "budget": ([*MODEL, "--target-params", "most"], "target_params 'most' is impossible"),
+    "pattern": ([*MODEL, "--sparsity", "4:2"], "N:M keeps N of every M weights"),
+    "method": ([*MODEL, "--sparsity", "2:4", "--method", "wnada"], "did you mean wanda"),
+    "quality": ([*MODEL, "--sparsity", "2:4", "--quality", "bets"], "did you mean best"),
+    "target": ([*MODEL, "--sparsity", "2:4", "--target", "densse"], "did you mean dense"),
+    "score": ([*MODEL, "--heads", "25%", "--score", "second_ordr"], "did you mean second_order"),
+    "dtype": ([*MODEL, "--sparsity", "2:4", "--dtype", "floot16"], "did you mean float16"),
+    "config": (["--config", "none.yaml"], "cannot read config none.yaml"),
+    "model": (["--model", "lama", "--sparsity", "2:4"], "did you mean llama"),
+    "no such folder": (["--model", "./no/such", "--sparsity", "2:4"], "does not exist"),
+    "no hub id": (["--model", "owner/a b", "--sparsity", "2:4"], "is neither a folder nor a Hub id"),
+    "output is a file": ([*MODEL, "--sparsity", "2:4", "--output", "file"], "output file is a file: choose a folder"),
+    "output under a file": ([*MODEL, "--sparsity", "2:4", "--output", "file/out"], "is a file"),
+    "output is full": ([*MODEL, "--sparsity", "2:4", "--output", "full"], "output full is not empty"),
+    "output of another name": ([*MODEL, "--sparsity", "2:4", "--method", "wanda"], "output llama-2of4-wanda is not empty"),
+    "overwriting another's": ([*MODEL, "--sparsity", "2:4", "--output", "full", "--overwrite"], "llmprune did not write it"),
+    "output holds the work": ([*MODEL, "--sparsity", "2:4", "--output", "."], "name a new folder inside it"),
+    "no effect": ([*MODEL, "--heads", "25%", "--no-true-sequential"], "true_sequential has no effect here"),
+}
+
+
+def test_what_needs_no_torch_is_refused_before_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("full", "llama-2of4-wanda"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("")
+    code = (
+        "import json, sys; from llmprune.cli import main\n"
+        "for case in json.load(sys.stdin): assert main(case) == 2, case\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    cases = json.dumps([arguments for arguments, _ in EARLY.values()])
+    done = subprocess.run([sys.executable, "-c", code], input=cases, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+    errors = done.stderr.splitlines()
+    for (case, (_, words)), error in zip(EARLY.items(), errors, strict=True):
+        assert error.startswith("llmprune: error: "), case
+        assert words in error, case
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "llama-2of4-wanda"]
+
+
+_STOP = """
+import sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.exit(7)
+sys.meta_path.insert(0, Stop())
+from llmprune.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("flags", "rank", "out", "err"), [
+    ([], "0", "llmprune {version}: loading torch and transformers ...\n", ""),
+    (["--json", "-"], "0", "", "llmprune {version}: loading torch and transformers ...\n"),
+    (["--quiet"], "0", "", ""),
+    ([], "1", "", ""),
+])  # fmt: skip
+def test_the_first_line_comes_before_torch(flags: list[str], rank: str, out: str, err: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _STOP, *MODEL, "--sparsity", "2:4", *flags]
+    environment = {**os.environ, "RANK": rank}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 7
+    assert (done.stdout, done.stderr) == tuple(text.format(version=llmprune.__version__) for text in (out, err))
+
+
 BAD = {
     **{f"sparsity {s}": ([*MODEL, "--sparsity", s], "sparsity") for s in ("4:2", "0:4", "-1", "1.5", "nan", "abc", "50", "2:")},
     "columns": (
         [*MODEL, "--sparsity", "3:7", *QUICK],
-        "self_attn.q_proj cannot be 3:7: its 256 columns are not a multiple of 7",
+        "q_proj: its width of 256 columns is not a multiple of 7; k_proj: its",
     ),
     "method": ([*MODEL, "--sparsity", "2:4", "--method", "wnada"], "did you mean wanda"),
     "quality": ([*MODEL, "--sparsity", "2:4", "--quality", "bets"], "did you mean best"),
@@ -236,6 +312,37 @@ def test_overwrite_replaces_the_folder_whole(folder: Path, text: Path, tmp_path:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_finished_command_says_that_it_is(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run = ["--model", str(folder), "--sparsity", "2:4", "--method", "wanda", "--calibration", str(text), *QUICK]
+    run += ["--output", str(out)]
+    assert main(run) == 0
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    capsys.readouterr()
+    for again in (run, [*run, "--restart", "--sparsity", " 02:04 "]):
+        assert main(again) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(
+            f"{out} is complete: an earlier run of this command wrote it; `llmprune verify {out}` checks it"
+        )
+        assert printed.count("\n") == 1
+    assert main([*run, "--json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["output"] == str(out)
+    assert len(told["sites"]) == 21
+    assert main([*run, "--seed", "1"]) == 2
+    assert f"output {out} is not empty" in capsys.readouterr().err
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+    tokenizer = (out / "tokenizer.json").read_bytes()
+    (out / "tokenizer.json").unlink()
+    assert main(run) == 2
+    (out / "tokenizer.json").write_bytes(tokenizer)
+    (out / "llmprune.json").write_text("{")
+    assert main(run) == 2
+
+
 def test_a_failed_overwrite_keeps_the_old_folder(folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -278,7 +385,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
     wait_for(process, "block 2/")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert "blocks are finished: the same command goes on from there" in output
+    assert re.search(r"finished: \d blocks?; the same command goes on from there", output)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     again = start("--samples", "64", "--output", "out", cwd=tmp_path)
     wait_for(again, "note: going on after block")

@@ -102,7 +102,7 @@ def test_the_command_shows_a_table_or_json(pruned: Path, tmp_path: Path, capsys:
     arguments = ["eval", str(pruned), "--windows", "1", "--seqlen", "32", "--device", "cpu", "--baseline", "llama"]
     assert main([*arguments, "--json", str(tmp_path / "found.json")]) == 0
     shown = capsys.readouterr().out
-    for words in ("token perplexity of pydoc", "1 windows x", "recovery", "difference"):
+    for words in ("token perplexity of pydoc", "1 window x", "recovery", "difference"):
         assert words in shown
     assert main([*arguments, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["scores"] == json.loads((tmp_path / "found.json").read_text())["scores"]

@@ -202,6 +202,11 @@ def test_prune_from_the_hub_and_push(source: Path, hub: Hub, tmp_path: Path, mon
     out = str(tmp_path / "a")
     assert main(["--model", f"acme/tiny@{commit}", *run, "--output", out, "--push-to-hub", "me/tiny"]) == 0
     assert pushed(hub, "me/tiny") == contents(tmp_path / "a")
+    hub.requests.clear()
+    again = ["--model", f"acme/tiny@{commit}", *run, "--output", out, "--push-to-hub", "me/again"]
+    assert main(again) == 0  # it is complete: only pushed
+    assert pushed(hub, "me/again") == contents(tmp_path / "a")
+    assert not [request for request in hub.requests if "acme/tiny" in request]
     facts = metadata_load(tmp_path / "a" / "README.md")
     assert (facts["base_model"], facts["base_model_relation"]) == ("acme/tiny", "finetune")
     (results,) = facts["model-index"]

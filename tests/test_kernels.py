@@ -92,7 +92,7 @@ def test_a_third_negative_zero_becomes_a_positive_one() -> None:
 
 @pytest.mark.parametrize(("w", "words"), [
     (torch.tensor([[0, 0, 0, 0], [1.0, 0, 2, 3]]), "row 1, columns 0 to 3: 3 nonzeros, 2 allowed"),
-    (torch.ones(2, 6), "its 6 columns are not a multiple of 4"),
+    (torch.ones(2, 6), "its width of 6 columns is not a multiple of 4"),
 ])  # fmt: skip
 def test_what_is_not_two_of_four_is_refused(w: Tensor, words: str) -> None:
     with pytest.raises(ValueError, match=words):

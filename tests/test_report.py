@@ -159,7 +159,7 @@ def test_structure_is_shown_by_layer(folders: dict[str, Path]) -> None:
     assert run["kept"]["texts"] == [[f"{gone['kept']} of {gone['count']}" for gone in record["removals"]]]
     sizes = {row[0]["text"]: (row[1]["value"], row[2]["value"]) for row in run["sizes"]["rows"]}
     before, after = record["structure"]["before"], record["structure"]["after"]
-    assert sizes["macs a token"] == (before["macs_a_token"], after["macs_a_token"])
+    assert sizes["multiplications a token"] == (before["macs_a_token"], after["macs_a_token"])
     assert run["facts"]["zeros"] == {"value": None, "text": "none"}
     assert run["masks"] == []
 
@@ -365,7 +365,7 @@ def test_bad_input_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys:
         ([folders["wanda"], "-o", folders["wanda"] / "r.html"], "a model lies in its folder"),
         ([run, "-o", out, "--bench", tmp_path / "other.json"], "is not what llmprune bench"),
         ([run, "-o", out, "--bench", tmp_path / "zero.json"], "times above 0"),
-        ([run, folders["smaller"], "-o", out, "--bench", tmp_path / "bench.json"], "1 bench files for 2 runs"),
+        ([run, folders["smaller"], "-o", out, "--bench", tmp_path / "bench.json"], "1 bench file for 2 runs"),
         (["-o", out], "required"),
         ([run, "--outptu", out], "did you mean --output"),
     ]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model, tokens
+from rich.console import Console as RichConsole
 from test_families import EXPERTS
 from test_resume import weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -23,15 +24,15 @@ from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
 from llmprune.models.experts import observable
 from llmprune.models.skeleton import Skeleton, load_config
+from llmprune.notation import Amount
 from llmprune.ranks import Ranks
-from llmprune.report.console import Progress
+from llmprune.report.console import Console, Progress
 from llmprune.run import Job
 from llmprune.shrinking import Shrinking
 from llmprune.stream import resume
 from llmprune.stream.activations import Activations
 from llmprune.stream.source import ModelSource
 from llmprune.structured.groups import Heads, heads, neurons
-from llmprune.structured.plan import Amount
 from llmprune.texts import Texts
 
 IDS = tokens(6, 24)
@@ -85,7 +86,7 @@ def test_heads_that_nothing_reads_leave_without_a_trace(family: str, whole: bool
     for block in ModelSource(model).blocks():
         o = heads(block, Heads.of(model.config), whole=whole).consumer.weight
         o.view(o.shape[0], 4, 8)[:, [2, 3] if whole else [0, 3]] = 0
-    record = llmprune.prune(saved(model), output=tmp_path / "out", heads="2", **OPTIONS).record
+    record = llmprune.prune(saved(model), output=tmp_path / "out", heads="2", **PLAIN).record
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert smaller.config.num_attention_heads == 2
     assert smaller.config.num_key_value_heads == (1 if whole else 2)
@@ -104,7 +105,7 @@ def test_three_of_four_heads_of_a_llama_are_saved_as_a_mistral(saved, tmp_path: 
     for block in ModelSource(model).blocks():
         o = heads(block, Heads.of(model.config), whole=True).consumer.weight
         o.view(32, 4, 8)[:, 1] = 0
-    llmprune.prune(saved(model), output=tmp_path / "out", heads="25%", **OPTIONS)
+    llmprune.prune(saved(model), output=tmp_path / "out", heads="25%", **PLAIN)
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(smaller).__name__ == "MistralForCausalLM"
     assert smaller.config.sliding_window is None
@@ -151,7 +152,7 @@ def test_fitting_again_loses_less(family: str, saved, tmp_path: Path) -> None:
     source = saved(model_of(family))
     lost = {}
     for refit in (True, False):
-        options = OPTIONS | {"neurons": "50%", "refit": refit, "score": "magnitude", "target": "dense"}
+        options = OPTIONS | {"neurons": "50%", "refit": refit, "score": "magnitude"} | ({"target": "dense"} if refit else {})
         record = llmprune.prune(source, output=tmp_path / str(refit), **options).record
         lost[refit] = [one.error for one in record.removals if one.block == 0]
     assert all(fitted < plain for fitted, plain in zip(lost[True], lost[False], strict=True))
@@ -227,7 +228,7 @@ def test_heads_by_layer_then_weights_then_again(saved, tmp_path: Path) -> None:
     first = next(ModelSource(model).blocks())
     o = heads(first, Heads.of(model.config), whole=True).consumer.weight
     o.view(32, 4, 8)[:, :3] = 0
-    record = llmprune.prune(saved(model), output=tmp_path / "out", heads="1", per_layer=True, **OPTIONS).record
+    record = llmprune.prune(saved(model), output=tmp_path / "out", heads="1", per_layer=True, **PLAIN).record
     assert [own["heads"] for own in record.structure["per_layer"]] == [1, 4, 4]
     assert close(model, llmprune.load(tmp_path / "out", device="cpu"))
     again = llmprune.prune(tmp_path / "out", output=tmp_path / "sparse", sparsity="2:4", method="wanda", **PLAIN).record
@@ -412,7 +413,7 @@ def test_layers_without_padding_in_their_loss(saved, tmp_path: Path) -> None:
     ("llama", {"sparsity": "2:4", "score": "magnitude"}, "score has no effect here"),
     ("llama", {"neurons": "25%", "layer_score": "loss"}, "layer_score has no effect here: it is there to remove --layers"),
     ("llama", {"neurons": "25%", "sparsity": "2:4", "only": ["*.nothing"]}, "matches no site; sites are named like"),
-    ("llama", {"neurons": "3", "round_to": 1, "sparsity": "2:4"}, "45 columns are not a multiple of 4"),
+    ("llama", {"neurons": "3", "round_to": 1, "sparsity": "2:4"}, "width of 45 columns is not a multiple of 4"),
     ("deepseek_v3", {"layers": "1"}, "is no parameter there"),
     ("mixtral", {}, "sparsity is required: pass --sparsity, --heads, --neurons, --layers or --target-params"),
 ])  # fmt: skip
@@ -433,9 +434,50 @@ def test_the_nearest_number_of_heads_that_loads(saved, tmp_path: Path) -> None:
     """Gemma 2 refuses three heads for a width of 32, and there is no other name for it."""
     notes = Notes()
     source = saved(model_of("gemma2", **ALONE))
-    llmprune.prune(source, output=tmp_path / "out", heads="1", progress=notes, **OPTIONS)
+    llmprune.prune(source, output=tmp_path / "out", heads="1", progress=notes, **PLAIN)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_attention_heads == 2
-    assert any(note.startswith("3 heads would not load") and note.endswith("2 stay") for note in notes.notes)
+    (told,) = notes.notes
+    assert told.startswith("heads 1 asks to remove 1 of 4 heads a layer, but 2 go: 3 heads would not load (")
+
+
+SHARED = "2 heads share keys and values, in each of 2 groups; whole groups go, or as many heads of each"
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({"heads": "1"}, [f"heads 1 asks to remove 1 of 4 heads a layer, but 2 go: {SHARED}"]),
+    ({"heads": "25%"}, [f"heads 25% asks to remove 1 of 4 heads a layer, but 2 go: {SHARED}"]),
+    ({"heads": "3"}, [f"heads 3 asks to remove 3 of 4 heads a layer, but 2 go: {SHARED}"]),
+    ({"heads": "2"}, []),
+    ({"heads": "40%"}, []),
+    ({"neurons": "25%", "round_to": 32},
+     ["neurons 25% asks to remove 12 of 48 neurons a layer, but 16 go: "
+      "those that stay are a multiple of 32, which --round-to can change"]),
+    ({"neurons": "30%", "round_to": 2}, []),
+], ids=str)  # fmt: skip
+def test_what_is_not_as_asked_is_said(options: dict, told: list[str], saved, tmp_path: Path) -> None:
+    notes = Notes()
+    record = llmprune.prune(saved(model_of("llama")), output=tmp_path / "out", progress=notes, **PLAIN, **options).record
+    assert notes.notes == told
+    if told:
+        gone = {one.count - one.kept for one in record.removals}
+        assert told[0].split(", but ")[1].startswith(f"{gone.pop()} go: ")
+        assert not gone
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_heads_are_counted_as_those_of_queries(whole: bool, saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the header, in every block's line and in the record, whether whole groups go or some of each."""
+    model = model_of("llama")
+    for block in ModelSource(model).blocks():
+        o = heads(block, Heads.of(model.config), whole=whole).consumer.weight
+        o.view(o.shape[0], 4, 8)[:, [2, 3] if whole else [0, 3]] = 0
+    with Console(RichConsole(width=200)) as shown:
+        record = llmprune.prune(saved(model), output=tmp_path / "out", heads="2", progress=shown, **PLAIN).record
+    assert record.structure["whole_groups_of_heads"] is whole
+    assert {(one.count, one.kept) for one in record.removals} == {(4, 2)}
+    printed = capsys.readouterr().out
+    assert "keep 2 of 4 heads" in printed
+    assert printed.count("  2 of 4 heads, o_proj error") == 3
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 from llmprune.commands import Outcome
 from llmprune.shell import command_line, literal
 from llmprune.terminal import Terminal
+from llmprune.words import count
 
 SUMMARY = "store 2:4 matrices as values and codes: 9/16 of their bytes in 16 bits"
 EXAMPLE = "llmprune pack llama-2of4-balanced llama-packed"
@@ -27,8 +28,9 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     found = pack(options["folder"], options["output"], overwrite=options["overwrite"], tell=terminal.say)
     for name, why in found.dense.items():
         terminal.say(f"dense  {name}: {why}")
+    packed = f"{count(found.layers, 'matrix')} packed"
     terminal.say(
-        f"{found.layers} matrices packed, {found.before:,} -> {found.after:,} bytes ({found.after / found.before:.1%}); "
+        f"{packed}, {found.before:,} -> {found.after:,} bytes ({found.after / found.before:.1%}); "
         f"all tensors {found.total_before:,} -> {found.total_after:,} ({found.total_after / found.total_before:.1%})"
     )
     terminal.say(f"wrote {found.output}; next:")

@@ -9,6 +9,7 @@ from typing import Any
 from llmprune.commands import Outcome
 from llmprune.errors import InputError, user_path
 from llmprune.terminal import Terminal, file_to_write
+from llmprune.words import count
 
 SUMMARY = "one page about a run, or several side by side, to look at and share"
 EXAMPLE = "llmprune report llama-2of4-balanced -o report.html"
@@ -28,7 +29,7 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     from llmprune.stream.publish import write_whole
 
     if len(names) > page.MOST:
-        raise InputError(f"{len(names)} runs are too many to tell apart on one page: name at most {page.MOST}")
+        raise InputError(f"{count(len(names), 'run')}: too many to tell apart on one page, name at most {page.MOST}")
     runs = saved.read_runs(names, benches)
     inputs = [one.file for one in runs] + [user_path(name, "bench") for name in benches]
     terminal.check_apart(target, target.with_suffix(".json"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmprune.commands import Outcome
 from llmprune.terminal import Terminal
+from llmprune.words import count
 
 SUMMARY = "the dense folder that a packed one stands for, bit for bit"
 EXAMPLE = "llmprune unpack llama-packed llama-dense"
@@ -24,6 +25,6 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     from llmprune.sparse.convert import unpack
 
     found = unpack(options["folder"], options["output"], overwrite=options["overwrite"], tell=terminal.say)
-    terminal.say(f"{found.layers} matrices unpacked; all tensors {found.total_before:,} -> {found.total_after:,} bytes")
+    terminal.say(f"{count(found.layers, 'matrix')} unpacked; all tensors {found.total_before:,} -> {found.total_after:,} bytes")
     terminal.say(f"wrote {found.output}")
     return Outcome(asdict(found))

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmprune.commands import Outcome
 from llmprune.terminal import Terminal
+from llmprune.words import count
 
 SUMMARY = "re-check the sums and patterns of a folder that llmprune wrote"
 EXAMPLE = "llmprune verify llama-2of4-balanced"
@@ -24,6 +25,6 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     found = verify(options["folder"])
     for problem in found.problems:
         terminal.say(f"FAILED  {problem}")
-    count = len(found.problems)
-    terminal.say(f"{options['folder']}: {found.files} files and {found.matrices} matrices checked, {count} problems")
+    checked = f"{count(found.files, 'file')} and {count(found.matrices, 'matrix')} checked"
+    terminal.say(f"{options['folder']}: {checked}, {count(len(found.problems), 'problem')}")
     return Outcome({"folder": options["folder"], **asdict(found)}, code=1 if found.problems else 0)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmprune.words import count
+
 POSITIONS = tuple(combinations(range(4), 2))  # of the two values of a group, by code: (0, 1), (0, 2), ... (2, 3)
 PLANES = 8  # groups a word
 _WIDE, _NARROW = 16, 8  # words a chunk
@@ -38,7 +40,7 @@ class Packed:
 def violation(weight: Tensor) -> str | None:
     """Why a matrix (rows, columns) is not 2:4; None if it is."""
     if weight.shape[1] % 4:
-        return f"its {weight.shape[1]} columns are not a multiple of 4"
+        return f"its width of {count(weight.shape[1], 'column')} is not a multiple of 4"
     counts = (weight.unflatten(1, (-1, 4)) != 0).sum(-1)
     if bool((counts <= 2).all()):
         return None

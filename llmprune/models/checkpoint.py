@@ -18,11 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmprune.errors import InputError, reason
+from llmprune.errors import InputError
+from llmprune.models.files import INDEX, PACKED, SINGLE, read_json
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PACKED = "packed.json"  # what a folder of packed 2:4 matrices holds instead
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -148,20 +146,3 @@ def _info(file: str, slice_: Any) -> TensorInfo:
     dtype = _DTYPES.get(slice_.get_dtype())
     size = dtype.itemsize if dtype else 1
     return TensorInfo(file, shape, dtype, int(torch.Size(shape).numel()) * size)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        InputError: it cannot be read or is no JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {reason(error)}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return value

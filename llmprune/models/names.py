@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 from llmprune.errors import InputError
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.sites import Part
+from llmprune.words import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,9 @@ def _fit(name: str, shape: torch.Size, pieces: Sequence[Piece], checkpoint: Chec
         try:
             asked = tuple(whole[piece.part].shape)
         except IndexError:
-            raise InputError(f"{checkpoint.folder} holds {piece.disk}, config.json asks for {shape[0]} experts") from None
+            raise InputError(
+                f"{checkpoint.folder} holds {piece.disk}, config.json asks for {count(shape[0], 'expert')}"
+            ) from None
         if asked != info.shape:
             raise InputError(
                 f"tensor {piece.disk} in {checkpoint.folder / info.file} has shape {list(info.shape)}, "

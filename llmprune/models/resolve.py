@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from llmprune.errors import InputError, MachineError, reason, unknown, user_path
 
@@ -42,6 +43,18 @@ class ModelFolder:
     bundled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A repository on the Hub, and what was asked for of it: a branch, tag or commit; None: its head."""
+
+    hub_id: str
+    revision: str | None
+
+    @property
+    def name(self) -> str:
+        return self.hub_id.split("/")[1]
+
+
 def resolve(model: str) -> ModelFolder:
     """Find `model`: a bundled short name, a local folder, or `owner/name` on the Hub, which is downloaded.
 
@@ -51,6 +64,19 @@ def resolve(model: str) -> ModelFolder:
     Raises:
         InputError: no such name, folder, repository or revision, or one that this user may not read.
         MachineError: no network to fetch it.
+    """
+    found = look_up(model)
+    if isinstance(found, ModelFolder):
+        return found
+    path = _download(found.hub_id, found.revision)
+    return ModelFolder(path, found.name, found.hub_id, commit=path.name)
+
+
+def look_up(model: str) -> ModelFolder | HubModel:
+    """What `model` names, without a look at the Hub.
+
+    Raises:
+        InputError: no such name or folder, and no repository could be called so.
     """
     if model in BUNDLED:
         return ModelFolder(BUNDLED[model], model, bundled=True)
@@ -64,16 +90,17 @@ def resolve(model: str) -> ModelFolder:
         raise InputError(f"model folder {model!r} does not exist")
     if "/" not in hub_id:
         raise InputError(f"{unknown('model', model, BUNDLED)}; otherwise pass a folder or a Hub id such as {EXAMPLE}")
-    path = _download(hub_id, revision or None)
-    return ModelFolder(path, hub_id.split("/")[1], hub_id, commit=path.name)
+    try:
+        validate_repo_id(hub_id)
+    except HFValidationError as error:
+        raise InputError(f"{hub_id!r} is neither a folder nor a Hub id: {reason(error)}") from None
+    return HubModel(hub_id, revision or None)
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
     """The snapshot of a commit; its folder has the commit's name."""
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    except HFValidationError as error:
-        raise InputError(f"{hub_id!r} is neither a folder nor a Hub id: {reason(error)}") from None
     except GatedRepoError:
         where = f"{constants.ENDPOINT}/{hub_id}"
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -11,8 +12,9 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from llmprune.evaluate.perplexity import Perplexity
 from llmprune.report.again import NO_COMMAND, again
 from llmprune.report.public import public_run
-from llmprune.report.record import RunRecord, versions
+from llmprune.report.record import COMPUTED, RunRecord, size_name, versions
 from llmprune.shell import literal
+from llmprune.words import count
 
 _LICENCE = ("license", "license_name", "license_link")
 
@@ -37,7 +39,7 @@ def model_card(record: RunRecord, name: str) -> str:
     parts = [
         f"{_front_matter(record, name)}# {name}",
         _summary(record),
-        "\n".join(_numbers(record)),
+        "\n".join(_numbers(record)).rstrip(),
         _usage(name, record),
         _limits(record),
         _made_with(record),
@@ -71,7 +73,7 @@ def _result(found: Perplexity, whose: str) -> EvalResult:
         dataset_name=found.text,
         metric_type="perplexity",
         metric_value=found.value,
-        metric_name=f"token perplexity{whose}, {found.windows} windows of {found.length} tokens",
+        metric_name=f"token perplexity{whose}, {count(found.windows, 'window')} of {found.length} tokens",
     )
 
 
@@ -79,7 +81,7 @@ def _summary(record: RunRecord) -> str:
     calibration, asked = record.calibration, _asked(record)
     return (
         f"`{record.model['name']}` pruned to **{asked}** by `{record.recipe['text']}` with llmprune, one shot, "
-        f"block by block. Calibration: {calibration['samples']} windows of {calibration['seqlen']} tokens of "
+        f"block by block. Calibration: {count(calibration['samples'], 'window')} of {calibration['seqlen']} tokens of "
         f"{calibration['text']}, seed {calibration['seed']}."
     )
 
@@ -92,22 +94,26 @@ def _asked(record: RunRecord) -> str:
 
 
 def _numbers(record: RunRecord) -> list[str]:
-    weights = record.weights()
-    rows = [("parameters of the dense model", f"{record.model['parameters']:,}")]
-    for what, before in record.structure.get("before", {}).items():
-        rows.append((what.replace("_", " ") + ", before and after", f"{before:,} and {record.structure['after'][what]:,}"))
+    """What was measured, and apart from it what was computed."""
+    measured: list[tuple[str, str]] = []
     if record.sites:
-        rows += [
-            ("pruned matrices", f"{len(record.sites)}"),
-            ("zeros in them", f"{record.zeros() / weights:.4%} of {weights:,} weights"),
-        ]
+        share = f"{record.zeros() / record.weights():.4%} of {count(record.weights(), 'weight')}"
+        measured += [("pruned matrices", f"{len(record.sites)}"), ("zeros in them", share)]
     if record.dense and record.pruned:
-        protocol = f"{record.pruned.text}, {record.pruned.windows} windows of {record.pruned.length} tokens"
-        rows += [
+        protocol = f"{record.pruned.text}, {count(record.pruned.windows, 'window')} of {record.pruned.length} tokens"
+        measured += [
             (f"token perplexity before ({protocol})", f"{record.dense.value:.3f}"),
             ("token perplexity after, same windows", f"{record.pruned.value:.3f}"),
         ]
-    return ["| measured in this run | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
+    computed = [("parameters of the dense model", f"{record.model['parameters']:,}")]
+    for what, before in record.structure.get("before", {}).items():
+        computed.append((f"{size_name(what)}, before and after", f"{before:,} and {record.structure['after'][what]:,}"))
+    return [*_rows("measured in this run", measured), *_rows(COMPUTED, computed)]
+
+
+def _rows(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
+    """A table, and what sets it apart from the next; nothing without rows."""
+    return [f"| {title} | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows), ""] if rows else []
 
 
 def _usage(name: str, record: RunRecord) -> str:
@@ -135,7 +141,7 @@ def _usage(name: str, record: RunRecord) -> str:
 
 
 def _limits(record: RunRecord) -> str:
-    told = "What the table shows is all that was measured: other texts, tasks and languages may lose more."
+    told = "The perplexity above is all that was measured on text: other texts, tasks and languages may lose more."
     if not (record.dense and record.pruned):
         told = "Nothing was measured on text: evaluate it before you use it."
     if record.sites:

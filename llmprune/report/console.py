@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -14,8 +15,14 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llmprune.evaluate.perplexity import excess_loss
-from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known
+from llmprune.report.record import COMPUTED, Reconstruction, Removal, RunRecord, SiteRecord, mean_known, size_name
 from llmprune.shell import command_line, literal
+from llmprune.words import count
+
+_TITLE = len("calibration  ")  # where the values of the header begin
+_WIDEST = 10_000  # more columns than a table needs
+_NARROWEST = 20  # columns that text is given beside its indent
+_FIXED = "\N{NO-BREAK SPACE}"
 
 
 class Progress:
@@ -73,23 +80,26 @@ class Console(Progress):
 
     def header(self, record: RunRecord, what: str, asked: str) -> None:
         model, text, arguments = record.model, record.calibration, record.arguments
+        parameters = count(model["parameters"], "parameter")
         order = ", stage by stage" if record.recipe["true_sequential"] else ", one pass a block"
         for title, value in {
-            "model": f"{model['name']} ({model['class']}, {model['parameters']:,} parameters, {model['blocks']} blocks)",
+            "model": f"{model['name']} ({model['class']}, {parameters}, {count(model['blocks'], 'block')})",
             what: asked,
             "method": f"{record.recipe['text']}{order if arguments['sparsity'] else ''}",
-            "calibration": f"{text['text']}, {text['samples']} windows x {text['seqlen']} tokens, seed {text['seed']}",
+            "calibration": f"{text['text']}, {count(text['samples'], 'window')} x {text['seqlen']} tokens, seed {text['seed']}",
             "compute": f"{record.compute['dtype']} on {record.compute['device']}{_shared(record.compute['processes'])}",
             **({"needs": record.predicted["text"]} if record.predicted else {}),
         }.items():
-            self._line(f"{title:<11}  {value}")
+            self._line(f"{title:<{_TITLE}}{value}", _TITLE)
 
     def note(self, text: str) -> None:
-        self._line(f"note: {text}")
+        self._line(f"note: {text}", len("note: "))
 
     def start(self, blocks: int, sites: int) -> None:
         self._blocks, self._sites, self._done, self._began = blocks, sites, 0, time.monotonic()
         if self._console.is_terminal:
+            for task in self._live.task_ids:  # of what was removed, before weights are pruned
+                self._live.remove_task(task)
             self._live.start()
             self._task = self._live.add_task("", total=sites, block=f"1/{blocks}", now="", eta="-")
 
@@ -104,14 +114,15 @@ class Console(Progress):
         if self._each_site:
             self._line(
                 f"  {site.name}  {site.pattern}  {site.shape[0]} x {site.shape[1]}  zeros {site.sparsity:.2%}  "
-                f"output error {_share(site.error)}  {site.tokens:,} tokens  {site.seconds:.2f} s"
+                f"output error {_share(site.error)}  {count(site.tokens, 'token')}  {site.seconds:.2f} s",
+                4,
             )
         if self._console.is_terminal:
             self._live.update(self._task, completed=self._done, eta=self._eta())
 
     def reconstructed(self, result: Reconstruction) -> None:
         self._fit = (
-            f"  block fit {result.before:.3%} -> {result.after:.3%} ({result.steps} steps, rate {result.rate:g}, "
+            f"  block fit {result.before:.3%} -> {result.after:.3%} ({count(result.steps, 'step')}, rate {result.rate:g}, "
             f"{result.nbytes / 2**20:,.0f} MiB)"
         )
 
@@ -129,21 +140,29 @@ class Console(Progress):
         came = self._came or _removals(self._gone) or ("stays" if not self._sites else pruned)
         if not self._sites:
             self._done = index + 1
-        line = f"block {index + 1}/{self._blocks}  {came}  ETA {self._eta()}"
+        title = f"block {index + 1}/{self._blocks}  "
+        self._line(f"{title}{came}  ETA {self._eta()}", len(title))
         self._in_block, self._gone, self._fit, self._came = [], [], "", ""
-        self._line(line)
         if self._console.is_terminal:
             self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
 
     def summary(self, record: RunRecord, output: Path | None) -> None:
         self._stop()
-        self._console.print(_table(record), soft_wrap=True)
+        table = _table(record)
+        if not self._console.is_terminal:  # as wide as its rows are
+            table.width = self._console.measure(table, options=self._console.options.update(width=_WIDEST)).maximum
+        self._console.print(table, soft_wrap=True)
         if output is not None:
-            own = bool(record.structure.get("differ_by_layer"))
-            self._line(f"wrote {output}; next:\n{_next_steps(output, own=own)}")
+            self._line(f"wrote {output}; next:")
+            steps = _next_steps(output, own=bool(record.structure.get("differ_by_layer")))
+            if record.pruned is None:
+                steps += f"\n  {_to_evaluate(record, output)}"
+            self._console.print(steps, markup=False, soft_wrap=True)  # to paste, and so whole
 
-    def _line(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+    def _line(self, text: str, indent: int = 0) -> None:
+        """On a terminal broken between words, what follows the first line indented; elsewhere whole, as logs want it."""
+        shown = _wrapped(text, self._console.width, indent) if self._console.is_terminal else text
+        self._console.print(shown, markup=False, soft_wrap=True)
 
     def _stop(self) -> None:
         if self._live.live.is_started:
@@ -156,32 +175,69 @@ class Console(Progress):
         return f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
 
 
+def _wrapped(text: str, width: int, indent: int) -> str:
+    """In lines of at most `width`, broken at blanks; what two blanks set apart stays together where it fits."""
+    room = max(width - indent, _NARROWEST)
+    parts = [part if len(part) > room else part.replace(" ", _FIXED) for part in text.split("  ")]
+    lines = textwrap.wrap(
+        "  ".join(parts),
+        indent + room,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines).replace(_FIXED, " ")
+
+
 def _table(record: RunRecord) -> Table:
     table = Table("measured in this run", "before", "after", title=None)
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
+    for row in _measured(record):
+        table.add_row(*row)
+    if computed := list(_computed(record)):
+        table.add_section()
+        table.add_row(f"[bold]{COMPUTED}[/bold]")
+    for row in computed:
+        table.add_row(*row)
+    return table
+
+
+def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """What is measured, before and after."""
     if record.dense and record.pruned:
-        protocol = f"{escape(record.pruned.text)}, {record.pruned.windows} windows x {record.pruned.length} tokens"
-        table.add_row(f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{record.pruned.value:.3f}")
-        table.add_row("loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}")
-    for what, before in record.structure.get("before", {}).items():
-        table.add_row(what.replace("_", " "), f"{before:,}", f"{record.structure['after'][what]:,}")
+        protocol = f"{escape(record.pruned.text)}, {count(record.pruned.windows, 'window')} x {record.pruned.length} tokens"
+        yield f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{record.pruned.value:.3f}"
+        yield "loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}"
     if record.sites:
         asked = str(record.arguments["sparsity"])
         share = record.zeros() / record.weights()
-        table.add_row(f"zeros in {len(record.sites)} pruned matrices (asked: {asked})", "", f"{share:.2%}")
-        table.add_row("nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}")
-        table.add_row("output error of a matrix, mean", "", _share(record.output_error()))
+        yield f"zeros in {count(len(record.sites), 'pruned matrix')} (asked: {asked})", "", f"{share:.2%}"
+        yield "nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}"
+        yield "output error of a matrix, mean", "", _share(record.output_error())
+    for phase, seconds in record.seconds.items():
+        yield f"seconds: {phase}", "", f"{seconds:.1f}"
+    if overhead := record.overhead():
+        yield "pruning time / time of its forward passes", "", f"{overhead:.2f}x"
+    for place, peak in record.peak_memory.items():
+        yield f"peak memory, {place}", "", f"{peak / 2**20:,.0f} MiB"
+
+
+def _computed(record: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """What follows from the sizes of tensors."""
+    for what, before in record.structure.get("before", {}).items():
+        yield size_name(what), f"{before:,}", f"{record.structure['after'][what]:,}"
     if "bytes_after" in record.size:
         before, after = record.size["bytes_before"], record.size["bytes_after"]
-        table.add_row(f"weight bytes{' (zeros are stored)' if record.sites else ''}", f"{before:,}", f"{after:,}")
-    for phase, seconds in record.seconds.items():
-        table.add_row(f"seconds: {phase}", "", f"{seconds:.1f}")
-    if overhead := record.overhead():
-        table.add_row("pruning, as a multiple of its forward passes", "", f"{overhead:.2f}x")
-    for place, peak in record.peak_memory.items():
-        table.add_row(f"peak memory, {place}", "", f"{peak / 2**20:,.0f} MiB")
-    return table
+        yield f"weight bytes{' (zeros are stored)' if record.sites else ''}", f"{before:,}", f"{after:,}"
+
+
+def _to_evaluate(record: RunRecord, output: Path) -> str:
+    """The command that measures what this run did not: perplexity, beside the dense model's where that has a name."""
+    named = record.model["name"] != record.model["class"]
+    beside = ["--baseline", str(record.arguments["model"])] if named else []
+    return command_line("llmprune", "eval", output, *beside)
 
 
 def _next_steps(output: Path, *, own: bool) -> str:
@@ -193,7 +249,7 @@ def _next_steps(output: Path, *, own: bool) -> str:
 
 
 def _shared(processes: int) -> str:
-    return f", {processes} processes" if processes > 1 else ""
+    return f", {count(processes, 'process')}" if processes > 1 else ""
 
 
 def _removals(gone: Sequence[Removal]) -> str:

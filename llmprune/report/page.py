@@ -8,12 +8,13 @@ from typing import Any
 
 from llmprune.config import PruneConfig
 from llmprune.evaluate.perplexity import excess_loss
-from llmprune.models.checkpoint import PACKED
+from llmprune.models.files import PACKED
 from llmprune.report.again import NO_COMMAND, again
 from llmprune.report.masks import masks
-from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known
+from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known, size_name
 from llmprune.report.saved import Bench, Saved
 from llmprune.sparse.files import PackedFolder
+from llmprune.words import count
 
 MOST = 12  # runs on a page
 NONE = "not measured"
@@ -25,7 +26,7 @@ Cell = dict[str, Any]
 def content(runs: Sequence[Saved]) -> dict[str, Any]:
     """All of a report about one run or several."""
     each = [_run(run, max(_MASKS // len(runs), 1)) for run in runs]
-    title = f"{len(each)} runs" if len(each) > 1 else each[0]["label"]
+    title = count(len(each), "run") if len(each) > 1 else each[0]["label"]
     return {"report": 1, "title": title, "compared": _compared(each) if len(each) > 1 else None, "runs": each}
 
 
@@ -37,7 +38,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "asked": _asked(run.config),
         "method": record.recipe["text"],
         "protocol": _protocol(record),
-        "calibration": "{samples} windows of {seqlen} tokens of {text}, seed {seed}".format(**record.calibration),
+        "calibration": _calibration(record.calibration),
         "compute": "{dtype} on {device}".format(**record.compute),
         "facts": _facts(record, packed),
         "maps": _maps(record),
@@ -159,7 +160,7 @@ def _phase_memory(record: RunRecord) -> dict[str, Any]:
 def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
     size, structure = record.size, record.structure
     rows: list[tuple[str, int, int, Callable[[Any], str]]] = [
-        (what.replace("_", " "), before, structure["after"][what], "{:,}".format)
+        (size_name(what), before, structure["after"][what], "{:,}".format)
         for what, before in structure.get("before", {}).items()
     ]
     if record.sites:
@@ -247,7 +248,11 @@ def _asked(config: PruneConfig) -> str:
 
 def _protocol(record: RunRecord) -> str:
     measured = record.pruned
-    return f"{measured.windows} windows of {measured.length} tokens of {measured.text}" if measured else ""
+    return f"{count(measured.windows, 'window')} of {measured.length} tokens of {measured.text}" if measured else ""
+
+
+def _calibration(text: dict[str, Any]) -> str:
+    return f"{count(text['samples'], 'window')} of {text['seqlen']} tokens of {text['text']}, seed {text['seed']}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> dict[str, Any]:
@@ -279,4 +284,4 @@ def _bytes(value: float) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= size:
             return f"{value / size:,.2f} {unit}" if unit == "GiB" else f"{value / size:,.1f} {unit}"
-    return f"{value:,} bytes"
+    return count(int(value), "byte")

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmprune.evaluate.perplexity import Perplexity
+from llmprune.stream.publish import SCHEMA
 
-SCHEMA = 1
+COMPUTED = "computed from tensor sizes"  # the heading of what is not measured
+_SIZES = {"macs_a_token": "multiplications a token", "kv_bytes_a_token": "bytes of keys and values a token"}
 _PRUNING = ("forward", "statistics", "solve", "reconstruct", "write")
 _PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
 
@@ -81,7 +83,7 @@ class Removal:
     """What was removed from one block.
 
     Attributes:
-        kind: heads (or groups of them) or neurons.
+        kind: heads, counted as the model counts those of queries, or neurons.
         site: the matrix that reads them, fitted again.
         count: how many there were; `kept` stayed.
         error: relative squared error of what it puts out, on a sample of calibration tokens; None where that is nothing.
@@ -98,7 +100,7 @@ class Removal:
 
 @dataclass(slots=True)
 class RunRecord:
-    """A whole run. Sizes, seconds and perplexities are measured in it; `None` stands for what was not.
+    """A whole run. Seconds, memory and perplexities are measured in it, sizes computed; `None` stands for what was not.
 
     `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after. `recipe` is
     what the arguments came to: method, refit, target, reconstruction. `structure` says what was removed and what that made
@@ -156,6 +158,11 @@ class RunRecord:
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
+
+
+def size_name(what: str) -> str:
+    """What a size of the record's `structure` is called where people read it."""
+    return _SIZES.get(what, what.replace("_", " "))
 
 
 def versions() -> dict[str, str]:

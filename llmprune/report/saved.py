@@ -12,10 +12,11 @@ from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, 
 
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError, user_path
-from llmprune.models.checkpoint import INDEX, PACKED, SINGLE, read_json
+from llmprune.models.files import INDEX, PACKED, SINGLE, read_json
 from llmprune.patterns import parse
-from llmprune.report.record import SCHEMA, RunRecord
-from llmprune.stream.publish import RECORD
+from llmprune.report.record import RunRecord
+from llmprune.stream.publish import RECORD, SCHEMA
+from llmprune.words import count
 
 _BLOCKS, _LARGEST = 10_000, 1e300
 _WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "null"}
@@ -114,7 +115,10 @@ def read_runs(names: Sequence[str], benches: Sequence[str] = ()) -> list[Saved]:
         InputError: one is no run or damaged, is named twice, or the benches are of another number.
     """
     if benches and len(benches) != len(names):
-        raise InputError(f"{len(benches)} bench files for {len(names)} runs: give --bench once for each run, in their order")
+        raise InputError(
+            f"{count(len(benches), 'bench file')} for {count(len(names), 'run')}: "
+            "give --bench once for each run, in their order"
+        )
     files = [_record_file(name) for name in names]
     places = [file.resolve() for file in files]
     if twice := [name for number, name in enumerate(names) if places[number] in places[:number]]:
@@ -262,5 +266,5 @@ def _plain(hint: type, value: Any, place: str) -> Any:
 def _sequence(kind: type, inner: tuple[Any, ...], value: Any, place: str) -> Any:
     _require(isinstance(value, list), place, "a list")
     wanted = inner * len(value) if kind is list else inner
-    _require(len(value) == len(wanted), place, f"{len(wanted)} values")
+    _require(len(value) == len(wanted), place, count(len(wanted), "value"))
     return kind(_read(own, one, f"{place}[{number}]") for number, (own, one) in enumerate(zip(wanted, value, strict=True)))

@@ -19,10 +19,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llmprune.errors import InputError, MachineError, denied, reason
-from llmprune.hardware import size
-from llmprune.models.checkpoint import PACKED
+from llmprune.models.files import PACKED
+from llmprune.words import size
 
-RECORD = "llmprune.json"
+RECORD, SCHEMA = "llmprune.json", 1
 _EXTRAS = (
     "config.json",
     "generation_config.json",

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from llmprune.errors import InputError, MachineError, reason
 from llmprune.models.checkpoint import read_json
 from llmprune.stream.publish import fsync, locked, sha256
+from llmprune.words import count
 
 MANIFEST = "llmprune.partial.json"
 _AGAIN = "pass --restart to begin anew"
@@ -111,7 +112,7 @@ def continued(
             raise MachineError(f"cannot write the weights beside {output}: {reason(error)}") from None
         finally:
             if partial.exists() and manifest.blocks:
-                tell(f"{len(manifest.blocks)} blocks are finished: the same command goes on from there")
+                tell(f"finished: {count(len(manifest.blocks), 'block')}; the same command goes on from there")
             else:
                 for folder in (partial, smaller):
                     shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from llmprune.errors import InputError
 from llmprune.models.sites import Block, Site
+from llmprune.words import count
 
 Kind = Literal["neurons", "heads"]
 
@@ -37,6 +38,7 @@ class Group:
         producers: each with the rows that belong to one of the `count` parts.
         count: heads, groups of heads with common keys and values, or neurons.
         bundles: consecutive parts fall into so many bundles, and each must keep the same number.
+        each: how many heads of the model, or neurons, a part is.
     """
 
     kind: Kind
@@ -44,6 +46,7 @@ class Group:
     producers: Sequence[Site]
     count: int
     bundles: int = 1
+    each: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Heads:
     width: int
 
     def __str__(self) -> str:
-        return f"{self.query} heads, {self.value} of keys and values, {self.width} wide"
+        return f"{count(self.query, 'head')}, {self.value} of keys and values, {self.width} wide"
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Heads:
@@ -98,7 +101,7 @@ def heads(block: Block, layout: Heads, *, whole: bool) -> Group:
             count * layout.width for count in (layout.query, layout.value, layout.value, layout.query)
         ):
             if whole:
-                return Group("heads", out, (q, k, v), layout.value)
+                return Group("heads", out, (q, k, v), layout.value, each=layout.query // layout.value)
             return Group("heads", out, (q,), layout.query, layout.value)
     raise InputError(f"the heads of {block.name} cannot be removed: looked for separate q, k, v and o of {layout}")
 

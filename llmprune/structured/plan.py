@@ -3,62 +3,16 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import MistralConfig, PretrainedConfig
 
 from llmprune.errors import InputError, reason
 from llmprune.models.skeleton import FOREIGN
+from llmprune.notation import Amount
 from llmprune.structured.groups import Heads
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _WIDTHS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-
-
-@dataclass(frozen=True, slots=True)
-class Amount:
-    """A count or a fraction to remove, as the user wrote it: `4`, `25%` or `0.25`."""
-
-    text: str
-    fraction: float | None
-    count: int | None
-
-    @classmethod
-    def parse(cls, what: str, text: str) -> Amount:
-        """Raises: InputError: it is neither."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
-        if match:
-            number, percent = float(match[1]), match[2]
-            if percent and 0 < number < 100:
-                return cls(text, number / 100, None)
-            if not percent and "." in match[1] and 0 < number < 1:
-                return cls(text, number, None)
-            if not percent and "." not in match[1] and number > 0:
-                return cls(text, None, int(number))
-        raise InputError(f"{what} {text!r} is impossible: give a share to remove such as 25% or 0.25, or a count such as 4")
-
-    def of(self, whole: int) -> float:
-        """How many of `whole` that is."""
-        return float(self.count) if self.count is not None else (self.fraction or 0.0) * whole
-
-
-def parameters_left(text: str, whole: int) -> int:
-    """How many of `whole` parameters a budget such as `75%`, `0.75`, `600M` or `6.5B` leaves at most.
-
-    Raises:
-        InputError: it is none of these, or leaves all.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([%KMB]?)", text.strip().upper())
-    if not match or not float(match[1]):
-        raise InputError(f"target_params {text!r} is impossible: give a share to keep such as 75%, or a number such as 6.5B")
-    number, unit = float(match[1]), match[2]
-    share = unit == "%" or (not unit and number < 1)
-    left = int(number * (whole / 100 if unit == "%" else whole)) if share else int(number * _UNITS[unit])
-    if left >= whole:
-        raise InputError(f"target_params {text} leaves all of the {whole:,} parameters: ask for fewer")
-    return left
 
 
 def kept_neurons(amount: Amount, count: int, multiple: int) -> int:
@@ -77,6 +31,17 @@ def kept_neurons(amount: Amount, count: int, multiple: int) -> int:
             "remove more, or pass --round-to 1"
         )
     return kept
+
+
+def departure(what: str, amount: Amount, count: int, gone: int, reasons: Sequence[str]) -> str:
+    """In words, that of `count` heads or neurons others are removed than were asked for, and why."""
+    asked = f"{amount.of(count):,.1f}".removesuffix(".0")
+    return f"{what} {amount.text} asks to remove {asked} of {count:,} {what} a layer, but {gone:,} go: {'; '.join(reasons)}"
+
+
+def departs(amount: Amount, count: int, gone: int) -> bool:
+    """Whether `gone` of `count` is something else than what was asked for, by more than a fraction of one."""
+    return abs(gone - amount.of(count)) >= 1
 
 
 def ways_to_keep_heads(amount: Amount, layout: Heads) -> list[tuple[int, bool]]:

@@ -152,7 +152,8 @@ class Shrinker:
                 bias.copy_((bias.float() + found.shift).to(block.storage[f"{block.name}.{_bias(site, block)}"]))
             lost, whole = self.ranks.totals(*seen.sample.errors(dense, site.weight.float(), found.shift))
         error, seconds = relative(lost, whole), time.perf_counter() - start
-        self.removals.append(Removal(block.index, group.kind, site.name, group.count, stay, error, seconds))
+        counts = group.count * group.each, stay * group.each
+        self.removals.append(Removal(block.index, group.kind, site.name, *counts, error, seconds))
         self.tell(self.removals[-1])
         return found.kept
 

@@ -19,6 +19,7 @@ from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.names import Piece
 from llmprune.models.sites import Block, Part
 from llmprune.models.skeleton import Skeleton, empty_model
+from llmprune.words import count
 
 
 class Target:
@@ -38,7 +39,7 @@ class Target:
         self.blocks = find_blocks(self.model)
         self._source = source
         if len(self.blocks) != len(layers):
-            raise InputError(f"transformers build {len(self.blocks)} layers where {len(layers)} are to stay")
+            raise InputError(f"transformers build {count(len(self.blocks), 'layer')} where {len(layers)} should stay")
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)

@@ -1,0 +1,72 @@
+"""What a run can refuse, or find done already, before torch is imported: names, the model's and the output's folders."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from llmprune import solvers
+from llmprune.config import PruneConfig
+from llmprune.errors import InputError, unknown, user_path
+from llmprune.models.files import read_json
+from llmprune.models.resolve import ModelFolder, look_up
+from llmprune.recipes import choose_recipe
+from llmprune.stream.publish import RECORD, SCHEMA, check_output
+from llmprune.structured import scores
+
+
+def check_names(config: PruneConfig) -> None:
+    """Raises: InputError: there is no such method, preset, target or score."""
+    for kind, name, known in (
+        ("method", choose_recipe(config).method, solvers.names()),
+        ("score", config.score, scores.names()),
+    ):
+        if name not in known:
+            raise unknown(kind, name, known)
+
+
+def check_folders(config: PruneConfig) -> None:
+    """Look at the model's name and the output folder.
+
+    Raises:
+        InputError: the model is no name or folder, or the output would cost the user something.
+    """
+    found = look_up(config.model)
+    output = output_folder(config, found.name)
+    if output is not None:
+        check_output(output, found.path if isinstance(found, ModelFolder) else None, config.overwrite)
+
+
+def output_folder(config: PruneConfig, model: str) -> Path | None:
+    """The folder to write; `auto` names it after the model, what is removed, the pattern and the method."""
+    if config.output != "auto":
+        return None if config.output is None else user_path(config.output, "output")
+    asked = {what: getattr(config, what) for what in ("heads", "neurons", "layers")}
+    parts = [f"{what}{amount}" for what, amount in asked.items() if amount]
+    parts += [f"to{config.target_params}"] if config.target_params else []
+    parts += [config.sparsity, choose_recipe(config).name] if config.sparsity else []
+    return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
+
+
+def finished(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The output folder and its record, where an earlier run of the same options has written both, and nothing was added."""
+    output = output_folder(config, look_up(config.model).name)
+    if config.overwrite or output is None or not (output / RECORD).is_file():
+        return None
+    try:
+        record = read_json(output / RECORD)
+        arguments, files = record.get("arguments"), record.get("files")
+        if record.get("schema") != SCHEMA or not isinstance(arguments, dict) or not isinstance(files, dict):
+            return None
+        known = {field.name for field in fields(PruneConfig)}
+        earlier = PruneConfig.create({name: value for name, value in arguments.items() if name in known})
+    except InputError:
+        return None
+    whole = {path.name for path in output.iterdir()} == {RECORD, *files}
+    return (output, record) if whole and _deciding(earlier) == _deciding(config) else None
+
+
+def _deciding(config: PruneConfig) -> PruneConfig:
+    """Without what does not bear on the model that is written."""
+    return replace(config, overwrite=False, restart=False, push_to_hub=None)

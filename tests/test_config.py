@@ -1,0 +1,85 @@
+"""Options are read one way, and none is accepted where it would do nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmprune.cli import main
+from llmprune.config import PruneConfig
+from llmprune.errors import InputError
+
+WEIGHTS, HEADS, NEURONS, LAYERS = {"sparsity": "2:4"}, {"heads": "25%"}, {"neurons": "25%"}, {"layers": "1"}
+BUDGET = {"target_params": "75%"}
+
+
+def create(**options: object) -> PruneConfig:
+    return PruneConfig.create({"model": "m", "output": "auto", **options})
+
+
+@pytest.mark.parametrize(
+    ("roads", "idle"),
+    [
+        *[(road, {"true_sequential": value}) for road in (HEADS, NEURONS, LAYERS, BUDGET) for value in (True, False)],
+        *[(road, {"reconstruct": value}) for road in (HEADS, BUDGET) for value in (True, False)],
+        *[(HEADS, idle) for idle in ({"method": "wanda"}, {"quality": "best"}, {"only": ["*"]}, {"skip": ["*"]})],
+        *[(road, {"round_to": 8}) for road in (WEIGHTS, HEADS, LAYERS, HEADS | WEIGHTS)],
+        *[(road, idle) for road in (WEIGHTS, LAYERS) for idle in ({"score": "magnitude"}, {"per_layer": True})],
+        *[(road, {"layer_score": "loss"}) for road in (WEIGHTS, NEURONS, BUDGET)],
+        *[(LAYERS, {"refit": value}) for value in (True, False)],
+        *[(LAYERS, {"target": value}) for value in ("dense", "corrected")],
+        *[(road | {"refit": False}, {"target": "dense"}) for road in (HEADS, NEURONS, BUDGET)],
+        *[(WEIGHTS | {"output": None}, idle) for idle in ({"overwrite": True}, {"restart": True})],
+    ],
+    ids=str,
+)
+def test_an_option_without_effect_is_refused(roads: dict, idle: dict) -> None:
+    create(**roads)
+    with pytest.raises(InputError, match=f"^{next(iter(idle))} has no effect here: it is there to "):
+        create(**roads, **idle)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        WEIGHTS | {"true_sequential": False, "reconstruct": False, "refit": False, "target": "corrected"},
+        HEADS | {"score": "magnitude", "per_layer": True, "refit": True, "target": "corrected"},
+        HEADS | WEIGHTS | {"refit": False, "target": "dense"},
+        NEURONS | {"round_to": 8, "refit": False},
+        BUDGET | {"round_to": 8, "score": "magnitude", "per_layer": True, "target": "dense"},
+        LAYERS | WEIGHTS | {"layer_score": "loss", "refit": True, "overwrite": True, "restart": True},
+    ],
+    ids=str,
+)
+def test_an_option_with_effect_is_taken(options: dict) -> None:
+    config = create(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [(" 2:4 ", "2:4"), ("02:4", "2:4"), ("0.5", "50%"), (0.5, "50%"), ("50 %", "50%"), ("5e-1", "50%")]
+)
+def test_a_sparsity_has_one_text(given: object, read: str) -> None:
+    assert create(sparsity=given).sparsity == read
+
+
+def test_amounts_have_no_blanks_around_them() -> None:
+    config = create(heads=" 25% ", neurons=4, layers="1 ")
+    assert (config.heads, config.neurons, config.layers) == ("25%", "4", "1")
+    assert create(target_params=" 6b ").target_params == "6b"
+
+
+@pytest.mark.parametrize("name", ["method", "quality", "score", "target", "calibration", "device", "push_to_hub"])
+def test_an_empty_text_is_said_to_be_empty(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name} is empty: give it a value"):
+        create(**WEIGHTS | {name: " "})
+
+
+def test_a_file_may_leave_to_flags_what_its_options_are_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: ./no/such\nround_to: 8\nlayer_score: loss\noverwrite: true\n")
+    assert main(["--config", str(path), "--neurons", "25%", "--layers", "1"]) == 2
+    assert "model folder './no/such' does not exist" in capsys.readouterr().err
+    assert main(["--config", str(path), "--heads", "25%", "--layers", "1"]) == 2
+    assert "round_to has no effect here" in capsys.readouterr().err
