@@ -63,7 +63,7 @@ def finished(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:
         earlier = PruneConfig.create({name: value for name, value in arguments.items() if name in known})
     except InputError:
         return None
-    whole = {path.name for path in output.iterdir()} == {RECORD, *files}
+    whole = {path.name for path in output.iterdir()} == {RECORD, *(name.partition("/")[0] for name in files)}
     return (output, record) if whole and _deciding(earlier) == _deciding(config) else None
 
 
