@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import io
 import os
-import shlex
 import signal
 import sys
 import time
@@ -19,6 +18,7 @@ from llmprune import __version__, commands, solvers
 from llmprune.config import DTYPES, LAYER_SCORES, PLACES, PruneConfig, read_yaml
 from llmprune.errors import InputError, LostProcess, MachineError, plain_errors, unknown, user_path
 from llmprune.recipes import QUALITIES, TARGETS
+from llmprune.shell import command_line
 from llmprune.structured import scores
 from llmprune.terminal import Terminal
 
@@ -126,7 +126,7 @@ def _finished(output: Path, record: dict[str, Any], push_to_hub: str | None, ter
     """Say that there is nothing to do; push what is there, where that is asked for."""
     if not _is_first():
         return 0
-    check = shlex.join(["llmprune", "verify", str(output)])
+    check = command_line("llmprune", "verify", output)
     terminal.say(
         f"{output} is complete: an earlier run of this command wrote it; `{check}` checks it, --overwrite makes it anew"
     )

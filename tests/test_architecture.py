@@ -81,7 +81,7 @@ ALLOWED = {
     "comparison": None,
     "commands": None,
     "terminal": set(),
-    "cli": {"asked", "commands", "terminal", "config", "recipes", "solvers", "structured", "pipeline", "report"},
+    "cli": {"asked", "commands", "terminal", "config", "recipes", "shell", "solvers", "structured", "pipeline", "report"},
 }
 
 
