@@ -23,7 +23,7 @@ from llmprune.hardware import map_large_allocations, pick_device, pick_dtype
 from llmprune.models.checkpoint import Checkpoint, read_json
 from llmprune.models.discover import find_blocks
 from llmprune.models.names import Names, locate, match_names
-from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve
+from llmprune.models.resolve import EXAMPLE, ModelFolder, resolve, spelled
 from llmprune.models.sites import Block, part_text, read_part
 from llmprune.models.skeleton import Skeleton, load_config, load_model, load_tokenizer
 from llmprune.plan import Plan, make_plan
@@ -100,7 +100,7 @@ def prune(
         raise InputError(f"tokenizer must be a transformers tokenizer, not {type(tokenizer).__name__}")
     given = None if isinstance(calibration, (str, Path)) else calibration
     named = {
-        "model": type(model).__name__ if isinstance(model, PreTrainedModel) else str(model),
+        "model": type(model).__name__ if isinstance(model, PreTrainedModel) else spelled(model),
         "calibration": str(calibration) if given is None else "given tokens",
     }
     config = PruneConfig.create({**options, **named})
@@ -449,8 +449,7 @@ def _announce(
     job.progress.header(record, what, asked)
     if folder and folder.bundled:
         size = f"{work.parameters / 1e6:.0f}M-parameter demo"
-        shadowed = " (a folder here of that name is ./llama)" if Path(config.model).is_dir() else ""
-        job.progress.note(f"llama is the bundled {size}; for a real model pass a Hub id such as {EXAMPLE}{shadowed}")
+        job.progress.note(f"llama is the bundled {size}; for a real model pass a Hub id such as {EXAMPLE}{folder.shadowed}")
     if apart := [name for name, why in record.skipped.items() if why.endswith("of no linear layer")]:
         job.progress.note(f"{len(apart)} weights of no linear layer (fused experts?) are left alone, such as {apart[0]}")
     for note in (*texts.notes, *([predicted["short"]] if "short" in predicted else [])):
@@ -506,7 +505,7 @@ def load(model: str | Path, *, device: str = "auto", dtype: str | torch.dtype = 
         InputError: it cannot be loaded, in one line.
     """
     with plain_errors("free some, or load on another device"):
-        folder = resolve(str(model))
+        folder = resolve(spelled(model))
         config, where = load_config(folder.path), pick_device(device)
         compute = _dtype(dtype, where, config)
         packed = load_packed(folder.path, config, where, compute, dense=dense)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
+    from llmprune.models.resolve import spelled
     from llmprune.sparse.convert import pack
 
     found = pack(options["folder"], options["output"], overwrite=options["overwrite"], tell=terminal.say)
@@ -31,6 +34,7 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
         f"all tensors {found.total_before:,} -> {found.total_after:,} ({found.total_after / found.total_before:.1%})"
     )
     terminal.say(f"wrote {found.output}; next:")
-    terminal.say(f"  llmprune bench {found.output}")
-    terminal.say(f"  python -c 'import llmprune; llmprune.load(\"{found.output}\")'")
+    name = spelled(found.output)
+    terminal.say(f"  llmprune bench {shlex.quote(name)}")
+    terminal.say(f"  python -c {shlex.quote(f'import llmprune; llmprune.load({json.dumps(name)})')}")
     return Outcome(asdict(found))

@@ -41,6 +41,22 @@ class ModelFolder:
     commit: str | None = None
     bundled: bool = False
 
+    @property
+    def theirs(self) -> bool:
+        """Whether it is the user's own, to be written to: neither bundled nor a snapshot in the Hub's cache."""
+        return not self.bundled and not self.path.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
+
+    @property
+    def shadowed(self) -> str:
+        """What to say where a bundled name was taken and a folder here has it too; else nothing."""
+        here = self.bundled and Path(self.name).is_dir()
+        return f" (a folder here of that name is ./{self.name})" if here else ""
+
+
+def spelled(model: str | Path) -> str:
+    """A model as text, for `resolve`. A `Path` is always a folder, also where it is called as a bundled model is."""
+    return f"./{model}" if isinstance(model, Path) and str(model) in BUNDLED else str(model)
+
 
 def resolve(model: str) -> ModelFolder:
     """Find `model`: a bundled short name, a local folder, or `owner/name` on the Hub, which is downloaded.

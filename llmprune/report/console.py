@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llmprune.evaluate.perplexity import excess_loss
+from llmprune.models.resolve import spelled
 from llmprune.report.record import Reconstruction, Removal, RunRecord, SiteRecord
 
 
@@ -188,7 +189,7 @@ def _table(record: RunRecord) -> Table:
 
 def _next_steps(output: Path, *, own: bool) -> str:
     """`own`: only llmprune loads it."""
-    path = json.dumps(str(output))
+    path = json.dumps(spelled(output))
     load = f"import llmprune; llmprune.load({path})"
     if not own:
         load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({path})"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmprune.errors import InputError, plain_errors, user_path
 from llmprune.models.checkpoint import INDEX, PACKED, Checkpoint, read_header
-from llmprune.models.resolve import resolve
+from llmprune.models.resolve import resolve, spelled
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, pack_tensors, why_dense
 from llmprune.stream.publish import RECORD, check_output, check_room, copy_extras, published, sha256, write_json
@@ -69,7 +69,8 @@ def pack(
     """
     output = user_path(output, "output")
     with plain_errors("free some, or use a machine with more"):
-        source = resolve(str(folder)).path
+        place = resolve(spelled(folder))
+        source = place.path
         if (source / PACKED).is_file():
             raise InputError(f"{source} is packed already")
         check_output(output, source, overwrite)
@@ -81,7 +82,7 @@ def pack(
         with published(output, overwrite=overwrite) as partial:
             found = _pack_files(skeleton, linear, partial, tell)
             if not found.layers:
-                raise _nothing(source, found.dense, linear)
+                raise _nothing(f"{source}{place.shadowed}", found.dense, linear)
             copy_extras(source, partial)
             if (source / RECORD).is_file():
                 shutil.copyfile(source / RECORD, partial / RECORD)
@@ -137,7 +138,7 @@ def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: 
     return found
 
 
-def _nothing(source: Path, dense: dict[str, str], linear: dict[str, str]) -> InputError:
+def _nothing(source: str, dense: dict[str, str], linear: dict[str, str]) -> InputError:
     """Why nothing was packed."""
     own = [(name, why) for name, why in dense.items() if name in linear.values()]
     if not own:
