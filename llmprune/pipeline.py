@@ -368,6 +368,7 @@ def _prune_in_memory(
         raise InputError("a model in memory is pruned on its own device, in its own dtype: leave device and dtype out")
     if output is not None:
         check_output(output, folder.path if folder else None, job.config.overwrite)
+    pick_device(str(model.device))
     with job.clock("prepare"):
         source = ModelSource(model)
         plan = make_plan(list(source.blocks()), job.pattern, only=job.config.only, skip=job.config.skip)
