@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmprune.evaluate.perplexity import Perplexity
+from llmprune.stream.publish import SCHEMA
 
-SCHEMA = 1
 _PRUNING = ("forward", "statistics", "solve", "reconstruct", "write")
 _PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
 

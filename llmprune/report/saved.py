@@ -14,8 +14,8 @@ from llmprune.config import PruneConfig
 from llmprune.errors import InputError, user_path
 from llmprune.models.checkpoint import INDEX, PACKED, SINGLE, read_json
 from llmprune.patterns import parse
-from llmprune.report.record import SCHEMA, RunRecord
-from llmprune.stream.publish import RECORD
+from llmprune.report.record import RunRecord
+from llmprune.stream.publish import RECORD, SCHEMA
 
 _BLOCKS, _LARGEST = 10_000, 1e300
 _WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "null"}

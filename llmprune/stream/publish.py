@@ -21,7 +21,7 @@ from llmprune.errors import InputError, MachineError, denied, reason
 from llmprune.hardware import size
 from llmprune.models.checkpoint import PACKED
 
-RECORD = "llmprune.json"
+RECORD, SCHEMA = "llmprune.json", 1  # of a run: its file, and which form that has
 _EXTRAS = (
     "config.json",
     "generation_config.json",
