@@ -22,6 +22,7 @@ from llmprune.evaluate.speed import bytes_per_second, side_by_side
 from llmprune.kernels import dispatch
 from llmprune.kernels.reference import Packed
 from llmprune.kernels.timing import copies, graphed
+from llmprune.models.resolve import resolve, spelled
 from llmprune.pipeline import load
 from llmprune.report.record import versions
 from llmprune.sparse.layer import Sparse24Linear, nbytes, sparse_layers
@@ -115,14 +116,15 @@ def bench(
     if min((*tokens, *batches, length), default=0) < 1:
         raise InputError("tokens, batches and length must be at least 1")
     with torch.no_grad(), plain_errors("measure fewer --tokens and --batches, or a shorter --length"):
-        packed = load(folder, device=device, dtype=dtype)
+        place = resolve(spelled(folder))
+        packed = load(place.path, device=device, dtype=dtype)
         layers = sparse_layers(packed)
         if not layers:
-            raise InputError(f"no layer of {folder} is 2:4: prune it with --sparsity 2:4 first")
+            raise InputError(f"no layer of {folder}{place.shadowed} is 2:4: prune it with --sparsity 2:4 first")
         where = next(iter(layers.values())).values.device
         tell = tell or (lambda text: None)
         found = [time for shape in _shapes(layers.values()) for time in layer_times(*shape, tokens, where, tell)]
-        dense = load(folder, device=device, dtype=dtype, dense=True)
+        dense = load(place.path, device=device, dtype=dtype, dense=True, check=False)
         whole = [time for batch in batches for time in model_times(dense, packed, batch, length, where, tell)]
         memory = bytes_per_second(where)
         sizes = {"dense": nbytes(dense), "packed": nbytes(packed)}

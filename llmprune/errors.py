@@ -53,6 +53,18 @@ def user_path(text: str | Path, what: str) -> Path:
     return path
 
 
+def user_folder(text: str | Path, what: str) -> Path:
+    """A folder as the user named it, `~` expanded.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = user_path(text, what)
+    if not path.is_dir():
+        raise InputError(f"{what} {text} is a file: give the folder" if path.exists() else f"{what} {text} does not exist")
+    return path
+
+
 def denied(error: OSError, text: str) -> InputError:
     """The error for what the system refused: the machine's where room or the hardware is what it lacks."""
     lacking = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)

@@ -23,7 +23,7 @@ from llmprune.evaluate.harness import Tasks, TaskScore
 from llmprune.evaluate.perplexity import PERPLEXITY_OF, perplexity
 from llmprune.hardware import pick_device, pick_dtype
 from llmprune.models.checkpoint import read_json
-from llmprune.models.resolve import resolve
+from llmprune.models.resolve import ModelFolder, resolve, spelled
 from llmprune.models.skeleton import load_config, load_tokenizer
 from llmprune.pipeline import load
 from llmprune.report.record import versions
@@ -116,14 +116,16 @@ def evaluate(
         harness = Tasks(tasks, None if task_path is None else user_path(task_path, "task path")) if tasks else None
 
         names = [str(model), *([] if baseline is None else [str(baseline)])]
-        tokenizers = [load_tokenizer(resolve(name).path) for name in names]
+        folders = [resolve(spelled(one)) for one in (model, baseline) if one is not None]
+        tokenizers = [load_tokenizer(folder.path) for folder in folders]
         cut = [
-            [_windows(text, name, own, seqlen, windows) for text in texts] for name, own in zip(names, tokenizers, strict=True)
+            [_windows(text, folder.path, own, seqlen, windows) for text in texts]
+            for folder, own in zip(folders, tokenizers, strict=True)
         ]
 
         def measure(number: int) -> list[Score]:
-            tell(f"{names[number]}: loading")
-            loaded = _load(names[number], device, dtype)
+            tell(f"{names[number]}{folders[number].shadowed}: loading")
+            loaded = _load(folders[number].path, device, dtype)
             found = []
             for text in cut[number]:
                 tell(f"{names[number]}: token perplexity of {text.text}")
@@ -142,24 +144,23 @@ def evaluate(
             "seqlen": seqlen, "windows": windows, "limit": limit, "fewshot": fewshot, "batch_size": batch_size, "seed": seed,
             "device": device, "dtype": dtype,
         }  # fmt: skip
-        other = None if baseline is None else str(baseline)
-        hub_id = None if other is None else resolve(other).hub_id
+        other, hub_id = (None, None) if baseline is None else (str(baseline), folders[1].hub_id)
         result = Evaluation(str(model), scores, other, hub_id, beside, settings)
-        _keep(result)
+        _keep(result, folders[0])
         return result
 
 
-def _windows(text: str, name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None) -> Windows:
+def _windows(text: str, folder: Path, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None) -> Windows:
     """Of a text, for a model: the first `most`, of as many tokens as its positions allow."""
-    positions = getattr(load_config(resolve(name).path).get_text_config(), "max_position_embeddings", None) or seqlen
+    positions = getattr(load_config(folder).get_text_config(), "max_position_embeddings", None) or seqlen
     windows = evaluation_windows(text, tokenizer, seqlen=min(seqlen, positions))
     return Windows(windows.ids[:most], windows.text)
 
 
-def _load(name: str, device: str, dtype: str) -> PreTrainedModel:
+def _load(folder: Path, device: str, dtype: str) -> PreTrainedModel:
     where = pick_device(device)
-    auto = pick_dtype("auto", where, load_config(resolve(name).path))
-    return load(name, device=device, dtype=dtype if dtype != "auto" else auto)
+    auto = pick_dtype("auto", where, load_config(folder))
+    return load(folder, device=device, dtype=dtype if dtype != "auto" else auto)
 
 
 def _perplexity(model: PreTrainedModel, windows: Windows) -> Score:
@@ -179,10 +180,10 @@ def _named(score: TaskScore) -> Score:
     )
 
 
-def _keep(result: Evaluation) -> None:
-    """Add what was measured to the record of the run that made the model, where the folder has one."""
-    path = Path(result.model) / RECORD
-    if not path.is_file():
+def _keep(result: Evaluation, folder: ModelFolder) -> None:
+    """Add what was measured to the record of the run that made the model, where the user's folder has one."""
+    path = folder.path / RECORD
+    if not folder.theirs or not path.is_file():
         return
     record = read_json(path)
     same = ("scores", "baseline_scores", "date", "versions", "model")

@@ -26,6 +26,8 @@ def pick_device(name: str, local: int = 0) -> torch.device:
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     wanted = f"cuda:{local}" if wanted == "cuda" else wanted
     try:
+        if torch.device(wanted).type == "mps":
+            raise InputError("device 'mps' has no float64, in which statistics are summed: choose cpu")
         device = torch.zeros(1, device=wanted).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {reason(error)}") from None

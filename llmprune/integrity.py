@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
-from llmprune.errors import InputError, plain_errors, reason, user_path
-from llmprune.models.checkpoint import Checkpoint
-from llmprune.models.files import PACKED, read_json
+from llmprune.errors import InputError, plain_errors, reason, user_folder
+from llmprune.models.checkpoint import Checkpoint, TensorInfo, read_header
+from llmprune.models.files import PACKED
 from llmprune.models.sites import read_part
 from llmprune.patterns import Pattern, parse
 from llmprune.sparse.files import PackedFolder
-from llmprune.stream.publish import RECORD, SCHEMA, sha256
+from llmprune.stream.publish import RECORD
 from llmprune.stream.resume import MANIFEST
+from llmprune.stream.sums import differing, read_record
 
 _DOWNLOADED = (".gitattributes", ".git", ".cache")  # what a download from the Hub adds
 
@@ -62,49 +63,49 @@ class _Claim:
 
 
 def verify(folder: str | Path) -> Verification:
-    """Check a folder against its `llmprune.json`, or a packed one against its `packed.json`.
+    """Check a folder against its `llmprune.json`, or a packed one against its `packed.json`. What is damaged does not keep
+    the rest from being checked.
 
     Raises:
-        InputError: the folder holds no record of a run, or no readable checkpoint.
+        InputError: there is no such folder, or it holds no record of a run, or one of another version.
     """
-    folder = user_path(folder, "folder")
-    if (folder / PACKED).is_file():
-        with plain_errors():
-            return _verify_packed(PackedFolder.open(folder))
-    if not (folder / RECORD).is_file():
-        raise InputError(f"{folder} holds no {RECORD}: give a folder that llmprune wrote")
-    record = read_json(folder / RECORD)
-    if record.get("schema") != SCHEMA:
-        raise InputError(f"{folder / RECORD} has schema {record.get('schema')!r}; this llmprune reads {SCHEMA}")
-    try:
-        files = {str(name): str(digest) for name, digest in record["files"].items()}
-        sites = [_Claim.read(site) for site in record["sites"]]
-    except (KeyError, TypeError, AttributeError, ValueError, InputError) as error:
-        raise InputError(f"{folder / RECORD} is no record of a run: {reason(error)}") from None
+    folder = user_folder(folder, "folder")
     with plain_errors():
-        problems = (*_file_problems(folder, files), *_site_problems(folder, sites))
-    return Verification(len(files), len(sites), problems, files)
+        if (folder / PACKED).is_file():
+            return _verify_packed(PackedFolder.survey(folder))
+        if not (folder / RECORD).is_file():
+            raise InputError(f"{folder} holds no {RECORD}: give a folder that llmprune wrote")
+        record, files = read_record(folder)
+        try:
+            sites = [_Claim.read(site) for site in record["sites"]]
+        except (KeyError, TypeError, ValueError, InputError) as error:
+            raise InputError(f"{folder / RECORD} is no record of a run: {reason(error)}") from None
+        problems = (*_file_problems(folder, files), *_site_problems(folder, files, sites))
+        return Verification(len(files), len(sites), problems, files)
 
 
 def _verify_packed(packed: PackedFolder) -> Verification:
-    def damaged() -> Iterator[str]:
-        for name in packed.layers:
-            try:
-                packed.layer(name)
-            except InputError as error:
-                yield str(error)
-
-    problems = (*_file_problems(packed.folder, packed.sums, PACKED), *damaged())
+    files = _file_problems(packed.folder, packed.sums, PACKED) if packed.sums else ()  # else all would be strangers
+    problems = (*files, *packed.problems, *_packed_problems(packed))
     return Verification(len(packed.sums), len(packed.layers), problems, packed.sums)
 
 
-def _file_problems(folder: Path, files: dict[str, str], own: str = RECORD) -> Iterator[str]:
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file() or not path.parent.resolve().is_relative_to(folder.resolve()):
-            yield f"{name}: missing"
-        elif sha256(path) != expected:
-            yield f"{name}: sha256 differs from the record"
+def _packed_problems(packed: PackedFolder) -> Iterator[str]:
+    """Of the record, and of the matrices that are there."""
+    if (packed.folder / RECORD).is_file():
+        try:
+            read_record(packed.folder)
+        except InputError as error:
+            yield str(error)
+    for name in packed.whole():
+        try:
+            packed.layer(name)
+        except InputError as error:
+            yield str(error)
+
+
+def _file_problems(folder: Path, files: Mapping[str, str], own: str = RECORD) -> Iterator[str]:
+    yield from differing(folder, files)
     known = {".", *files, *(str(parent) for name in files for parent in PurePosixPath(name).parents)}
     for path in (path.relative_to(folder) for path in sorted(folder.rglob("*"))):
         stranger = str(path) not in known and str(path.parent) in known  # of a folder not what it holds, too
@@ -112,15 +113,28 @@ def _file_problems(folder: Path, files: dict[str, str], own: str = RECORD) -> It
             yield f"{path}: not in the record"
 
 
-def _site_problems(folder: Path, claims: list[_Claim]) -> Iterator[str]:
-    try:
-        checkpoint = Checkpoint(folder)
-    except InputError as error:
-        yield str(error)
-        return
+class _Remains(Checkpoint):
+    """What can be read of a broken checkpoint's `files`; `problems` says what cannot."""
+
+    def __init__(self, folder: Path, files: Iterable[str]) -> None:
+        self.folder, self.tensors, self.problems = folder, dict[str, TensorInfo](), list[str]()
+        for file in (name for name in files if name.endswith(".safetensors") and (folder / name).is_file()):
+            try:
+                self.tensors |= read_header(folder, file)
+            except InputError as error:
+                self.problems.append(str(error))
+
+
+def _site_problems(folder: Path, files: Iterable[str], claims: list[_Claim]) -> Iterator[str]:
     by_tensor: dict[str, list[_Claim]] = {}
     for claim in claims:
         by_tensor.setdefault(claim.tensor, []).append(claim)
-    yield from (f"{name}: not in the checkpoint" for name in by_tensor if name not in checkpoint.tensors)
+    checkpoint: Checkpoint
+    try:
+        checkpoint = Checkpoint(folder)
+        yield from (f"{name}: not in the checkpoint" for name in by_tensor if name not in checkpoint.tensors)
+    except InputError as error:
+        checkpoint = remains = _Remains(folder, files)
+        yield from dict.fromkeys([str(error), *remains.problems])
     for name, tensor in checkpoint.read([name for name in by_tensor if name in checkpoint.tensors]):
         yield from (problem for claim in by_tensor[name] if (problem := claim.problem(tensor)))

@@ -118,3 +118,19 @@ def test_the_gpu_script_runs_in_the_interpreter(tmp_path: Path) -> None:
     assert all(row["right"] for row in found["checks"])
     assert found["run"]["right"]
     assert {"solvers", "layer 64x128", "llama batch 1 prompt 16"} <= found.keys()
+
+
+def test_a_folder_called_as_the_bundled_model_is(
+    saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundled model has its name; what is written and said next is the folder's, and its blanks are quoted."""
+    source = str(saved(pruned("llama")))
+    monkeypatch.chdir(tmp_path)
+    assert main(["pack", source, "./llama"]) == 0
+    assert "\n  llmprune bench ./llama\n" in capsys.readouterr().out
+    for act in (bench, lambda name: llmprune.pack(name, "out")):
+        with pytest.raises(InputError, match=r"\(a folder here of that name is ./llama\) is 2:4"):
+            act("llama")
+    assert len(bench(Path("llama"), device="cpu", tokens=(1,), batches=(), length=4).layers) == 4
+    assert main(["pack", source, "a b"]) == 0
+    assert "\n  llmprune bench 'a b'\n" in capsys.readouterr().out

@@ -234,6 +234,7 @@ BAD = {
     "no such home": ([*MODEL, "--sparsity", "2:4", "--output", "~nobody-of-this-name/x"], "is no usable path"),
     "empty model": (["--model", "", "--sparsity", "2:4"], "model is empty"),
     "long model": (["--model", "x" * 300, "--sparsity", "2:4"], "is no usable path"),
+    "mps": ([*MODEL, "--sparsity", "2:4", "--device", "mps"], "device 'mps' has no float64"),
     "meta device": ([*MODEL, "--sparsity", "2:4", "--device", "meta"], "holds no data"),
     "verify": (["verify", "."], "holds no llmprune.json"),
     "verify nothing": (["verify"], "required: DIR"),

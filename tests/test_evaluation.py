@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_model
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
@@ -136,3 +138,31 @@ def test_a_model_without_a_tokenizer(saved) -> None:
 
 def test_bundled_model_is_left_alone() -> None:
     assert not (resolve("llama").path / "llmprune.json").exists()
+
+
+def evaluations(folder: Path) -> int:
+    return len(json.loads((folder / "llmprune.json").read_text()).get("evaluations", []))
+
+
+def test_what_is_measured_goes_to_the_folder_that_was_measured(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bundled name is the bundled model, a path the folder, also from `~` and where both have one name."""
+    shutil.copytree(pruned, tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = evaluations(tmp_path / "llama")
+    assert main(["eval", "llama", "--windows", "1", "--seqlen", "9", "--device", "cpu"]) == 0
+    assert "llama (a folder here of that name is ./llama): loading" in capsys.readouterr().out
+    assert evaluations(tmp_path / "llama") == before
+    bundled, *own = (evaluate(one, **QUICK | {"seqlen": 9}).scores[0].value for one in ("llama", "~/llama", Path("llama")))
+    assert own[0] == own[1] != bundled
+    assert evaluations(tmp_path / "llama") == before + 1
+
+
+def test_a_snapshot_in_the_hub_s_cache_is_left_alone(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    snapshot = shutil.copytree(pruned, tmp_path / "cache" / "models--me--pruned" / "snapshots" / "0" / "")
+    before = evaluations(snapshot)
+    evaluate(snapshot, **QUICK)
+    assert evaluations(snapshot) == before

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
+from llmprune.cli import main
 from llmprune.errors import InputError
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.resolve import BUNDLED
@@ -228,6 +229,43 @@ def test_verify_reports_a_broken_shard_with_the_rest(saved, tmp_path: Path) -> N
     problems = llmprune.verify(out).problems
     assert problems[0] == f"{shard.name}: sha256 differs from the record"
     assert "truncated or corrupt" in problems[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that Linux does not read")
+def test_verify_checks_what_is_whole_beside_what_is_broken(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    prune(saved(tiny_model("llama")), out)
+    first, second, third, *_ = sorted(out.glob("*.safetensors"))
+    edit(out, lambda tensors: tensors[Q].fill_(1.0))
+    for shard in (second, third):
+        shard.write_bytes(shard.read_bytes()[:-10])
+    (out / "model.safetensors.index.json").write_text("{")
+    (out / "generation_config.json").unlink()
+    (out / "generation_config.json").symlink_to("/proc/self/mem")  # reading it fails
+    assert main(["verify", str(out)]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0].removeprefix("FAILED  ") for line in lines[:5]] == sorted(
+        ["generation_config.json", first.name, second.name, third.name, "model.safetensors.index.json"]
+    )
+    assert sum("cannot be read: Input/output error" in line for line in lines) == 1
+    assert [sum(words in line for line in lines) for words in ("index.json is not JSON", "truncated or corrupt")] == [1, 2]
+    assert f"FAILED  {Q}: not 2:4: row 0, columns 0 to 3: 4 nonzeros, 2 allowed" in lines
+    assert len(lines) == 9
+    assert last.endswith("9 problems")
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("nosuch", "folder nosuch does not exist"),
+    ("file", "folder file is a file: give the folder"),
+    (".", "holds no llmprune.json: give a folder that llmprune wrote"),
+])  # fmt: skip
+def test_verify_says_what_is_not_there(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    assert main(["verify", name]) == 2
+    assert words in capsys.readouterr().err
 
 
 SITE = {"tensor": Q, "pattern": "2:4", "part": "", "transposed": False}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -19,10 +21,11 @@ import llmprune
 from llmprune import preflight
 from llmprune.config import PruneConfig
 from llmprune.data import Windows
-from llmprune.errors import InputError
+from llmprune.errors import InputError, MachineError
 from llmprune.models.discover import find_blocks
 from llmprune.recipes import choose_recipe
 from llmprune.sizing import footprint
+from llmprune.stream import mapped
 from llmprune.stream.activations import Activations
 from llmprune.stream.mapped import MappedTensors
 from llmprune.stream.source import ModelSource
@@ -195,6 +198,41 @@ def test_the_same_result_with_activations_on_disk(family: str, saved, tmp_path: 
         llmprune.prune(source, output=tmp_path / place, quality="best", activations=place, **OPTIONS)
     assert weights(tmp_path / "memory") == weights(tmp_path / "disk")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "memory", "disk"}
+
+
+@pytest.mark.parametrize("answer", [errno.EOPNOTSUPP, errno.EINVAL, None])
+def test_mapped_tensors_need_no_help_of_the_system(answer: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS, or on a file system that reserves no room."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(answer, "not here")
+
+    if answer is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+        monkeypatch.setattr(mapped, "_UNUSED", None)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    expected = [torch.randn(2, 3), torch.randn(7).bfloat16(), torch.randn(3, 4).T]
+    held = MappedTensors(tmp_path, expected)
+    held[1] = expected[1] + 1
+    assert torch.equal(held[0], expected[0])
+    assert torch.equal(held[1], expected[1] + 1)
+    assert torch.equal(held[2], expected[2])
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first write takes a part only, the second nothing."""
+    real = os.pwrite
+    answers = iter([lambda file, data, at: real(file, data[:100], at)])
+
+    def write(file: int, data: memoryview, at: int) -> int:
+        for answer in answers:
+            return answer(file, data, at)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", write)
+    with pytest.raises(MachineError, match=f"no room for the activations in {tmp_path}: No space left"):
+        MappedTensors(tmp_path, [torch.zeros(100)])
 
 
 def test_no_room_for_activations_is_one_line(tmp_path: Path) -> None:

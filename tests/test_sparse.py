@@ -24,6 +24,7 @@ from llmprune.patterns import NM
 from llmprune.sparse.files import FORMAT, VERSION, PackedFolder
 from llmprune.sparse.fuse import Fused, fuse
 from llmprune.sparse.layer import Sparse24Linear, nbytes, sparse_layers
+from llmprune.stream.publish import sha256
 
 IDS = tokens(2, 12)
 
@@ -237,6 +238,7 @@ def tamper(folder: Path, what: str) -> None:
     else:
         tensors.pop(name)
     save_file(tensors, file)
+    edit(folder, sha256=json.loads((folder / "packed.json").read_text())["sha256"] | {file.name: sha256(file)})
 
 
 @pytest.mark.parametrize(("damage", "words"), [
@@ -260,12 +262,93 @@ def test_a_damaged_folder_is_refused_in_one_line(damage, words: str, packed: Pat
     assert not (tmp_path / "back").exists()
 
 
-def test_verify_sees_a_changed_byte(packed: Path) -> None:
-    file = next(packed.glob("packed-*"))
+def flip(file: Path) -> None:
+    """The last bit: of the values or codes of a matrix, or of a text."""
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert any("sha256 differs" in problem for problem in verify(packed).problems)
+
+
+def test_a_changed_byte_is_seen(packed: Path, tmp_path: Path) -> None:
+    file = next(packed.glob("packed-*"))
+    flip(file)
+    why = f"{file.name}: sha256 differs from the record"
+    assert verify(packed).problems == (why,)
+    for act in (
+        llmprune.load,
+        lambda folder: llmprune.load(folder, dense=True),
+        lambda f: llmprune.unpack(f, tmp_path / "back"),
+    ):
+        with pytest.raises(InputError, match=rf"packed is damaged \({why}\): copy the folder again"):
+            act(packed)
+    assert llmprune.load(packed, check=False)
+    assert not (tmp_path / "back").exists()
+
+
+def test_unpacking_checks_what_it_copies(packed: Path, tmp_path: Path) -> None:
+    (packed / "README.md").write_text("another card of the packed folder")
+    llmprune.unpack(packed, tmp_path / "back")
+    flip(packed / "config.json")
+    with pytest.raises(InputError, match=r"config.json: sha256 differs"):
+        llmprune.unpack(packed, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_verify_lists_all_that_is_wrong_with_a_packed_folder(packed: Path) -> None:
+    cut, flipped, gone, *_ = sorted(packed.glob("packed-*"))
+    cut.write_bytes(cut.read_bytes()[:-9])
+    flip(flipped)
+    gone.unlink()
+    (packed / "llmprune.json").write_text("{")
+    problems = verify(packed).problems
+    assert problems[:3] == (
+        f"{cut.name}: sha256 differs from the record",
+        f"{flipped.name}: sha256 differs from the record",
+        f"{gone.name}: missing",
+    )
+    (whole, lost, record) = problems[3:]
+    assert f"{cut} is not a whole safetensors file" in whole
+    assert f"{gone} is missing" in lost
+    assert "llmprune.json is not JSON" in record
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda d: (d / "packed.json").write_text("{"), "packed.json is not JSON"),
+    (lambda d: (d / "packed.json").write_text("[]"), "packed.json is not a JSON object"),
+    (lambda d: edit(d, files=3), "no layers and files that make sense"),
+    (lambda d: edit(d, sha256=None), "no layers and files that make sense"),
+    (lambda d: edit(d, files={"../x.safetensors": "model.safetensors"}), "no safetensors file of a folder"),
+])  # fmt: skip
+def test_verify_checks_the_files_of_a_broken_manifest(damage, words: str, packed: Path) -> None:
+    damage(packed)
+    cut = next(packed.glob("packed-*"))
+    cut.write_bytes(cut.read_bytes()[:-9])
+    problems = verify(packed).problems
+    assert any(words in problem for problem in problems)
+    assert sum(f"{cut} is not a whole safetensors file" in problem for problem in problems) == 1
+    assert not [problem for problem in problems if "config.json" in problem or "tensor" in problem.split(":")[0].split()]
+
+
+def test_another_version_cannot_be_verified(packed: Path) -> None:
+    edit(packed, version=2)
+    with pytest.raises(InputError, match="packed in version 2"):
+        verify(packed)
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda d: (d / "llmprune.json").write_text("{"), r"llmprune.json is not JSON: .*"),
+    (lambda d: (d / "llmprune.json").write_text("{}"), r"llmprune.json has schema None; this llmprune reads 1"),
+    (lambda d: (d / "llmprune.json").write_text('{"schema": 1}'), r"llmprune.json is no record of a run: 'files'"),
+    (lambda d: flip(d / "config.json"), r"is not what its llmprune.json says \(config.json: sha256 differs from the record\)"),
+    (lambda d: (d / "README.md").unlink(), r"is not what its llmprune.json says \(README.md: missing\)"),
+])  # fmt: skip
+def test_a_record_that_does_not_hold_is_not_packed(damage, words: str, saved, tmp_path: Path) -> None:
+    source, out = saved(pruned("llama")), tmp_path / "out"
+    llmprune.prune(source, sparsity="2:4", method="magnitude", calibration=tokens(2, 8), output=out)
+    damage(out)
+    with pytest.raises(InputError, match=words + ": get the folder again, or remove its llmprune.json to pack it without"):
+        llmprune.pack(out, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 @pytest.mark.parametrize(("act", "words"), [
@@ -274,7 +357,8 @@ def test_verify_sees_a_changed_byte(packed: Path) -> None:
     (lambda t: llmprune.pack(t / "source", t / "source"), "is the model's own folder"),
     (lambda t: llmprune.pack(t / "source", t / "packed"), "is not empty"),
     (lambda t: llmprune.unpack(t / "source", t / "out"), "holds no packed.json"),
-    (lambda t: llmprune.unpack(t / "nothing", t / "out"), "holds no packed.json"),
+    (lambda t: llmprune.unpack(t / "nothing", t / "out"), "folder .*nothing does not exist"),
+    (lambda t: llmprune.unpack(t / "packed" / "packed.json", t / "out"), "packed.json is a file: give the folder"),
     (lambda t: llmprune.load(t / "packed", dtype="int8"), "unknown dtype 'int8'"),
     (lambda t: llmprune.prune(t / "packed", sparsity="2:4", output=t / "out"), "is packed: llmprune unpack it first"),
 ])  # fmt: skip

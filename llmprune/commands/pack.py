@@ -23,6 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
+    from llmprune.models.resolve import spelled
     from llmprune.sparse.convert import pack
 
     found = pack(options["folder"], options["output"], overwrite=options["overwrite"], tell=terminal.say)
@@ -34,6 +35,7 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
         f"all tensors {found.total_before:,} -> {found.total_after:,} ({found.total_after / found.total_before:.1%})"
     )
     terminal.say(f"wrote {found.output}; next:")
-    terminal.say(f"  {command_line('llmprune', 'bench', found.output)}")
-    terminal.say(f"  {command_line('python', '-c', f'import llmprune; llmprune.load({literal(found.output)})')}")
+    name = spelled(found.output)
+    terminal.say(f"  {command_line('llmprune', 'bench', name)}")
+    terminal.say(f"  {command_line('python', '-c', f'import llmprune; llmprune.load({literal(name)})')}")
     return Outcome(asdict(found))

@@ -42,6 +42,24 @@ class ModelFolder:
     commit: str | None = None
     bundled: bool = False
 
+    @property
+    def theirs(self) -> bool:
+        """Whether it is the user's own, to be written to: neither bundled nor a snapshot in the Hub's cache."""
+        return not self.bundled and not self.path.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
+
+    @property
+    def shadowed(self) -> str:
+        """What to say where a bundled name was taken and a folder here has it too; else nothing."""
+        here = self.bundled and Path(self.name).is_dir()
+        return f" (a folder here of that name is ./{self.name})" if here else ""
+
+
+def spelled(model: str | Path) -> str:
+    """A model as text, for `resolve` and the command line. A `Path` is always a folder, also where it is called as a bundled
+    model is, or as an option."""
+    odd = isinstance(model, Path) and (str(model) in BUNDLED or str(model).startswith("-"))
+    return f"./{model}" if odd else str(model)
+
 
 @dataclass(frozen=True, slots=True)
 class HubModel:

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llmprune.evaluate.perplexity import excess_loss
+from llmprune.models.resolve import spelled
 from llmprune.report.record import COMPUTED, Reconstruction, Removal, RunRecord, SiteRecord, mean_known, size_name
 from llmprune.shell import command_line, literal
 from llmprune.words import count
@@ -237,12 +238,12 @@ def _to_evaluate(record: RunRecord, output: Path) -> str:
     """The command that measures what this run did not: perplexity, beside the dense model's where that has a name."""
     named = record.model["name"] != record.model["class"]
     beside = ["--baseline", str(record.arguments["model"])] if named else []
-    return command_line("llmprune", "eval", output, *beside)
+    return command_line("llmprune", "eval", spelled(output), *beside)
 
 
 def _next_steps(output: Path, *, own: bool) -> str:
     """`own`: only llmprune loads it."""
-    load = f"import llmprune; llmprune.load({literal(output)})"
+    load = f"import llmprune; llmprune.load({literal(spelled(output))})"
     if not own:
         load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({literal(output)})"
     return f"  {command_line('llmprune', 'verify', output)}\n  {command_line('python', '-c', load)}"

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmprune.errors import InputError, plain_errors, user_path
+from llmprune.errors import InputError, plain_errors, user_folder, user_path
 from llmprune.models.checkpoint import INDEX, PACKED, Checkpoint, read_header
-from llmprune.models.resolve import resolve
+from llmprune.models.resolve import resolve, spelled
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.sparse.files import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, pack_tensors, why_dense
 from llmprune.stream.publish import RECORD, check_output, check_room, copy_extras, published, recover, sums, write_json
+from llmprune.stream.sums import differing, read_record
 
 _CARD, _DENSE_CARD = "README.md", "README.dense.md"
 _DENSE, _PACKED = "\nlibrary_name: transformers\n", "\nlibrary_name: llmprune # transformers, once unpacked\n"
@@ -69,11 +70,13 @@ def pack(
     """
     output = user_path(output, "output")
     with plain_errors("free some, or use a machine with more"):
-        source = resolve(str(folder)).path
+        place = resolve(spelled(folder))
+        source = place.path
         if (source / PACKED).is_file():
             raise InputError(f"{source} is packed already")
         recover(output)
         check_output(output, source, overwrite)
+        _check_record(source)
         checkpoint = Checkpoint(source)
         skeleton = Skeleton(checkpoint, load_config(source), torch.device("cpu"), torch.float32)
         linear = linears(skeleton)
@@ -82,13 +85,30 @@ def pack(
         with published(output, overwrite=overwrite) as partial:
             found = _pack_files(skeleton, linear, partial, tell)
             if not found.layers:
-                raise _nothing(source, found.dense, linear)
+                raise _nothing(f"{source}{place.shadowed}", found.dense, linear)
             copy_extras(source, partial)
             if (source / RECORD).is_file():
                 shutil.copyfile(source / RECORD, partial / RECORD)
             _write_card(source, partial)
             _seal(partial, found.manifest)
         return found.converted(output)
+
+
+def _check_record(source: Path) -> None:
+    """A record, where there is one, must fit the folder: it is kept, for what `unpack` makes.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not (source / RECORD).is_file():
+        return
+    remedy = f"get the folder again, or remove its {RECORD} to pack it without"
+    try:
+        _, sums = read_record(source)
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}") from None
+    if problem := next(differing(source, sums), None):
+        raise InputError(f"{source} is not what its {RECORD} says ({problem}): {remedy}")
 
 
 @dataclass(slots=True)
@@ -138,7 +158,7 @@ def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: 
     return found
 
 
-def _nothing(source: Path, dense: dict[str, str], linear: dict[str, str]) -> InputError:
+def _nothing(source: str, dense: dict[str, str], linear: dict[str, str]) -> InputError:
     """Why nothing was packed."""
     own = [(name, why) for name, why in dense.items() if name in linear.values()]
     if not own:
@@ -169,7 +189,7 @@ def unpack(
     Raises:
         InputError: the folder is not packed, not whole, or cannot be written; nothing is left behind.
     """
-    folder, output = user_path(folder, "folder"), user_path(output, "output")
+    folder, output = user_folder(folder, "folder"), user_path(output, "output")
     with plain_errors("free some, or use a machine with more"):
         if not (folder / PACKED).is_file():
             raise InputError(f"{folder} holds no {PACKED}: give a folder that llmprune pack wrote")
@@ -178,6 +198,9 @@ def unpack(
         check_output(output, folder, overwrite)
         view = DenseView(packed)
         check_room(output, view.nbytes())
+        packed.check(sorted({*packed.files, *packed.sums} - {_CARD}))
+        if (folder / RECORD).is_file():
+            read_record(folder)
         with published(output, overwrite=overwrite) as partial:
             for number, (file, dense) in enumerate(packed.files.items(), 1):
                 names = [name for name, info in view.tensors.items() if info.file == file]

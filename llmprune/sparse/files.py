@@ -18,10 +18,10 @@ Weights have other names than transformers look for, so that they refuse the fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ from llmprune.errors import InputError
 from llmprune.kernels.reference import compress, expand, violation
 from llmprune.models.checkpoint import PACKED, Checkpoint, TensorInfo, opened, read_header, read_json
 from llmprune.models.skeleton import Skeleton
+from llmprune.stream.sums import differing
 
+T = TypeVar("T")
 FORMAT, VERSION = "llmprune-2of4", 1
 _VALUES, _CODES = ".values", ".codes"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -48,13 +50,14 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class PackedFolder:
-    """A packed folder, its manifest checked against the headers of its files.
+    """A packed folder, its manifest compared with the headers of its files.
 
     Attributes:
         layers: packed matrices, by their names in the dense checkpoint.
         files: of each file, the dense checkpoint's.
         sums: sha256 of every file of the folder but the manifest and the record.
         tensors: everything that the files hold.
+        problems: why it is not whole; `open` returns none that has any.
     """
 
     folder: Path
@@ -62,44 +65,57 @@ class PackedFolder:
     files: dict[str, str]
     sums: dict[str, str]
     tensors: dict[str, TensorInfo]
+    problems: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path) -> PackedFolder:
         """Raises: InputError: it is no packed folder, of another version, or not whole."""
-        manifest = read_json(folder / PACKED)
-        if manifest.get("format") != FORMAT:
-            raise InputError(f"{folder / PACKED} has format {manifest.get('format')!r}; this llmprune reads {FORMAT!r}")
-        if manifest.get("version") != VERSION:
-            raise InputError(
-                f"{folder} is packed in version {manifest.get('version')!r}; this llmprune reads {VERSION}: update llmprune"
-            )
-        try:
-            layers = {str(name): _layer(name, entry) for name, entry in manifest["layers"].items()}
-            files = {str(file): str(dense) for file, dense in manifest["files"].items()}
-            sums = {str(file): str(digest) for file, digest in manifest["sha256"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError(f"{folder / PACKED} has no layers and files that make sense: copy the folder again") from None
-        tensors: dict[str, TensorInfo] = {}
-        for file in (name for pair in files.items() for name in pair):
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise InputError(f"{folder / PACKED} names {file!r}, which is no safetensors file of a folder")
-        for file in files:
-            if not (folder / file).is_file():
-                raise InputError(f"{folder / file} is missing, though {PACKED} lists it: copy the folder again")
-            tensors |= read_header(folder, file)
-        found = cls(folder, layers, files, sums, tensors)
-        for name, layer in layers.items():
-            found._fit(name, layer)
+        found = cls.survey(folder)
+        if found.problems:
+            raise InputError(found.problems[0])
         return found
 
-    def _fit(self, name: str, layer: Layer) -> None:
+    @classmethod
+    def survey(cls, folder: Path) -> PackedFolder:
+        """What can be read of a folder that may be damaged.
+
+        Raises:
+            InputError: it is of another format or version.
+        """
+        problems: list[str] = []
+        layers, files, sums = _manifest(folder, problems)
+        tensors = _headers(folder, files, problems)
+        found = cls(folder, layers, files, sums, tensors)
+        known = [name for name in layers if not problems or found._there(name)]  # files that cannot be read hold the others
+        misfits = [why for name in known if (why := found._misfit(name))]
+        return replace(found, problems=(*problems, *misfits))
+
+    def _there(self, name: str) -> bool:
+        return {name + _VALUES, name + _CODES} <= self.tensors.keys()
+
+    def _misfit(self, name: str) -> str | None:
         """The two tensors of a layer must be there, in the shapes that the manifest says."""
+        layer = self.layers[name]
         wanted = {name + _VALUES: (layer.rows, layer.columns // 2), name + _CODES: (layer.rows, -(-layer.columns // 8))}
         for tensor, shape in wanted.items():
             info = self.tensors.get(tensor)
             if info is None or info.shape != shape:
                 what = "is missing" if info is None else f"has shape {list(info.shape)}, not {list(shape)}"
-                raise InputError(f"{self.folder}: tensor {tensor} {what}: copy the folder again")
+                return f"{self.folder}: tensor {tensor} {what}: copy the folder again"
+        return None
+
+    def whole(self) -> list[str]:
+        """The packed matrices that are there."""
+        return [name for name in self.layers if self._misfit(name) is None]
+
+    def check(self, names: Iterable[str]) -> None:
+        """Files of it must be what their sums say.
+
+        Raises:
+            InputError: one is missing or differs.
+        """
+        for problem in differing(self.folder, {name: self.sums.get(name, "") for name in names}):
+            raise InputError(f"{self.folder} is damaged ({problem}): copy the folder again")
 
     def read(self, tensor: str) -> Tensor:
         with opened(self.folder / self.tensors[tensor].file) as handle:
@@ -148,6 +164,57 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         InputError: it is neither, or not whole.
     """
     return DenseView(PackedFolder.open(folder)) if (folder / PACKED).is_file() else Checkpoint(folder)
+
+
+def _manifest(folder: Path, problems: list[str]) -> tuple[dict[str, Layer], dict[str, str], dict[str, str]]:
+    """Layers, files and sums, as far as they make sense; adds to `problems`.
+
+    Raises:
+        InputError: the folder is of another format or version.
+    """
+    try:
+        manifest = read_json(folder / PACKED)
+    except InputError as error:
+        problems.append(str(error))
+        manifest = {"format": FORMAT, "version": VERSION, "layers": {}, "files": {}, "sha256": {}}
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{folder / PACKED} has format {manifest.get('format')!r}; this llmprune reads {FORMAT!r}")
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{folder} is packed in version {manifest.get('version')!r}; this llmprune reads {VERSION}: update llmprune"
+        )
+    layers = _mapping(manifest.get("layers"), _layer)
+    files, sums = (_mapping(manifest.get(name), lambda _, value: str(value)) for name in ("files", "sha256"))
+    if layers is None or files is None or sums is None:
+        problems.append(f"{folder / PACKED} has no layers and files that make sense: copy the folder again")
+    for file in (name for pair in (files or {}).items() for name in pair):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            problems.append(f"{folder / PACKED} names {file!r}, which is no safetensors file of a folder")
+    if problems:  # whatever the packed files are
+        files = {path.name: path.name for path in sorted(folder.glob("packed-*.safetensors"))}
+    return layers or {}, files or {}, sums or {}
+
+
+def _headers(folder: Path, files: Iterable[str], problems: list[str]) -> dict[str, TensorInfo]:
+    """What the files hold, as far as they can be read; adds to `problems`."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        if not (folder / file).is_file():
+            problems.append(f"{folder / file} is missing, though {PACKED} lists it: copy the folder again")
+            continue
+        try:
+            tensors |= read_header(folder, file)
+        except InputError as error:
+            problems.append(str(error))
+    return tensors
+
+
+def _mapping(value: Any, read: Callable[[str, Any], T]) -> dict[str, T] | None:
+    """A part of the manifest; None if it makes no sense."""
+    try:
+        return {str(name): read(name, entry) for name, entry in value.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _layer(name: str, entry: Mapping[str, Any]) -> Layer:

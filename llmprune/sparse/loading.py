@@ -21,17 +21,20 @@ _PEEK = 16  # rows that show whether a matrix may be 2:4
 
 
 def load_packed(
-    folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype, *, dense: bool
+    folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype, *, dense: bool, check: bool
 ) -> PreTrainedModel | None:
     """The model of a packed folder, or of a dense one that has 2:4 linear layers; None for any other.
 
     Args:
         dense: unpack all layers.
+        check: compare the packed files with their sums.
 
     Raises:
         InputError: a file is damaged, or does not fit the configuration.
     """
     checkpoint = open_checkpoint(folder)
+    if isinstance(checkpoint, DenseView) and check:
+        checkpoint.packed.check(checkpoint.packed.files)
     if dense and not isinstance(checkpoint, DenseView):
         return None
     skeleton = Skeleton(checkpoint, config, device, dtype)

@@ -15,6 +15,8 @@ from torch import Tensor
 from llmprune.errors import InputError, MachineError
 
 _AT_ONCE = 64  # tensors that are mapped together
+_PIECE = 2**30  # bytes of a write: macOS takes no more than 2 GiB
+_UNUSED = getattr(mmap, "MADV_DONTNEED", None)  # not every system has it
 
 
 class MappedTensors(MutableSequence[Tensor]):
@@ -63,15 +65,25 @@ class MappedTensors(MutableSequence[Tensor]):
             raise TypeError("tensors stay where they are")
         start = self._room(value.nbytes)
         offset = start - (self._mapped - len(self._maps[-1]))
-        try:
-            os.posix_fallocate(self._file.fileno(), start, value.nbytes)  # a full disk shows here, not as a bus error
-        except OSError as error:
-            raise MachineError(f"no room for the activations in {self._folder}: {error.strerror}") from None
+        self._write(value, start)
         self._tensors.append(
             torch.frombuffer(self._maps[-1], dtype=value.dtype, count=value.numel(), offset=offset).view(value.shape)
         )
         self._places.append((self._maps[-1], offset, value.nbytes))
-        self[index] = value
+        self._let_go(index)
+
+    def _write(self, value: Tensor, start: int) -> None:
+        """Write it into the file, which takes its room: a full disk shows here, not as a bus error."""
+        left = value.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        try:
+            while left:
+                done = os.pwrite(self._file.fileno(), left[:_PIECE], start)
+                left, start = left[done:], start + done
+        except OSError as error:
+            raise self._full(error) from None
+
+    def _full(self, error: OSError) -> MachineError:
+        return MachineError(f"no room for the activations in {self._folder}: {error.strerror}")
 
     def _room(self, nbytes: int) -> int:
         """Where in the file the next `nbytes` go. It is mapped many at a time: each map takes a file descriptor."""
@@ -82,13 +94,13 @@ class MappedTensors(MutableSequence[Tensor]):
             try:
                 os.ftruncate(self._file.fileno(), self._mapped)
             except OSError as error:
-                raise MachineError(f"no room for the activations in {self._folder}: {error.strerror}") from None
+                raise self._full(error) from None
             self._maps.append(mmap.mmap(self._file.fileno(), _AT_ONCE * size, offset=self._used))
         self._used += size
         return self._used - size
 
     def _let_go(self, index: int) -> None:
         """Of the memory that a tensor takes; it is read again when it is touched."""
-        if index < len(self):
+        if index < len(self) and _UNUSED is not None:
             held, offset, nbytes = self._places[index]
-            held.madvise(mmap.MADV_DONTNEED, offset, nbytes)
+            held.madvise(_UNUSED, offset, nbytes)

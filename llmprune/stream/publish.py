@@ -22,7 +22,7 @@ from llmprune.errors import InputError, MachineError, denied, reason
 from llmprune.models.files import PACKED
 from llmprune.words import size
 
-RECORD, SCHEMA = "llmprune.json", 1
+RECORD, SCHEMA = "llmprune.json", 1  # of a run: its file, and which form that has
 _EXTRAS = (
     "config.json",
     "generation_config.json",
