@@ -233,13 +233,34 @@ def _mib(sizes: dict[str, int]) -> str:
     return f"{sizes['packed'] / 2**20:,.1f} of {sizes['dense'] / 2**20:,.1f} MiB"
 
 
-def show(found: Bench, console: Console) -> None:
-    """The tables, and the advice below them."""
+def show(found: Bench, console: Console, *, full: bool = False) -> None:
+    """What the numbers say, and below it the tables: of each layer the fewest and the most tokens, or all if `full`."""
+    for sentence in found.advice:
+        console.print(sentence, soft_wrap=not console.is_terminal)
+    console.print()
+    if found.model:
+        console.print(_model_table(found))
+    console.print(_layer_table(found, full))
+    if not full and len({time.tokens for time in found.layers}) > 2:
+        console.print("fewest and most tokens; --full shows the others")
+
+
+def _model_table(found: Bench) -> Table:
+    table = Table(title="whole model, tokens a second", title_justify="left")
+    for name in ("", "batch", "dense", "2:4", "speed-up"):
+        table.add_column(name, justify="left" if not name else "right")
+    for whole in found.model:
+        rates = (f"{whole.tokens / seconds:,.0f}" for seconds in (whole.dense, whole.packed))
+        table.add_row(whole.phase, str(whole.batch), *rates, f"{whole.speedup:.2f}x")
+    return table
+
+
+def _layer_table(found: Bench, full: bool) -> Table:
     table = Table(title=f"{found.device}, {found.dtype}; memory copies at {found.memory / 1e9:,.0f} GB/s", title_justify="left")
     for name in ("layer (how many)", "tokens", "dense, µs", "2:4, µs", "speed-up", "GB/s", "of copy"):
         table.add_column(name, justify="left" if name.startswith("layer") else "right", no_wrap=True)
-    last = ""
-    for time in found.layers:
+    ends, last = {bound(time.tokens for time in found.layers) for bound in (min, max)}, ""
+    for time in (time for time in found.layers if full or time.tokens in ends):
         shape = f"{time.rows} x {time.columns} ({time.layers})"
         rate = time.packed_bytes / time.packed
         table.add_row(
@@ -252,14 +273,4 @@ def show(found: Bench, console: Console) -> None:
             f"{rate / found.memory:.0%}",
         )
         last = shape
-    console.print(table)
-    if found.model:
-        table = Table(title="whole model, tokens a second", title_justify="left")
-        for name in ("", "batch", "dense", "2:4", "speed-up"):
-            table.add_column(name, justify="left" if not name else "right")
-        for whole in found.model:
-            rates = (f"{whole.tokens / seconds:,.0f}" for seconds in (whole.dense, whole.packed))
-            table.add_row(whole.phase, str(whole.batch), *rates, f"{whole.speedup:.2f}x")
-        console.print(table)
-    for sentence in found.advice:
-        console.print(sentence, soft_wrap=True)
+    return table

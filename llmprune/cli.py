@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import os
 import signal
 import sys
@@ -20,7 +19,7 @@ from llmprune.errors import InputError, LostProcess, MachineError, plain_errors,
 from llmprune.recipes import QUALITIES, TARGETS
 from llmprune.shell import command_line
 from llmprune.structured import scores
-from llmprune.terminal import Terminal
+from llmprune.terminal import Terminal, lasting_streams
 
 _NAMES = {"method": solvers.names, "score": scores.names}  # of options that name a file of ours
 _CHOICES = {  # what else completion offers
@@ -45,12 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds, so that nothing half-written stays
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file name may not fit the terminal's encoding
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with plain_errors():
+        with lasting_streams() if argv is None else nullcontext(), plain_errors():
             if arguments and arguments[0] in commands.NAMES:
                 return _command(arguments[0], arguments[1:])
             return _prune(arguments)

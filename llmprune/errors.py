@@ -67,7 +67,7 @@ def user_folder(text: str | Path, what: str) -> Path:
 
 def denied(error: OSError, text: str) -> InputError:
     """The error for what the system refused: the machine's where room or the hardware is what it lacks."""
-    lacking = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+    lacking = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EROFS)
     return (MachineError if error.errno in lacking else InputError)(text)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.errors import InputError, user_path
+from llmprune.errors import InputError, MachineError, denied, user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,17 +88,63 @@ class Terminal:
             text = json.dumps(done, indent=1, default=str) + "\n"
             if self.json == _STANDARD:
                 sys.stdout.write(text)
-            else:
+                return
+            try:
                 file_to_write(self.json).write_text(text, encoding="utf-8")
+            except OSError as error:
+                complete = f"; {done['output']} is complete" if done.get("output") else ""
+                raise denied(error, f"cannot write {self.json}: {error.strerror}{complete}") from None
 
     def settle_libraries(self) -> None:
         """Keep transformers' and the Hub's own bars and advice out of what the user reads, unless asked for."""
         if not self.verbose:
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            watched = sys.stderr.isatty() and not self.quiet
             for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-                os.environ.setdefault(bars, "0" if sys.stderr.isatty() and not self.quiet else "1")
+                os.environ.setdefault(bars, "0" if watched else "1")
+            if not watched:
+                os.environ.setdefault("TQDM_DISABLE", "1")  # which tqdm reads once, when it is imported
             os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _Lasting(io.FileIO):
+    """A standard stream that outlives its reader: once it cannot be written, what comes is dropped and the work goes on.
+
+    Attributes:
+        problem: why it could not be written, if that was not that the reader has gone.
+    """
+
+    problem: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.problem = None if isinstance(error, BrokenPipeError) else error
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self.fileno())
+            os.close(nothing)
+            return len(data)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Standard output and error may be closed by their readers (`llmprune ... | head`): the work is finished all the same.
+
+    Raises:
+        MachineError: standard output could not be written for another reason, such as a full disk; the work is done.
+    """
+    raw = {name: _Lasting(getattr(sys, name).fileno(), "w", closefd=False) for name in ("stdout", "stderr")}
+    for name, stream in raw.items():
+        buffer = io.BufferedWriter(stream)
+        # a file name may not fit the terminal's encoding
+        text = io.TextIOWrapper(buffer, getattr(sys, name).encoding, "backslashreplace", line_buffering=True)
+        setattr(sys, name, text)
+    yield
+    sys.stdout.flush()
+    if raw["stdout"].problem is not None:
+        raise MachineError(f"standard output cannot be written ({raw['stdout'].problem.strerror}); the work is done")
 
 
 def file_to_write(text: str) -> Path:

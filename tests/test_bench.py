@@ -63,12 +63,16 @@ def test_advice_names_what_helps_and_what_does_not() -> None:
 
 def test_the_command_prints_tables_and_writes_json(saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = saved(pruned("llama"))
-    arguments = ["bench", str(source), "--tokens", "1", "--batches", "1", "--length", "4", "--device", "cpu"]
+    arguments = ["bench", str(source), "--tokens", "1", "2", "3", "--batches", "1", "--length", "4", "--device", "cpu"]
     assert main([*arguments, "--json", str(tmp_path / "bench.json")]) == 0
     shown = capsys.readouterr().out
-    assert "48 x 32 (6)" in shown
-    assert "On a CPU" in shown
+    assert 0 <= shown.index("On a CPU") < shown.index("48 x 32 (6)") < shown.index("--full shows the others")
     saved_ = json.loads((tmp_path / "bench.json").read_text())
+    assert {one["tokens"] for one in saved_["layers"]} == {1, 2, 3}
+    assert main([*arguments, "--full"]) == 0
+    full = capsys.readouterr().out
+    assert "--full" not in full
+    assert full.count("│") - shown.count("│") == 8 * len({(one["rows"], one["columns"]) for one in saved_["layers"]})
     assert main([*arguments, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == saved_.keys()
 

@@ -83,7 +83,9 @@ def test_what_is_printed_can_be_pasted(
     folder.rename("-m")
     run = ["--model=-m", "--sparsity", "2:4", "--method", "magnitude", "--calibration", text.name, *QUICK]
     assert main([*run, f"--output={name}"]) == 0
-    verify, load = commands(capsys.readouterr().out)
+    verify, load, evaluate = commands(capsys.readouterr().out)
+    assert evaluate[:2] == ["llmprune", "eval"]
+    assert main([*evaluate[1:], "--windows", "1"]) == 0
     assert verify[:2] == ["llmprune", "verify"]
     assert main(verify[1:]) == 0
     assert load[:2] == ["python", "-c"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,17 @@ def test_bad_input_is_one_line(
 def test_a_model_without_a_tokenizer(saved) -> None:
     with pytest.raises(InputError, match="cannot read the tokenizer"):
         evaluate(saved(tiny_model("llama")), **QUICK)
+
+
+def test_away_from_a_terminal_only_ours_is_printed(pruned: Path, tmp_path: Path) -> None:
+    """No bars of libraries, and nothing of git's where there is no repository."""
+    command = ["eval", str(pruned), "--texts", "pydoc", "--windows", "1", "--seqlen", "16", "--device", "cpu"]
+    command += ["--tasks", "pydoc_summary", "--task-path", str(TASKS), "--limit", "2"]
+    done = subprocess.run([sys.executable, "-m", "llmprune", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "pydoc_summary" in done.stdout
+    assert "\r" not in done.stdout
+    assert "fatal" not in done.stdout
 
 
 def test_bundled_model_is_left_alone() -> None:

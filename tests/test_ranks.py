@@ -47,6 +47,7 @@ OPTIONS = {"calibration": WINDOWS, "batch_size": 4}
 _RUN = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
+import torch
 import llmprune
 from llmprune.errors import InputError
 from llmprune.report.console import Progress
@@ -64,6 +65,8 @@ class Ends(Progress):
                 raise InputError("only here")
 
 source, out, how = sys.argv[2:5]
+if len(sys.argv) > 6:  # one group for several runs: between two, a process could join the old one's store
+    torch.distributed.init_process_group("gloo")
 try:
     for name in sys.argv[5:]:
         llmprune.prune(source, output=f"{out}/{name}", progress=Ends(how), **OPTIONS, **(CASES | SMALLER)[name])

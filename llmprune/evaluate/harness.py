@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,10 +78,9 @@ class Tasks:
             MachineError: its data cannot be fetched.
         """
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
 
         with _quiet():
-            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            harness = _model_class()(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             try:
                 found = lm_eval.simple_evaluate(
                     model=harness, tasks=self.names, task_manager=self._manager, limit=limit, num_fewshot=fewshot,
@@ -115,17 +114,41 @@ def _scores(found: Any) -> Iterator[TaskScore]:
             )
 
 
+def _model_class() -> Any:
+    """lm-eval's model, whose bars are for terminals only: it asks for them whatever tqdm's own settings say."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or _away())
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm or _away(), **options)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or _away())
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm or _away())
+
+    return Model
+
+
+def _away() -> bool:
+    """Whether nobody watches."""
+    return not sys.stderr.isatty()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's log and bars out of what the user reads."""
-    log, level, bars = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level, os.environ.get("TQDM_DISABLE")
+    """Keep lm-eval's log out of what the user reads, and what git says outside a repository: lm-eval would note its commit."""
+    from lm_eval import evaluator
+
+    log, level, commit = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level, evaluator.get_git_commit_hash
     log.setLevel(logging.ERROR)
-    os.environ["TQDM_DISABLE"] = "1"
+    evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
         log.setLevel(level)
-        if bars is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = bars
+        evaluator.get_git_commit_hash = commit

@@ -237,7 +237,8 @@ def _computed(record: RunRecord) -> Iterator[tuple[str, str, str]]:
 def _to_evaluate(record: RunRecord, output: Path) -> str:
     """The command that measures what this run did not: perplexity, beside the dense model's where that has a name."""
     named = record.model["name"] != record.model["class"]
-    beside = ["--baseline", str(record.arguments["model"])] if named else []
+    dense = str(record.arguments["model"])
+    beside = ["--baseline", f"./{dense}" if dense.startswith("-") else dense] if named else []
     return command_line("llmprune", "eval", spelled(output), *beside)
 
 

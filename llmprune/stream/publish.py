@@ -115,8 +115,10 @@ def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
         if not _ours(target):
             raise InputError(f"output {output} holds no {RECORD}, so llmprune did not write it and will not replace it")
     parent = existing_parent(output)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"cannot write output {output}: {parent} is {'read-only' if parent.is_dir() else 'a file'}")
+    if not parent.is_dir():
+        raise InputError(f"cannot write output {output}: {parent} is a file")
+    if not os.access(parent, os.W_OK):
+        raise MachineError(f"cannot write output {output}: {parent} is read-only; choose another")
 
 
 def recover(output: Path) -> None:
@@ -176,11 +178,11 @@ def check_room(output: Path, nbytes: int) -> None:
     """There must be as much room on the output's disk.
 
     Raises:
-        InputError: there is less.
+        MachineError: there is less.
     """
     free = shutil.disk_usage(existing_parent(output)).free
     if free < nbytes:
-        raise InputError(
+        raise MachineError(
             f"output {output} needs {size(nbytes)} of disk, where {size(free)} are free: make room, or choose another"
         )
 
