@@ -202,7 +202,9 @@ class Draws:
         return f"{statistics.mean(values):{form}}{spread}"
 
     def price(self) -> list[str]:
-        return [f"{self.mean('seconds'):.0f}", f"{self.mean('peak_memory_bytes') / 2**20:,.0f} MiB"]
+        """Seconds, and memory where it was measured."""
+        peaks = [cell["peak_memory_bytes"] for cell in self.cells if "peak_memory_bytes" in cell]
+        return [f"{self.mean('seconds'):.0f}", f"{statistics.mean(peaks) / 2**20:,.0f} MiB" if peaks else ""]
 
 
 Own: TypeAlias = dict[tuple[str, str], Draws]  # one model's, by method and pattern
@@ -263,12 +265,12 @@ def tables(cells: Cells) -> str:
         lines += [
             f"`{model}`, dense perplexity {_dense(own):.2f}; excess loss in nats a token:",
             "",
-            f"| method | {' | '.join(patterns)} | seconds | peak memory |",
-            f"|---|{'---:|' * (len(patterns) + 2)}",
+            f"| method | {' | '.join(patterns)} | seconds, {priced} |",
+            f"|---|{'---:|' * (len(patterns) + 1)}",
         ]
         for method in (method for method in _methods(own) if (method, priced) in own):
             losses = [own[method, p].shown("excess_loss", ".4f") if (method, p) in own else "" for p in patterns]
-            lines.append(f"| {' | '.join([method, *losses, *own[method, priced].price()])} |")
+            lines.append(f"| {' | '.join([method, *losses, own[method, priced].price()[0]])} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -279,7 +281,7 @@ def listing(cells: Cells) -> str:
         "# Every method x pattern\n",
         "Written by `llmprune compare`; the .json beside has every cell, with date, versions and device. Of several",
         "calibration draws: mean ± standard deviation. Output error: mean of the matrices', each on the inputs it was solved",
-        "for. Overhead: pruning as a multiple of its forward passes.\n",
+        "for. Overhead: time of pruning / time of its forward passes. Memory of a process depends on what it did before.\n",
         "| model | pattern | method | draws | perplexity | excess loss | output error | seconds | overhead | peak memory |",
         f"|---|---|---|{'---:|' * 7}",
     ]
