@@ -58,7 +58,10 @@ def _misfitting(misfits: dict[str, str], plan: Plan, pattern: Pattern) -> InputE
     kinds: dict[str, str] = {}
     for name, why in misfits.items():
         kinds.setdefault(name if _last(name) in fitting else f"*.{_last(name)}", why)
-    reasons = "; ".join(f"{glob.removeprefix('*.')}: {why}" for glob, why in kinds.items())
+    by_reason: dict[str, list[str]] = {}
+    for glob, why in kinds.items():
+        by_reason.setdefault(why, []).append(glob.removeprefix("*."))
+    reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items())
     what = f"{count(len(kinds), 'kind')} of matrices cannot be {pattern} ({reasons})"
     if not plan.patterns:
         return InputError(f"{what}, and there are no others: choose another sparsity")

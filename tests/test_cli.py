@@ -205,7 +205,7 @@ BAD = {
     **{f"sparsity {s}": ([*MODEL, "--sparsity", s], "sparsity") for s in ("4:2", "0:4", "-1", "1.5", "nan", "abc", "50", "2:")},
     "columns": (
         [*MODEL, "--sparsity", "3:7", *QUICK],
-        "q_proj: its width of 256 columns is not a multiple of 7; k_proj: its",
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj: its width of 256 columns is not a multiple of 7; down_proj: its",
     ),
     "method": ([*MODEL, "--sparsity", "2:4", "--method", "wnada"], "did you mean wanda"),
     "quality": ([*MODEL, "--sparsity", "2:4", "--quality", "bets"], "did you mean best"),
