@@ -19,8 +19,8 @@ def test_all_that_cannot_have_a_pattern_is_left_out_by_one_line_to_paste() -> No
         make_plan(blocks, parse("2:4"), only=(), skip=())
     message = str(caught.value)
     assert message.startswith(
-        "5 kinds of matrices cannot be 2:4 (q_proj, k_proj, v_proj, gate_proj, up_proj: its width of 30 columns is not a multiple "
-        "of 4); leave them out with: --skip "
+        "5 kinds of matrices cannot be 2:4 (q_proj, k_proj, v_proj, gate_proj, up_proj: its width of 30 columns is not a "
+        "multiple of 4); leave them out with: --skip "
     )
     words = shlex.split(message.partition("leave them out with: ")[2])
     assert words == ["--skip", "*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"]
