@@ -135,6 +135,9 @@ def lasting_streams() -> Iterator[None]:
     Raises:
         MachineError: standard output could not be written for another reason, such as a full disk; the work is done.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start, as by `>&-`
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - it lives as long as the process
     raw = {name: _Lasting(getattr(sys, name).fileno(), "w", closefd=False) for name in ("stdout", "stderr")}
     for name, stream in raw.items():
         buffer = io.BufferedWriter(stream)

@@ -35,6 +35,13 @@ def test_a_reader_that_goes_does_not_end_the_work(command: list[str], tmp_path: 
     assert verify(tmp_path / "out").problems == ()
 
 
+def test_standard_output_may_be_closed(tmp_path: Path) -> None:
+    """As by `>&-` in a shell."""
+    command = 'exec "$0" -m llmprune verify nosuch >&-'
+    done = subprocess.run(["sh", "-c", command, sys.executable], cwd=tmp_path, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, b"llmprune: error: folder nosuch does not exist\n")
+
+
 @needs_full
 def test_standard_output_that_is_full_is_told_and_the_work_is_done(command: list[str], tmp_path: Path) -> None:
     with FULL.open("wb") as full:

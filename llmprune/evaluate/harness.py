@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,14 +142,15 @@ def _away() -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's log out of what the user reads, and what git says outside a repository: lm-eval would note its commit."""
+    """Keep lm-eval's log and prints out of what the user reads, and what git says where this is no repository."""
     from lm_eval import evaluator
 
     log, level, commit = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level, evaluator.get_git_commit_hash
     log.setLevel(logging.ERROR)
     evaluator.get_git_commit_hash = lambda: None
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         log.setLevel(level)
         evaluator.get_git_commit_hash = commit
