@@ -9,10 +9,10 @@ from typing import Any
 from llmprune import solvers
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError, unknown, user_path
-from llmprune.models.files import read_json
 from llmprune.models.resolve import ModelFolder, look_up
 from llmprune.recipes import choose_recipe
-from llmprune.stream.publish import RECORD, SCHEMA, check_output
+from llmprune.stream.publish import RECORD, check_output
+from llmprune.stream.sums import read_record
 from llmprune.structured import scores
 
 
@@ -55,9 +55,9 @@ def finished(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:
     if config.overwrite or output is None or not (output / RECORD).is_file():
         return None
     try:
-        record = read_json(output / RECORD)
-        arguments, files = record.get("arguments"), record.get("files")
-        if record.get("schema") != SCHEMA or not isinstance(arguments, dict) or not isinstance(files, dict):
+        record, files = read_record(output)
+        arguments = record.get("arguments")
+        if not isinstance(arguments, dict):
             return None
         known = {field.name for field in fields(PruneConfig)}
         earlier = PruneConfig.create({name: value for name, value in arguments.items() if name in known})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import InputError, reason
-from llmprune.models.checkpoint import read_json
+from llmprune.models.files import read_json
 from llmprune.stream.publish import RECORD, SCHEMA, sha256
 
 
