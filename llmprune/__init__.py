@@ -2,35 +2,30 @@
 
 >>> import llmprune
 >>> result = llmprune.prune("llama", sparsity="2:4", output="llama-2of4")  # doctest: +SKIP
+
+`api.py` lists all that there is.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
+from llmprune.base.version import __version__
 
 if TYPE_CHECKING:
-    from llmprune.hub import push
-    from llmprune.integrity import verify
-    from llmprune.pipeline import Result, load, prune
-    from llmprune.sparse.convert import pack, unpack
+    from llmprune.api import Result, bench, compare, evaluate, load, pack, prune, push, report, unpack, verify
 
-__version__ = "0.1.0"
-__all__ = ["InputError", "Result", "__version__", "load", "pack", "prune", "push", "unpack", "verify"]
-
-_HOMES = dict.fromkeys(("Result", "load", "prune"), "llmprune.pipeline") | {
-    "push": "llmprune.hub",
-    "verify": "llmprune.integrity",
-    "pack": "llmprune.sparse.convert",
-    "unpack": "llmprune.sparse.convert",
-}
+__all__ = [
+    "InputError", "Result", "__version__", "bench", "compare", "evaluate", "load", "pack", "prune", "push", "report", "unpack",
+    "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import the heavy parts only when they are asked for: `llmprune --help` must not wait for torch."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    from llmprune import api
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(api, name)

@@ -2,7 +2,7 @@
 
 import sys
 
-from llmprune.cli import main
+from llmprune.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from bench_prune import synthetic_llama
 
-from llmprune.hardware import peak_memory
-from llmprune.report.console import Progress
-from llmprune.report.record import versions
+from llmprune.base.hardware import peak_memory
+from llmprune.job.progress import Progress
+from llmprune.job.record import versions
 
 SAMPLES, SEQLEN = 8, 512
 
@@ -46,7 +46,7 @@ class Stopwatch(Progress):
 
 def prune(source: Path, output: Path) -> dict[str, Any]:
     """In this process."""
-    import llmprune.pipeline
+    import llmprune.runs.prune
 
     loaded = peak_memory()
     watch = Stopwatch()

@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
 
-from llmprune.models.checkpoint import INDEX
+from llmprune.base.files import INDEX
+from llmprune.base.words import count
+from llmprune.job.record import versions
 from llmprune.models.resolve import BUNDLED
-from llmprune.report.record import versions
-from llmprune.words import count
 
 
 def run_command(*arguments: str, launcher: Sequence[str] = (), threads: int | None = None) -> dict[str, Any]:

@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune import solvers
-from llmprune.hardware import peak_memory, restart_peak_memory
-from llmprune.linalg import masked_least_squares
-from llmprune.patterns import parse
-from llmprune.report.record import versions
-from llmprune.solvers import wanda
-from llmprune.stats import Gram
+from llmprune.base.hardware import peak_memory, restart_peak_memory
+from llmprune.job.record import versions
+from llmprune.numerics.linalg import masked_least_squares
+from llmprune.numerics.patterns import parse
+from llmprune.numerics.stats import Gram
+from llmprune.solvers import METHODS, wanda
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import twins
@@ -70,7 +69,7 @@ def compare(rows: int, columns: int, sparsity: str, repeats: int) -> list[dict[s
     mask = wanda.solve(w, statistic(h), pattern).mask
 
     def ours(name: str) -> Callable[[], Tensor]:
-        return lambda: solvers.load(name).solve(w, statistic(h), pattern).weight
+        return lambda: METHODS.get(name).solve(w, statistic(h), pattern).weight
 
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor] | None]] = {
         "sparsegpt": (ours("sparsegpt"), lambda: twins.sparsegpt(w, h, pattern)),

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from llmprune.job.record import versions
 from llmprune.models.discover import find_blocks
-from llmprune.report.record import versions
-from llmprune.structured.groups import Heads
-from llmprune.structured.plan import smaller_config
+from llmprune.models.heads import Heads
+from llmprune.steps.structured.configs import smaller_config
 
 HEADS, NEURONS, WIDTH = 12, 2048, 64
 PREFILL, DECODE = 512, 32

@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.comparison import dense_perplexity, evaluation, load
-from llmprune.data import calibration_windows
-from llmprune.evaluate.perplexity import excess_loss, perplexity
+from llmprune.base.words import count
+from llmprune.data.windows import calibration_windows
+from llmprune.job.record import excess_loss, versions
+from llmprune.measure.perplexity import perplexity
 from llmprune.models.discover import find_blocks
 from llmprune.models.resolve import resolve
-from llmprune.report.record import versions
-from llmprune.words import count
+from llmprune.runs.compare import dense_perplexity, evaluation, load
 
 PEER, TORCH = "llmcompressor==0.14.0.1", "torch==2.13.0"
 METHODS, PATTERNS = ("wanda", "sparsegpt"), ("2:4", "50%")

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import llmprune
-from llmprune.comparison import dense_perplexity, evaluation
-from llmprune.config import LAYER_SCORES
-from llmprune.evaluate.perplexity import excess_loss, perplexity
+from llmprune.job.options import LAYER_SCORES
+from llmprune.job.record import excess_loss, versions
+from llmprune.measure.perplexity import perplexity
 from llmprune.models.resolve import resolve
-from llmprune.report.record import versions
-from llmprune.structured import scores
+from llmprune.runs.compare import dense_perplexity, evaluation
+from llmprune.steps.structured.scores import SCORES
 
 AMOUNTS = {"neurons": ("12.5%", "25%", "50%"), "heads": ("12.5%", "25%", "50%"), "layers": ("1", "2")}
 BUDGETS = ("90%", "75%")
@@ -40,7 +40,7 @@ def cells() -> list[tuple[str, str, str, str]]:
         (what, amount, score, fit)
         for what in ("neurons", "heads")
         for amount in AMOUNTS[what]
-        for score in scores.names()
+        for score in SCORES.names()
         for fit in (FITS if score == "second_order" else ("corrected", "none"))
     ]
     found += [("target_params", amount, "second_order", fit) for amount in BUDGETS for fit in list(FITS)[:2]]
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama")
     parser.add_argument("--windows", type=int, default=100, help="evaluation windows (default: %(default)s)")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th cell from the I-th")
-    parser.add_argument("--scores", nargs="+", default=[*scores.names(), *LAYER_SCORES], help="only these (default: all)")
+    parser.add_argument("--scores", nargs="+", default=[*SCORES.names(), *LAYER_SCORES], help="only these (default: all)")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     result = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}

@@ -26,20 +26,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import llmprune
-from llmprune.bench import layer_times, model_times
-from llmprune.comparison import dense_perplexity
-from llmprune.evaluate.speed import bytes_per_second
-from llmprune.hardware import operations_per_second, synchronize
-from llmprune.kernels import cusparselt, decode, decompress, reference
+from llmprune.base.hardware import operations_per_second, synchronize
+from llmprune.base.words import count
+from llmprune.formats.fuse import fuse
+from llmprune.formats.kernels import cusparselt, decode, decompress, reference
+from llmprune.formats.layer import Sparse24Linear, replace_module
+from llmprune.job.record import versions
+from llmprune.measure.bench import layer_times, model_times
+from llmprune.measure.speed import bytes_per_second
 from llmprune.models.discover import find_blocks
 from llmprune.models.resolve import resolve
-from llmprune.patterns import NM
-from llmprune.report.record import versions
-from llmprune.solvers import load as load_solver
-from llmprune.sparse.fuse import fuse
-from llmprune.sparse.layer import Sparse24Linear, replace_module
-from llmprune.stats import Gram
-from llmprune.words import count
+from llmprune.numerics.patterns import NM
+from llmprune.numerics.stats import Gram
+from llmprune.runs.compare import dense_perplexity
+from llmprune.solvers import METHODS
 
 CHECKED = [(7, 260), (130, 1024), (33, 12), (512, 4096), (1024, 776)]
 LAYERS = [(14336, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (1024, 4096)]
@@ -143,7 +143,7 @@ def solve(shapes: list[tuple[int, int]], device: torch.device) -> list[dict[str,
             for _ in range(2):  # the first warms up
                 synchronize(device)
                 start = time.perf_counter()
-                load_solver(name).solve(w, gram, NM(2, 4))
+                METHODS.get(name).solve(w, gram, NM(2, 4))
                 synchronize(device)
                 row[name] = time.perf_counter() - start
         found.append(row)

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llmprune.config import PruneConfig
-from llmprune.data import Windows
+from llmprune.data.windows import Texts, Windows
+from llmprune.job.options import PruneConfig
+from llmprune.job.recipes import choose_recipe
 from llmprune.models.discover import find_blocks, make_block
-from llmprune.preflight import Needs, estimate, size
-from llmprune.recipes import choose_recipe
-from llmprune.texts import Texts
+from llmprune.runs.preflight import Needs, estimate, size
 
 ASSUMPTIONS = """\
 What pruning to 2:4 would need, by the formulas of `llmprune/preflight.py`. Nothing here was run: it is a projection, written

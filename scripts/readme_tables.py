@@ -12,7 +12,7 @@ from pathlib import Path
 
 from compare_structured import table as structured_table
 
-from llmprune.comparison import listing, plot, tables
+from llmprune.reports.comparison import listing, plot, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results"

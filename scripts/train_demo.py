@@ -2,7 +2,7 @@
 
     python scripts/train_demo.py --peps peps.txt.xz --output llmprune/demo/llama
 
-Training text: a file of public-domain PEPs (plain or .xz) and the *train* split of `llmprune.demo.text`, repeated
+Training text: a file of public-domain PEPs (plain or .xz) and the *train* split of `llmprune.data.pydoc`, repeated
 `--docs-weight` times; any docstring that also stands in the calibration or evaluation split is left out. Writes bf16
 safetensors, config, tokenizer and `training.json`, which records how. AdamW, cosine decay to zero; about
 35 minutes on two idle cores.
@@ -25,8 +25,8 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmprune.demo.text import documents
-from llmprune.words import count
+from llmprune.base.words import count
+from llmprune.data.pydoc import documents
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"

@@ -1,109 +1,128 @@
-"""Imports go one way, and only the command's own parts are loaded for help."""
+"""The package's rooms: what each may import, how deep they stand, and that nothing runs in a circle."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import llmprune
-from llmprune import solvers
+from llmprune.solvers import METHODS
 
 ROOT = Path(llmprune.__file__).parent
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+ENTRIES, LEVELS, LONGEST = 16, 11, 400  # at most: at the top of the package, of rooms above each other, lines of a file
 
-# who may import whom, from the ground up; `errors`, `words` and `__init__` may be imported by all
-ALLOWED = {
-    "notation": set(),
-    "patterns": {"notation"},
-    "linalg": set(),
-    "config": {"notation"},
-    "hardware": set(),
-    "demo": set(),
-    "shell": set(),
-    "ranks": set(),
-    "clock": {"hardware"},
-    "stats": {"linalg"},
-    "kernels": {"hardware", "kernels"},
-    "sparse": {"kernels", "models", "sparse", "stream"},
-    "solvers": {"patterns", "stats", "linalg", "solvers"},
-    "models": {"models"},
-    "data": {"demo"},
-    "texts": {"config", "data"},
-    "stream": {"models", "data", "hardware", "stream"},
-    "evaluate": {"data", "hardware", "kernels", "ranks", "stream"},
-    "plan": {"models", "patterns"},
-    "report": {"config", "data", "evaluate", "models", "patterns", "report", "shell", "sparse", "stream"},
-    "recipes": {"config"},
-    "asked": {"config", "models", "recipes", "solvers", "stream", "structured"},
-    "reconstruct": {"models", "ranks", "report", "stream"},
-    "solving": {"clock", "linalg", "models", "patterns", "ranks", "recipes", "report", "solvers", "stats"},
-    "pruner": {
-        "clock",
-        "models",
-        "patterns",
-        "ranks",
-        "recipes",
-        "reconstruct",
-        "report",
-        "solvers",
-        "solving",
-        "stats",
-        "stream",
+# who may import whom, from the ground up: docs/architecture.md says what each is for
+ALLOWED: dict[str, set[str]] = {
+    "base": set(),
+    "numerics": {"base"},
+    "models": {"base"},
+    "data": {"base"},
+    "solvers": {"base", "numerics"},
+    "stream": {"base", "models", "data"},
+    "formats": {"base", "models"},
+    "cost": {"base", "models"},
+    "job": {"base", "numerics", "data", "solvers"},
+    "measure": {"base", "models", "data", "stream", "formats", "job"},
+    "output": {"base", "numerics", "models", "data", "formats", "cost", "job"},
+    "reports": {"base", "numerics", "models", "formats", "cost", "job", "output"},
+    "steps": set(),
+    "steps/weights": {"base", "numerics", "models", "data", "solvers", "stream", "job", "measure", "output"},
+    "steps/structured": {
+        *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "steps/weights"),
     },
-    "integrity": {"models", "patterns", "report", "sparse", "stream"},
-    "hub": {"integrity", "models", "report", "sparse", "stream"},
-    "scouting": None,
-    "sizing": None,
-    "budget": None,
-    "structured": {
-        "clock",
-        "data",
-        "linalg",
-        "models",
-        "notation",
-        "ranks",
-        "report",
-        "solving",
-        "stats",
-        "stream",
-        "structured",
+    "runs": {
+        *("base", "numerics", "models", "data", "solvers", "stream", "cost", "job", "measure", "output", "reports"),
+        *("steps/weights", "steps/structured"),
     },
-    "preflight": {"hardware", "models", "recipes", "reconstruct", "solvers", "stats", "stream", "texts"},
-    "run": None,
-    "shrinking": None,
-    "pipeline": None,
+    "api": {"formats", "measure", "output", "reports", "runs"},
+    "cli": {
+        *("base", "models", "formats", "solvers", "cost", "job", "measure", "output", "reports", "runs"),
+        "steps/structured",
+    },
+    "__init__": {"base", "api"},
     "__main__": {"cli"},
-    "bench": None,
-    "evaluation": None,
-    "comparison": None,
-    "commands": None,
-    "terminal": set(),
-    "cli": {"asked", "commands", "terminal", "config", "recipes", "shell", "solvers", "structured", "pipeline", "report"},
-}
+}  # fmt: skip
 
 
-def imports(path: Path) -> set[str]:
-    """The parts of llmprune that a module imports, at its top or inside functions; type-only imports aside."""
+def room(path: Path) -> str:
+    """The room of a module: its folder at the top, one further down in `steps`, or the file itself."""
+    parts = path.with_suffix("").parts
+    inside = parts[0] == "steps" and len(parts) > 2
+    return "/".join(parts[: 2 if inside else 1])
+
+
+@cache
+def imports(path: Path) -> set[Path]:
+    """The modules of llmprune that a module imports, at its top or inside functions, for types only or not."""
     found = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "llmprune":
-            parts = node.module.split(".")[1:]
-            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+            inside = Path(*node.module.split(".")[1:])
+            found |= {_module(inside / alias.name) or _module(inside) for alias in node.names}
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("llmprune.")}
-    return found - {"errors", "words", "__version__"}
+            found |= {_module(Path(*a.name.split(".")[1:])) for a in node.names if a.name.startswith("llmprune.")}
+    return {one for one in found if one is not None} - {path}
+
+
+def _module(path: Path) -> Path | None:
+    return next((one for one in (path.with_suffix(".py"), path / "__init__.py") if one in MODULES), None)
+
+
+def circle(graph: Mapping[object, set]) -> list[object]:
+    """Some of `graph` that lead back to themselves, in order; nothing where none do."""
+    done: set[object] = set()
+
+    def walk(node: object, path: tuple[object, ...]) -> list[object]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        found = next((found for to in sorted(graph[node], key=str) if (found := walk(to, (*path, node)))), [])
+        done.add(node)
+        return found
+
+    return next((found for node in graph if (found := walk(node, ()))), [])
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
-def test_imports_go_one_way(path: Path) -> None:
-    room = path.parts[0].removesuffix(".py")
-    if room in ("__init__", "errors", "words"):
-        return
-    allowed = ALLOWED[room]
-    assert allowed is None or imports(path) <= allowed
+def test_a_room_imports_what_it_may(path: Path) -> None:
+    foreign = {room(one) for one in imports(path)} - {room(path)}
+    assert foreign <= ALLOWED[room(path)]
+
+
+def test_every_room_is_on_the_list_and_every_permit_is_used() -> None:
+    used: dict[str, set[str]] = {}
+    for path in MODULES:
+        used.setdefault(room(path), set()).update({room(one) for one in imports(path)} - {room(path)})
+    assert used == ALLOWED
+
+
+def test_no_circle_of_modules_and_few_levels_of_rooms() -> None:
+    assert circle({path: imports(path) for path in MODULES}) == []
+    assert circle(ALLOWED) == []
+    level: dict[str, int] = {}
+    for name in ALLOWED:  # which stands above all that it imports
+        assert ALLOWED[name] <= level.keys(), f"{name} stands below what it imports"
+        level[name] = 1 + max((level[one] for one in ALLOWED[name]), default=0)
+    assert max(level.values()) <= LEVELS
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_few_entries_at_the_top_and_no_long_file() -> None:
+    top = {path.parts[0] for path in MODULES} - {"__init__.py", "__main__.py"}
+    assert len(top) <= ENTRIES
+    lines = {str(path): len((ROOT / path).read_text().splitlines()) for path in MODULES}
+    assert {path: count for path, count in lines.items() if count > LONGEST} == {}
 
 
 def external(path: Path) -> set[str]:
@@ -113,15 +132,15 @@ def external(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in MODULES if p.parts[0] in ("solvers", "patterns.py", "linalg.py", "stats.py")], ids=str
-)
+@pytest.mark.parametrize("path", [p for p in MODULES if room(p) in ("solvers", "numerics")], ids=str)
 def test_numerics_know_no_model(path: Path) -> None:
     assert not external(path) & {"transformers", "accelerate", "safetensors", "datasets", "huggingface_hub"}
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "stream"], ids=str)
+@pytest.mark.parametrize("path", [p for p in MODULES if room(p) in ("stream", "steps/weights")], ids=str)
 def test_engine_names_no_method(path: Path) -> None:
-    words = set(re.findall(r"[a-z0-9]+", (ROOT / path).read_text().lower()))
+    """Neither does the step that prunes weights, but for what tells a user to try another."""
+    code = re.sub(r"try --method \w+", "", (ROOT / path).read_text().lower())
+    words = set(re.findall(r"[a-z0-9]+", code))
     assert words
-    assert not words & set(solvers.names())
+    assert not words & set(METHODS.names())

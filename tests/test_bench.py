@@ -14,10 +14,10 @@ from conftest import tiny_model
 from test_sparse import pruned
 
 import llmprune
-from llmprune.bench import LayerTime, ModelTime, advice, bench
-from llmprune.cli import main
-from llmprune.errors import InputError
-from llmprune.evaluate.speed import side_by_side
+from llmprune.base.errors import InputError
+from llmprune.cli.main import main
+from llmprune.measure.bench import LayerTime, ModelTime, advice, bench
+from llmprune.measure.speed import side_by_side
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,21 +15,22 @@ from test_structured import OPTIONS, PLAIN, Notes, close, model_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
-from llmprune.config import PruneConfig
-from llmprune.data import Windows
-from llmprune.errors import InputError
-from llmprune.evaluate.perplexity import perplexity
+from llmprune.base.errors import InputError
+from llmprune.base.notation import Allowance
+from llmprune.base.processes import Ranks
+from llmprune.data.windows import Texts, Windows
+from llmprune.job.job import Job
+from llmprune.job.options import PruneConfig
+from llmprune.job.progress import Progress
+from llmprune.measure.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.heads import Heads
 from llmprune.models.skeleton import Skeleton, load_config
-from llmprune.notation import Allowance
-from llmprune.ranks import Ranks
-from llmprune.report.console import Progress
-from llmprune.run import Job
-from llmprune.shrinking import Shrinking
+from llmprune.steps.structured.allocate import Curve, Layer, Part, allocate, in_nats, spread
+from llmprune.steps.structured.groups import heads, neurons
+from llmprune.steps.structured.scouting import Scouted
+from llmprune.steps.structured.step import RemoveStructure
 from llmprune.stream.source import ModelSource
-from llmprune.structured.allocate import Curve, Layer, Part, allocate, in_nats, spread
-from llmprune.structured.groups import Heads, heads, neurons
-from llmprune.texts import Texts
 
 
 def curve(generator: torch.Generator, most: int, step: int) -> Curve:
@@ -132,10 +133,11 @@ def own_text(model: PreTrainedModel) -> dict[str, object]:
     return OPTIONS | {"calibration": ids}
 
 
-def shrinking(folder: Path, ids: torch.Tensor, **options: object) -> Shrinking:
+def scouted(folder: Path, ids: torch.Tensor, **options: object) -> Scouted:
     skeleton = Skeleton(Checkpoint(folder), load_config(folder), torch.device("cpu"), torch.float32)
     config = PruneConfig.create({"model": "-", "round_to": 4, "batch_size": 2, **options})
-    return Shrinking(Job(config, None, Progress(), Ranks()), skeleton, Texts(Windows(ids, "given"), None, ()), None)
+    step = RemoveStructure(Job(config, None, Progress(), Ranks()), skeleton, None)
+    return step.scout(Texts(Windows(ids, "given"), None, ()))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -143,8 +145,7 @@ def test_probes_lose_what_the_whole_model_loses(family: str, saved) -> None:
     """The loss without each layer, and with a part of one layer removed, against the model in memory."""
     model, ids = model_of(family), tokens(6, 24)
     with torch.no_grad():
-        run = shrinking(saved(model), ids, target_params="85%")
-        found = run.scout()
+        found = scouted(saved(model), ids, target_params="85%")
     dense = perplexity(model, Windows(ids, "given"))
     stack = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 3)
     whole = list(stack)

@@ -16,14 +16,14 @@ import pytest
 from hub import serve
 
 import llmprune
-from llmprune.cli import main
+from llmprune.cli.main import main
 
 QUICK = ["--samples", "4", "--seqlen", "64", "--eval-text", "none"]
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "llmprune.cli", *arguments],
+        [sys.executable, "-m", "llmprune", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -39,7 +39,9 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_help_answers_without_torch() -> None:
-    code = "import sys; from llmprune.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(sorted(sys.modules))"
+    code = (
+        "import sys; from llmprune.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: print(sorted(sys.modules))"
+    )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--sparsity" in printed
     for words in ("magnitude", "sparsegpt", "wanda", "llmprune verify", "llmprune bench"):
@@ -161,7 +163,7 @@ def test_what_needs_no_torch_is_refused_before_it_is_imported(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("")
     code = (
-        "import json, sys; from llmprune.cli import main\n"
+        "import json, sys; from llmprune.cli.main import main\n"
         "for case in json.load(sys.stdin): assert main(case) == 2, case\n"
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
@@ -182,7 +184,7 @@ class Stop:
         if name == "torch":
             sys.exit(7)
 sys.meta_path.insert(0, Stop())
-from llmprune.cli import main
+from llmprune.cli.main import main
 main(sys.argv[1:])
 """
 
@@ -359,7 +361,7 @@ def test_a_failed_overwrite_keeps_the_old_folder(folder: Path, text: Path, tmp_p
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-u", "-m", "llmprune.cli", *MODEL, "--sparsity", "2:4", "--eval-text", "none", *arguments]
+    command = [sys.executable, "-u", "-m", "llmprune", *MODEL, "--sparsity", "2:4", "--eval-text", "none", *arguments]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -410,7 +412,7 @@ def test_a_full_disk_is_one_line(limit: int, words: str, folder: Path, text: Pat
     code = (
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from llmprune.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from llmprune.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     run = ["--model", str(folder), "--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *run], capture_output=True, text=True, check=False)

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from llmprune.clock import Clock
+from llmprune.base.clock import Clock
 
 MIB = 2**20
 

@@ -12,11 +12,12 @@ import pytest
 from conftest import tiny_model
 from transformers import AutoTokenizer
 
-from llmprune import solvers
-from llmprune.cli import main
-from llmprune.comparison import METHODS, _share, compare, papers_table, tables
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
+from llmprune.cli.main import main
 from llmprune.models.resolve import BUNDLED
+from llmprune.reports.comparison import _share, papers_table, tables
+from llmprune.runs.compare import CHOICES, compare
+from llmprune.solvers import METHODS
 
 ROOT = Path(__file__).parent.parent
 QUICK = {"samples": 2, "seqlen": 64, "windows": 2, "device": "cpu"}
@@ -101,7 +102,7 @@ def test_what_was_measured_elsewhere_is_not_mixed_in(change: dict, words: str, t
 
 
 def test_the_default_is_every_method_and_preset() -> None:
-    assert set(METHODS) == {*solvers.names(), "fast", "balanced", "best"}
+    assert set(CHOICES) == {*METHODS.names(), "fast", "balanced", "best"}
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.cli import main
-from llmprune.config import PruneConfig
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
+from llmprune.cli.main import main
+from llmprune.job.options import PruneConfig
 
 WEIGHTS, HEADS, NEURONS, LAYERS = {"sparsity": "2:4"}, {"heads": "25%"}, {"neurons": "25%"}, {"layers": "1"}
 BUDGET = {"target_params": "75%"}

@@ -13,13 +13,12 @@ from conftest import tiny_model, tokens
 from rich.console import Console as RichConsole
 
 import llmprune
-from llmprune.cli import main
-from llmprune.evaluate.perplexity import Perplexity
-from llmprune.report.card import model_card
-from llmprune.report.console import Console
-from llmprune.report.page import content
-from llmprune.report.record import COMPUTED, RunRecord
-from llmprune.report.saved import read_runs
+from llmprune.cli.console import Console
+from llmprune.cli.main import main
+from llmprune.job.record import COMPUTED, Perplexity, RunRecord
+from llmprune.output.card import model_card
+from llmprune.reports.page import content
+from llmprune.reports.saved import read_runs
 
 NOTE = "seqlen 2048 is capped at the model's 512 positions, and this note goes on for longer than a line of eighty columns has"
 TEXT = "/a/folder/of/many/names/that/no/line/of/eighty/columns/holds/together/with/numbers/text.txt"

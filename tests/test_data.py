@@ -17,9 +17,10 @@ import torch
 from hub import Hub, Repository, running
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llmprune.data import calibration_windows, evaluation_windows, load_documents
-from llmprune.demo import text as pydoc
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
+from llmprune.data import pydoc as pydoc
+from llmprune.data.documents import load_documents
+from llmprune.data.windows import calibration_windows, evaluation_windows
 from llmprune.models.resolve import BUNDLED
 
 
@@ -216,8 +217,8 @@ def test_texts_of_the_hub(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) ->
     code = """
 import json, sys
 from transformers import AutoTokenizer
-from llmprune.data import evaluation_windows, load_documents
-from llmprune.errors import InputError
+from llmprune.data.windows import evaluation_windows, load_documents
+from llmprune.base.errors import InputError
 for text in sys.argv[2:]:
     for use in ("calibration", "evaluation"):
         try:

@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from llmprune.comparison import compare
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.resolve import BUNDLED
 from llmprune.models.skeleton import load_config
+from llmprune.runs.compare import compare
 
 FOLDER = BUNDLED["llama"]
 

@@ -16,11 +16,11 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
-from llmprune.cli import main
-from llmprune.errors import InputError
-from llmprune.evaluation import Score, evaluate
-from llmprune.integrity import verify
+from llmprune.base.errors import InputError
+from llmprune.cli.main import main
+from llmprune.measure.evaluate import Score, evaluate
 from llmprune.models.resolve import resolve
+from llmprune.output.verify import verify
 
 TASKS = Path(__file__).parent.parent / "eval" / "tasks"
 QUICK = {"task_path": TASKS, "limit": 3, "seqlen": 64, "windows": 2, "dtype": "float32", "device": "cpu"}
@@ -68,7 +68,7 @@ def test_token_perplexity_is_that_of_the_papers(pruned: Path) -> None:
     """Against the whole model by hand: disjoint windows, exp of the mean loss of every predicted token."""
     (score,) = evaluate(pruned, **QUICK).scores
     model, tokenizer = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32), AutoTokenizer.from_pretrained(pruned)
-    from llmprune.demo.text import documents
+    from llmprune.data.pydoc import documents
 
     ids = torch.tensor(tokenizer("\n\n".join(documents("evaluation")))["input_ids"][:128]).view(2, 64)
     with torch.no_grad():

@@ -13,18 +13,19 @@ from test_families import EXPERTS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
-from llmprune import solvers, solving
-from llmprune.data import Windows
-from llmprune.errors import InputError
-from llmprune.integrity import verify
+from llmprune.base.errors import InputError
+from llmprune.cli.console import Console
+from llmprune.data.windows import Windows
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.experts import experts_per_token, is_experts, observable
 from llmprune.models.sites import Site, part_text, read_part
-from llmprune.patterns import NM
-from llmprune.report.console import Console
-from llmprune.report.page import content
-from llmprune.report.saved import read_runs
-from llmprune.stats import Gram, lean_on_pool
+from llmprune.numerics.patterns import NM
+from llmprune.numerics.stats import Gram, lean_on_pool
+from llmprune.output.verify import verify
+from llmprune.reports.page import content
+from llmprune.reports.saved import read_runs
+from llmprune.solvers import METHODS
+from llmprune.steps.weights import batching as solving
 from llmprune.stream.activations import Activations
 
 CPU = torch.device("cpu")
@@ -176,7 +177,7 @@ def test_first_expert_matches_its_solver(saved) -> None:
     with torch.no_grad():
         grams = {name: gram for name, gram in collect(fresh, Windows(ids, "t")).items() if name.endswith("down_proj")}
     lean_on_pool(list(grams.values()), dense.shape[1])
-    expected = solvers.load("sparsegpt").solve(dense, grams["model.layers.0.mlp.experts.1.down_proj"], NM(2, 4)).weight
+    expected = METHODS.get("sparsegpt").solve(dense, grams["model.layers.0.mlp.experts.1.down_proj"], NM(2, 4)).weight
     torch.testing.assert_close(model.model.layers[0].mlp.experts.down_proj[1].detach(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -11,12 +11,12 @@ from conftest import FAMILIES, MIXED, tiny_model, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
-from llmprune.data import Windows
-from llmprune.integrity import verify
+from llmprune.data.windows import Windows
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks, make_block, unreached
 from llmprune.models.experts import is_experts, observable
 from llmprune.models.sites import Block
+from llmprune.output.verify import verify
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
 

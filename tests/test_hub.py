@@ -21,11 +21,11 @@ from huggingface_hub.utils import disable_progress_bars, logging
 from transformers import AutoTokenizer
 
 import llmprune
-from llmprune import hub as pushing
-from llmprune.cli import main
-from llmprune.errors import InputError, MachineError
+from llmprune.base.errors import InputError, MachineError
+from llmprune.base.files import sha256
+from llmprune.cli.main import main
 from llmprune.models.resolve import BUNDLED, resolve
-from llmprune.stream.publish import sha256
+from llmprune.output import hub as pushing
 
 IDS = tokens(2, 12)
 
@@ -133,7 +133,7 @@ def test_what_was_pushed_reads_back_bit_for_bit(
 
 
 def test_the_command_in_a_fresh_process(folder: Path, hub: Hub, tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "llmprune.cli", "push", str(folder), "me/tiny", "--private", "--create-pr"]
+    run = [sys.executable, "-m", "llmprune", "push", str(folder), "me/tiny", "--private", "--create-pr"]
     done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment(hub, tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == f"pushed {folder}: {hub.endpoint}/me/tiny/discussions/1"

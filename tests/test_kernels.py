@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmprune.kernels import dispatch, reference
-from llmprune.kernels.ops import linear24
-from llmprune.kernels.reference import POSITIONS, Packed
+from llmprune.formats.kernels import dispatch, reference
+from llmprune.formats.kernels.ops import linear24
+from llmprune.formats.kernels.reference import POSITIONS, Packed
 
 triton = pytest.importorskip("triton")
-from llmprune.kernels import bits, decode, decompress  # noqa: E402
+from llmprune.formats.kernels import bits, decode, decompress  # noqa: E402
 
 HALF = (torch.bfloat16, torch.float16)
 SHAPES = [(7, 260), (130, 1024), (33, 12), (64, 776), (1, 4)]
@@ -223,7 +223,7 @@ import os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from llmprune.kernels import decode, decompress
+from llmprune.formats.kernels import decode, decompress
 
 tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 pointers = {"values_ptr": "*i32", "meta_ptr": "*i32"}

@@ -9,8 +9,8 @@ import torch
 import twins
 from conftest import exact_refit
 
-from llmprune.errors import InputError
-from llmprune.linalg import inverse_factor, masked_least_squares, scaled
+from llmprune.base.errors import InputError
+from llmprune.numerics.linalg import inverse_factor, masked_least_squares, scaled
 
 
 def gram(columns: int, tokens: int, seed: int = 0) -> torch.Tensor:

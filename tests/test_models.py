@@ -11,8 +11,9 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmprune.errors import InputError
-from llmprune.models.checkpoint import INDEX, SINGLE, Checkpoint
+from llmprune.base.errors import InputError
+from llmprune.base.files import INDEX, SINGLE
+from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks, make_block, unreached
 from llmprune.models.names import Piece
 from llmprune.models.resolve import resolve

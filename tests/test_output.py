@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
-from llmprune.cli import main
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
+from llmprune.base.files import sha256
+from llmprune.base.folders import locked, published
+from llmprune.cli.main import main
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.resolve import BUNDLED
-from llmprune.patterns import NM, verify
-from llmprune.stream.publish import locked, published, sha256
+from llmprune.numerics.patterns import NM, verify
 
 
 def prune(folder: Path, output: Path, **changes: object) -> llmprune.Result:
@@ -329,7 +330,7 @@ def test_a_signal_between_the_renames_restores_the_old_folder(tmp_path: Path, mo
 _KILLED = """
 import os, sys
 from pathlib import Path
-from llmprune.stream.publish import published
+from llmprune.base.folders import published
 rename, calls = Path.rename, []
 
 def kill(self, target):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprune.errors import InputError
-from llmprune.patterns import _SAMPLE, NM, Pattern, Stacked, Unstructured, parse, verify
+from llmprune.base.errors import InputError
+from llmprune.numerics.patterns import _SAMPLE, NM, Pattern, Stacked, Unstructured, parse, verify
 
 fractions = st.floats(0.01, 0.99)
 pairs = st.integers(2, 12).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))

@@ -11,8 +11,9 @@ from conftest import tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
-from llmprune.data import Windows, evaluation_windows
-from llmprune.evaluate.perplexity import Perplexity, excess_loss, perplexity
+from llmprune.data.windows import Windows, evaluation_windows
+from llmprune.job.record import Perplexity, excess_loss
+from llmprune.measure.perplexity import perplexity
 from llmprune.models.resolve import BUNDLED
 
 

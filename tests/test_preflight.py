@@ -18,18 +18,18 @@ from test_families import EXPERTS
 from test_resume import weights
 
 import llmprune
-from llmprune import preflight
-from llmprune.config import PruneConfig
-from llmprune.data import Windows
-from llmprune.errors import InputError, MachineError
+from llmprune.base.errors import InputError, MachineError
+from llmprune.cost.footprint import footprint
+from llmprune.cost.macs import active
+from llmprune.data.windows import Texts, Windows
+from llmprune.job.options import PruneConfig
+from llmprune.job.recipes import choose_recipe
 from llmprune.models.discover import find_blocks
-from llmprune.recipes import choose_recipe
-from llmprune.sizing import footprint
+from llmprune.runs import preflight
 from llmprune.stream import mapped
 from llmprune.stream.activations import Activations
 from llmprune.stream.mapped import MappedTensors
 from llmprune.stream.source import ModelSource
-from llmprune.texts import Texts
 
 OPTIONS = {"sparsity": "2:4", "calibration": tokens(6, 24), "batch_size": 4}
 
@@ -93,7 +93,7 @@ def test_multiplications_count_the_experts_that_a_token_is_sent_to(chosen: int) 
     model = tiny_model("mixtral", **EXPERTS["mixtral"] | {"num_experts_per_tok": chosen})
     blocks = list(ModelSource(model).blocks())
     block = 2 * 32 * 32 + 2 * 16 * 32 + chosen * 3 * 48 * 32
-    assert preflight.active(model.config, blocks) == 3 * block
+    assert active(model.config, blocks) == 3 * block
     assert footprint(model, blocks)["macs_a_token"] == 3 * block + 32 * 96
 
 

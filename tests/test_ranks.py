@@ -22,11 +22,11 @@ from test_families import EXPERTS
 from test_resume import weights
 
 import llmprune
-from llmprune.data import Windows
-from llmprune.demo.text import documents
-from llmprune.errors import InputError
-from llmprune.integrity import verify
-from llmprune.ranks import joined
+from llmprune.base.errors import InputError
+from llmprune.base.processes import joined
+from llmprune.data.pydoc import documents
+from llmprune.data.windows import Windows
+from llmprune.output.verify import verify
 
 TESTS = Path(__file__).parent
 CASES = {
@@ -49,8 +49,8 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import llmprune
-from llmprune.errors import InputError
-from llmprune.report.console import Progress
+from llmprune.base.errors import InputError
+from llmprune.cli.console import Progress
 from test_ranks import CASES, OPTIONS, SMALLER
 
 class Ends(Progress):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from llmprune import solvers
-from llmprune.config import PruneConfig
-from llmprune.errors import InputError
-from llmprune.recipes import QUALITIES, Recipe, choose_recipe
+from llmprune.base.errors import InputError
+from llmprune.job.options import PruneConfig
+from llmprune.job.recipes import QUALITIES, Recipe, choose_recipe
+from llmprune.solvers import METHODS
 
 
 def recipe(**options: object) -> Recipe:
@@ -16,11 +16,11 @@ def recipe(**options: object) -> Recipe:
 
 def test_balanced_is_the_default_and_presets_refit() -> None:
     assert recipe() == QUALITIES["balanced"] == recipe(quality="balanced")
-    assert all(preset.refit and preset.method in solvers.names() for preset in QUALITIES.values())
+    assert all(preset.refit and preset.method in METHODS.names() for preset in QUALITIES.values())
 
 
 def test_a_method_by_name_is_as_published() -> None:
-    for name in solvers.names():
+    for name in METHODS.names():
         assert recipe(method=name) == Recipe(name, name, refit=False, target="dense", reconstruct=False)
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import llmprune
-from llmprune import reconstruct
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
+from llmprune.steps.weights import reconstruct
 
 OPTIONS = {"sparsity": "50%", "calibration": tokens(16, 24), "batch_size": 2, "method": "wanda"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmprune.report.record import RunRecord
+from llmprune.job.record import RunRecord
 
 
 def test_overhead_is_a_multiple_of_the_forwards() -> None:

@@ -20,15 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmprune
-from llmprune import cli
-from llmprune.config import PruneConfig
-from llmprune.errors import InputError
-from llmprune.report import html
-from llmprune.report.card import model_card
-from llmprune.report.page import MOST, content
-from llmprune.report.saved import read_runs
-from llmprune.stream.publish import write_whole
-from llmprune.terminal import Terminal
+from llmprune.base.errors import InputError
+from llmprune.base.files import write_whole
+from llmprune.cli.main import main as cli
+from llmprune.cli.terminal import Terminal
+from llmprune.job.options import PruneConfig
+from llmprune.output.card import model_card
+from llmprune.reports import html
+from llmprune.reports.page import MOST, content
+from llmprune.reports.saved import read_runs
 
 Record = dict[str, Any]
 BENCH: Record = {
@@ -401,7 +401,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_a_missing_package_is_one_line(
     package: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "llmprune.report.figures", raising=False)
+    monkeypatch.delitem(sys.modules, "llmprune.reports.figures", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.style", None)
     run = alone(folders["wanda"], tmp_path / "run")

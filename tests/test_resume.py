@@ -17,11 +17,11 @@ from conftest import tiny_model, tokens
 from test_families import EXPERTS
 
 import llmprune
-from llmprune.errors import InputError
-from llmprune.integrity import verify
-from llmprune.report.console import Progress
-from llmprune.stream import resume
-from llmprune.stream.publish import sha256
+from llmprune.base.errors import InputError
+from llmprune.base.files import sha256
+from llmprune.job.progress import Progress
+from llmprune.output import resume
+from llmprune.output.verify import verify
 
 IDS = tokens(6, 24)
 OPTIONS = {"sparsity": "2:4", "calibration": IDS, "batch_size": 2}
@@ -103,7 +103,7 @@ def test_another_model_or_version_is_not_mixed_in(saved, tmp_path: Path, monkeyp
     source, out = saved(tiny_model("llama")), tmp_path / "out"
     stopped(source, out)
     with monkeypatch.context() as patch:
-        patch.setattr(llmprune.pipeline, "versions", lambda: {"torch": "0.1"})
+        patch.setattr(llmprune.runs.prune, "versions", lambda: {"torch": "0.1"})
         with pytest.raises(InputError, match=r"version of python 3.* \(now None\)"):
             llmprune.prune(source, output=out, method="wanda", **OPTIONS)
     saved(tiny_model("llama", seed=1))
@@ -152,7 +152,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from conftest import tokens
 import llmprune
-from llmprune.report.console import Progress
+from llmprune.cli.console import Progress
 
 torch.set_num_threads(1)
 options = {"sparsity": "2:4", "method": "sparsegpt", "calibration": tokens(8, 24), "batch_size": 4}

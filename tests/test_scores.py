@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError
-from llmprune.linalg import DAMPING, kept_least_squares
-from llmprune.stats import Gram
-from llmprune.structured import scores
-from llmprune.structured.scores.base import Coupled, highest
-from llmprune.structured.scores.second_order import losses, rounds
+from llmprune.base.errors import InputError
+from llmprune.numerics.linalg import DAMPING, kept_least_squares
+from llmprune.numerics.stats import Gram
+from llmprune.steps.structured.scores import SCORES
+from llmprune.steps.structured.scores.base import Coupled, highest
+from llmprune.steps.structured.scores.second_order import losses, rounds
 
 CPU = torch.device("cpu")
 
@@ -83,24 +83,24 @@ def test_second_order_comes_near_the_best_choice(groups: int, width: int, seed: 
         for kept in itertools.combinations(range(groups), groups // 2)
     )
     lost = {
-        name: refit_loss(one.consumer, h, columns[scores.load(name).select(one, groups // 2)].flatten())
-        for name in scores.names()
+        name: refit_loss(one.consumer, h, columns[SCORES.get(name).select(one, groups // 2)].flatten())
+        for name in SCORES.names()
     }
     assert lost["second_order"] <= 1.34 * best
     assert lost["second_order"] <= 1.1 * min(loss for name, loss in lost.items() if name != "second_order")
 
 
-@pytest.mark.parametrize("name", scores.names())
+@pytest.mark.parametrize("name", SCORES.names())
 @pytest.mark.parametrize(("groups", "width", "bundles", "keep"), [(40, 1, 1, 29), (8, 4, 4, 4), (6, 3, 1, 1), (5, 2, 1, 5)])
 def test_exact_counts_in_order(name: str, groups: int, width: int, bundles: int, keep: int) -> None:
     one, _ = coupled(groups, width, bundles=bundles)
-    kept = scores.load(name).select(one, keep)
+    kept = SCORES.get(name).select(one, keep)
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert len(kept) == keep
     assert set((kept // (groups // bundles)).bincount(minlength=bundles).tolist()) == {keep // bundles}
 
 
-@pytest.mark.parametrize("name", scores.names())
+@pytest.mark.parametrize("name", SCORES.names())
 def test_a_group_that_is_never_read_or_made_goes_first(name: str) -> None:
     one, x = coupled(6, 2)
     gone = [2, 3, 8, 9]
@@ -111,7 +111,7 @@ def test_a_group_that_is_never_read_or_made_goes_first(name: str) -> None:
         matrix.view(6, -1)[[1, 4]] = 0
     one.consumer[:, gone] = 0
     slope = torch.ones(12).index_fill(0, torch.tensor(gone), 0)
-    kept = scores.load(name).select(Coupled(one.consumer, one.producers, gram, x, 6, 1, one.gain, slope), 4)
+    kept = SCORES.get(name).select(Coupled(one.consumer, one.producers, gram, x, 6, 1, one.gain, slope), 4)
     assert kept.tolist() == [0, 2, 3, 5]
 
 
@@ -123,7 +123,7 @@ def test_inputs_that_are_never_active_go_before_weak_ones(name: str) -> None:
     gram = Gram(6, CPU)
     gram.add(x)
     one.consumer[:, 2], one.consumer[:, 4] = 10, 0.5 * one.consumer[:, 4]
-    assert 2 not in scores.load(name).select(Coupled(one.consumer, one.producers, gram, x, 6), 5).tolist()
+    assert 2 not in SCORES.get(name).select(Coupled(one.consumer, one.producers, gram, x, 6), 5).tolist()
 
 
 def test_zeros_counts_tokens_and_absolute_adds_them_up() -> None:
@@ -132,11 +132,11 @@ def test_zeros_counts_tokens_and_absolute_adds_them_up() -> None:
     x[:, 0], x[:, 1], x[:, 2] = 0, 0.5, 1
     x[::8, 0] = 6
     kept = {
-        name: scores.load(name).select(Coupled(torch.ones(3, 3), one.producers, one.gram, x, 3), 1).tolist()
+        name: SCORES.get(name).select(Coupled(torch.ones(3, 3), one.producers, one.gram, x, 3), 1).tolist()
         for name in ("zeros", "absolute")
     }
     assert kept == {"zeros": [1], "absolute": [2]}
-    assert scores.load("zeros").select(Coupled(torch.ones(3, 3), one.producers, one.gram, x, 3), 2).tolist() == [1, 2]
+    assert SCORES.get("zeros").select(Coupled(torch.ones(3, 3), one.producers, one.gram, x, 3), 2).tolist() == [1, 2]
 
 
 def test_scaling_counts_the_gain() -> None:
@@ -145,7 +145,7 @@ def test_scaling_counts_the_gain() -> None:
     found = []
     for gain in (None, torch.tensor([1.0, 1.0, 9.0, 0.1]), torch.tensor([1.0, 9.0, 1.0, 1.0])):
         known = Coupled(torch.ones(3, 4), [producer], one.gram, one.inputs, 4, gain=gain)
-        found.append(scores.load("scaling").select(known, 3).tolist())
+        found.append(SCORES.get("scaling").select(known, 3).tolist())
     assert found == [[0, 1, 3], [0, 1, 2], [0, 1, 3]]
 
 
@@ -156,8 +156,8 @@ def test_fluctuation_spares_what_varies_not_what_is_large() -> None:
     gram = Gram(4, CPU)
     gram.add(x)
     same = Coupled(torch.ones(3, 4), one.producers, gram, x, 4)
-    assert 0 not in scores.load("fluctuation").select(same, 3).tolist()
-    assert 0 in scores.load("activation").select(same, 1).tolist()
+    assert 0 not in SCORES.get("fluctuation").select(same, 3).tolist()
+    assert 0 in SCORES.get("activation").select(same, 1).tolist()
 
 
 def test_regression_is_least_squares() -> None:
@@ -189,4 +189,4 @@ def test_ties_keep_the_first() -> None:
 
 def test_an_unknown_score_lists_near_ones() -> None:
     with pytest.raises(InputError, match="did you mean fluctuation"):
-        scores.load("fluctuations")
+        SCORES.get("fluctuations")

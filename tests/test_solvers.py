@@ -11,11 +11,11 @@ from conftest import exact_refit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune import solvers
-from llmprune.errors import InputError
-from llmprune.patterns import NM, Pattern, Stacked, Unstructured
+from llmprune.base.errors import InputError
+from llmprune.numerics.patterns import NM, Pattern, Stacked, Unstructured
+from llmprune.numerics.stats import Gram
+from llmprune.solvers import METHODS
 from llmprune.solvers.base import Solution
-from llmprune.stats import Gram
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.3), Unstructured(0.93), NM(2, 4), NM(4, 8), NM(1, 3), NM(7, 150)]
 CPU = torch.device("cpu")
@@ -32,13 +32,13 @@ def correlated(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def statistic(name: str, x: torch.Tensor):
-    stat = solvers.load(name).statistic(x.shape[1], CPU)
+    stat = METHODS.get(name).statistic(x.shape[1], CPU)
     stat.add(x)
     return stat
 
 
 def prune(name: str, w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> Solution:
-    return solvers.load(name).solve(w, statistic(name, x), pattern)
+    return METHODS.get(name).solve(w, statistic(name, x), pattern)
 
 
 def output_error(w: torch.Tensor, pruned: torch.Tensor, x: torch.Tensor) -> float:
@@ -64,7 +64,7 @@ def expected_drops(pattern: Pattern, w: torch.Tensor) -> int:
     return round(pattern.sparsity * w.numel())
 
 
-@pytest.mark.parametrize("name", solvers.names())
+@pytest.mark.parametrize("name", METHODS.names())
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 class TestContract:
     @pytest.mark.parametrize("situation", list(situations(8)))
@@ -110,7 +110,7 @@ class TestContract:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("name", [name for name in solvers.names() if solvers.load(name).stackable])
+@pytest.mark.parametrize("name", [name for name in METHODS.names() if METHODS.get(name).stackable])
 def test_stacked_matrices_are_solved_as_if_alone(name: str, pattern: Pattern) -> None:
     columns = 300 if pattern.period in (1, 3, 150) else 304
     w, x, rows = weights(60, columns), correlated(600, columns), (20, 36, 4)
@@ -123,15 +123,15 @@ def test_stacked_matrices_are_solved_as_if_alone(name: str, pattern: Pattern) ->
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, Stacked(NM(2, 4), (8, 16)), Stacked(Unstructured(0.5), (8, 16))], ids=str)
-@pytest.mark.parametrize("name", [name for name in solvers.names() if solvers.load(name).batched])
+@pytest.mark.parametrize("name", [name for name in METHODS.names() if METHODS.get(name).batched])
 def test_a_batch_is_solved_as_if_one_by_one(name: str, pattern: Pattern) -> None:
     columns = 300 if pattern.period in (1, 3, 150) else 304
     ws, xs = ([make(n, columns, seed) for seed in range(3)] for make, n in ((weights, 24), (correlated, 600)))
     xs[1][:, ::5] = 0  # dead inputs in one of them
     stats = [statistic(name, x) for x in xs]
-    batch = solvers.load(name).solve(torch.stack(ws), type(stats[0]).batch(stats), pattern).unbind()
+    batch = METHODS.get(name).solve(torch.stack(ws), type(stats[0]).batch(stats), pattern).unbind()
     for part, w, x, stat in zip(batch, ws, xs, stats, strict=True):
-        alone = solvers.load(name).solve(w, stat, pattern)
+        alone = METHODS.get(name).solve(w, stat, pattern)
         assert pattern.violation(part.weight) is None
         assert int((~part.mask).sum()) == int((~alone.mask).sum())
         assert (part.mask == alone.mask).float().mean() > 0.995  # float32 may turn near ties
@@ -355,9 +355,9 @@ def test_methods_rank_as_published(pattern: Pattern) -> None:
 def test_sparsegpt_records_its_damping_and_shares_the_factor() -> None:
     stat = statistic("sparsegpt", correlated(100, 16))
     assert isinstance(stat, Gram)
-    first = solvers.load("sparsegpt").solve(weights(4, 16), stat, NM(2, 4))
+    first = METHODS.get("sparsegpt").solve(weights(4, 16), stat, NM(2, 4))
     factor = stat.factor
-    solvers.load("sparsegpt").solve(weights(8, 16, 1), stat, NM(2, 4))
+    METHODS.get("sparsegpt").solve(weights(8, 16, 1), stat, NM(2, 4))
     assert stat.factor is factor
     assert first.notes == {"damping": 0.01}
 
@@ -369,4 +369,4 @@ def test_sparsegpt_refuses_inputs_that_are_all_zero() -> None:
 
 def test_unknown_method_lists_near_matches() -> None:
     with pytest.raises(InputError, match="did you mean sparsegpt"):
-        solvers.load("sparsgpt")
+        METHODS.get("sparsgpt")

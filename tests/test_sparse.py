@@ -17,14 +17,14 @@ from test_families import EXPERTS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
-from llmprune.errors import InputError
-from llmprune.integrity import verify
+from llmprune.base.errors import InputError
+from llmprune.base.files import sha256
+from llmprune.formats.fuse import Fused, fuse
+from llmprune.formats.layer import Sparse24Linear, nbytes, sparse_layers
+from llmprune.formats.packed import FORMAT, VERSION, PackedFolder
 from llmprune.models.discover import find_blocks
-from llmprune.patterns import NM
-from llmprune.sparse.files import FORMAT, VERSION, PackedFolder
-from llmprune.sparse.fuse import Fused, fuse
-from llmprune.sparse.layer import Sparse24Linear, nbytes, sparse_layers
-from llmprune.stream.publish import sha256
+from llmprune.numerics.patterns import NM
+from llmprune.output.verify import verify
 
 IDS = tokens(2, 12)
 
@@ -460,8 +460,8 @@ def test_loading_holds_one_dense_layer_at_a_time(saved, tmp_path: Path) -> None:
 import torch
 torch.set_num_threads(1)
 import llmprune
-from llmprune.hardware import map_large_allocations, peak_memory, restart_peak_memory
-import llmprune.pipeline
+from llmprune.base.hardware import map_large_allocations, peak_memory, restart_peak_memory
+import llmprune.runs.prune
 map_large_allocations()
 llmprune.load({str(tmp_path / "source")!r}, device="cpu", dense=True)
 restart_peak_memory()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmprune.stats import Cross, Gram, InputSample, Moments
+from llmprune.numerics.stats import Cross, Gram, InputSample, Moments
 
 CPU = torch.device("cpu")
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel
 
 import llmprune
-from llmprune import solvers
-from llmprune.data import Windows, given_windows
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
+from llmprune.data.windows import Windows, given_windows
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.sites import Block, Site
-from llmprune.patterns import NM, Stacked, parse
-from llmprune.solving import BLEND
-from llmprune.stats import Cross, Gram
+from llmprune.numerics.patterns import NM, Stacked, parse
+from llmprune.numerics.stats import Cross, Gram
+from llmprune.solvers import METHODS
+from llmprune.steps.weights.observing import BLEND
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import Recorder, head
 from llmprune.stream.source import ModelSource
@@ -149,7 +149,7 @@ def stages_by_hand(model: PreTrainedModel) -> Iterator[tuple[list[Site], list[li
 def solve_by_hand(stage: list[Site], weights: list[Tensor], gram: Gram, sparsity: str) -> None:
     """SparseGPT on the matrices of a stage, all below each other."""
     rows = tuple(len(w) for w in weights)
-    solution = solvers.load("sparsegpt").solve(torch.cat(weights), gram, Stacked(parse(sparsity), rows))
+    solution = METHODS.get("sparsegpt").solve(torch.cat(weights), gram, Stacked(parse(sparsity), rows))
     for site, weight in zip(stage, solution.weight.split(rows), strict=True):
         site.write(weight)
 
@@ -267,13 +267,13 @@ def test_what_is_computed_next_is_what_was_saved(saved, tmp_path: Path) -> None:
         gram = hooked_gram(model, tokens(4, 16), model.model.layers[2].mlp.down_proj, 4)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     weight = dense.model.layers[2].mlp.down_proj.weight.detach()
-    expected = solvers.load("sparsegpt").solve(weight, gram, NM(2, 4)).weight.to(torch.bfloat16).float()
+    expected = METHODS.get("sparsegpt").solve(weight, gram, NM(2, 4)).weight.to(torch.bfloat16).float()
     torch.testing.assert_close(model.model.layers[2].mlp.down_proj.weight.detach(), expected, rtol=2e-2, atol=2e-3)
     assert result.record.sites[-1].tokens == 4 * 16
 
 
 def test_only_one_block_is_in_memory(saved, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from llmprune import pruner
+    from llmprune.steps.weights import visitor as pruner
 
     loaded: list[set[str]] = []
     original = pruner.Pruner.prune

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.cli import main
-from llmprune.errors import MachineError
-from llmprune.integrity import verify
-from llmprune.stream.publish import check_output
+from llmprune.base.errors import MachineError
+from llmprune.base.folders import check_output
+from llmprune.cli.main import main
+from llmprune.output.verify import verify
 
 FULL = Path("/dev/full")
 OPTIONS = ["--sparsity", "2:4", "--method", "magnitude", "--samples", "2", "--seqlen", "16", "--calibration", "t.txt"]

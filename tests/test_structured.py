@@ -16,24 +16,25 @@ from test_resume import weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
-from llmprune.config import PruneConfig
-from llmprune.data import Windows
-from llmprune.errors import InputError
-from llmprune.integrity import verify
+from llmprune.base.errors import InputError
+from llmprune.base.notation import Amount
+from llmprune.base.processes import Ranks
+from llmprune.cli.console import Console
+from llmprune.data.windows import Texts, Windows
+from llmprune.job.job import Job
+from llmprune.job.options import PruneConfig
+from llmprune.job.progress import Progress
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
 from llmprune.models.experts import observable
+from llmprune.models.heads import Heads
 from llmprune.models.skeleton import Skeleton, load_config
-from llmprune.notation import Amount
-from llmprune.ranks import Ranks
-from llmprune.report.console import Console, Progress
-from llmprune.run import Job
-from llmprune.shrinking import Shrinking
-from llmprune.stream import resume
+from llmprune.output import resume
+from llmprune.output.verify import verify
+from llmprune.steps.structured.groups import heads, neurons
+from llmprune.steps.structured.step import RemoveStructure
 from llmprune.stream.activations import Activations
 from llmprune.stream.source import ModelSource
-from llmprune.structured.groups import Heads, heads, neurons
-from llmprune.texts import Texts
 
 IDS = tokens(6, 24)
 PLAIN = {"calibration": IDS, "batch_size": 2}
@@ -528,7 +529,7 @@ def test_slopes_are_those_of_a_backward_through_the_whole_model(family: str, sav
     skeleton = Skeleton(Checkpoint(folder), load_config(folder), torch.device("cpu"), torch.float32)
     config = PruneConfig.create({"model": "-", "neurons": "25%", "score": "gradient", "round_to": 4, "batch_size": 4})
     with torch.no_grad():
-        found = Shrinking(Job(config, None, Progress(), Ranks()), skeleton, texts, None).scout().slopes
+        found = RemoveStructure(Job(config, None, Progress(), Ranks()), skeleton, None).scout(texts).slopes
     assert found.keys() == {site.name for site in consumers}
     for name, slope in expected.items():
         torch.testing.assert_close(found[name], slope, rtol=1e-3, atol=1e-4)

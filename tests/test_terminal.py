@@ -13,9 +13,8 @@ import pytest
 from conftest import tokens
 
 import llmprune
-from llmprune import commands
-from llmprune.cli import main
-from llmprune.report.record import RunRecord
+from llmprune.cli.main import commands, main
+from llmprune.job.record import RunRecord
 
 Printed = Callable[..., tuple[int, str, str]]
 
@@ -124,7 +123,7 @@ def test_every_phase_of_a_run_has_its_memory(folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["", *commands.NAMES])
 def test_help_shows_an_example_and_needs_nothing_heavy(name: str) -> None:
     code = (
-        "import sys; from llmprune.cli import main\n"
+        "import sys; from llmprune.cli.main import main\n"
         "try: main(sys.argv[1:] + ['--help'])\n"
         "except SystemExit: print(*sorted(sys.modules), sep='\\n')"
     )

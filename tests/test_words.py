@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import llmprune
-from llmprune.words import count
+from llmprune.base.words import count
 
 ROOT = Path(llmprune.__file__).parent
 

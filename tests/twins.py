@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmprune.patterns import NM, Pattern
+from llmprune.numerics.patterns import NM, Pattern
 
 
 def keep(score: Tensor, pattern: Pattern) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmprune.errors import InputError
-from llmprune.models.files import INDEX, PACKED, SINGLE, read_json
+from llmprune.base.errors import InputError
+from llmprune.base.files import INDEX, PACKED, SINGLE, read_json
 
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

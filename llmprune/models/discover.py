@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
 from llmprune.models.experts import expert_sites, is_experts
 from llmprune.models.sites import Block, Site
 

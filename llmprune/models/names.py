@@ -22,10 +22,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
+from llmprune.base.words import count
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.sites import Part
-from llmprune.words import count
 
 
 @dataclass(frozen=True, slots=True)

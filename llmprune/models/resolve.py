@@ -18,9 +18,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from llmprune.errors import InputError, MachineError, reason, unknown, user_path
+from llmprune.base.errors import InputError, MachineError, reason, unknown, user_path
 
-BUNDLED = {"llama": Path(__file__).parent.parent / "demo" / "llama"}
+BUNDLED = {"llama": Path(__file__).parent / "bundled" / "llama"}
 EXAMPLE = "meta-llama/Llama-3.2-1B"
 _TEMPLATES = "*.jinja"  # these in folders, too
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", _TEMPLATES, "README*.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]

@@ -26,8 +26,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llmprune.errors import InputError, reason
-from llmprune.models.checkpoint import Checkpoint, read_json
+from llmprune.base.errors import InputError, reason
+from llmprune.base.files import read_json
+from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.names import match_names
 from llmprune.models.sites import Block
@@ -57,6 +58,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except FOREIGN as error:
         raise InputError(f"cannot read the tokenizer in {folder}: {reason(error)}") from None
+
+
+def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer, or None where it has none (calibration may come as tokens)."""
+    if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        return None
+    return load_tokenizer(folder)
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmprune.patterns import Pattern
+from llmprune.numerics.patterns import Pattern
+from llmprune.numerics.stats import Gram
 from llmprune.solvers.base import Solution
-from llmprune.stats import Gram
 
 statistic = Gram
 stackable = batched = True
 true_sequential = True
+products = 30
 DAMPING = 0.1  # of the unit diagonal, as published
 RHO = 1.0
 ITERATIONS, CHOOSING = 20, 15

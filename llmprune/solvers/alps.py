@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmprune.linalg import DAMPING, Scaled, masked_least_squares, scaled
-from llmprune.patterns import Pattern
+from llmprune.numerics.linalg import DAMPING, Scaled, masked_least_squares, scaled
+from llmprune.numerics.patterns import Pattern
+from llmprune.numerics.stats import Gram
 from llmprune.solvers.base import Solution
-from llmprune.stats import Gram
 
 statistic = Gram
 stackable = False  # the penalty follows how much of the whole mask changed
 batched = False
 true_sequential = True
+products = 30
 RHO, CHECK = 0.1, 3  # the first penalty; iterations between two changes of it
 ITERATIONS, EARLIEST, SETTLED = 300, 30, 3e-4  # at most; from which a nearly still mask ends it; how still, of those kept
 STEPS = 10  # of conjugate gradients

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmprune.linalg import masked_least_squares
-from llmprune.patterns import Pattern
+from llmprune.numerics.linalg import masked_least_squares
+from llmprune.numerics.patterns import Pattern
+from llmprune.numerics.stats import Gram
 from llmprune.solvers.alps import Alternation
 from llmprune.solvers.base import Solution
-from llmprune.stats import Gram
 
 statistic = Gram
 stackable = batched = True
 true_sequential = True
+products = 30
 FIRST, LAST, LEVELS = 0.1, 1.0, 6  # penalties, rising geometrically
 ITERATIONS = 5  # at each
 DAMPING = 0.01  # of the unit diagonal

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llmprune.patterns import Pattern
-from llmprune.stats import Statistic
+from llmprune.numerics.patterns import Pattern
+from llmprune.numerics.stats import Statistic
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Solver(Protocol):
     statistic: type[Statistic]
     stackable: bool  # whether rows bear on each other through `pattern.keep` alone, so that matrices can be stacked
     true_sequential: bool  # whether a block is solved stage by stage where the user does not say: as the method was published
+    products: int  # of a weight with its Gram, about as many as solving takes: the preflight's estimate of time
     batched: bool  # whether it also takes several matrices at once, w (batch, out, in), each with a statistic of its own
 
     def solve(self, w: Tensor, stat: Any, pattern: Pattern) -> Solution:

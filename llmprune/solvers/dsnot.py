@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmprune.patterns import Pattern
+from llmprune.numerics.patterns import Pattern
+from llmprune.numerics.stats import Moments
 from llmprune.solvers import wanda
 from llmprune.solvers.base import Solution, masked
-from llmprune.stats import Moments
 
 statistic = Moments
 stackable = True
 batched = False
 true_sequential = False
+products = 0
 CYCLES, THRESHOLD = 50, 0.1  # as published; the threshold is in units of the layer's output
 _NEVER = float("inf")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmprune.patterns import Pattern
+from llmprune.numerics.patterns import Pattern
+from llmprune.numerics.stats import TokenCount
 from llmprune.solvers.base import Solution, masked
-from llmprune.stats import TokenCount
 
 statistic = TokenCount
 stackable = batched = True
 true_sequential = False  # it does not look at inputs
+products = 0
 
 
 def solve(w: Tensor, stat: TokenCount, pattern: Pattern) -> Solution:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmprune.patterns import Pattern
+from llmprune.numerics.patterns import Pattern
+from llmprune.numerics.stats import Moments
 from llmprune.solvers.base import Solution, masked
-from llmprune.stats import Moments
 
 statistic = Moments
 stackable = False  # a weight's share of its column
 batched = False
 true_sequential = False
+products = 0
 
 
 def solve(w: Tensor, stat: Moments, pattern: Pattern) -> Solution:

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.patterns import Pattern
+from llmprune.numerics.patterns import Pattern
+from llmprune.numerics.stats import Gram
 from llmprune.solvers.base import Solution
-from llmprune.stats import Gram
 
 statistic = Gram
 stackable = True
 batched = False
 true_sequential = True
+products = 1
 BLOCK = 128  # columns an unstructured mask is chosen over, as published
 _LEAF = 16  # columns swept one at a time
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.data import Windows
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
+from llmprune.data.windows import Windows
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.stream.capture import Call, Recorder
 from llmprune.stream.mapped import MappedTensors

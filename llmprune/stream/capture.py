@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.errors import InputError
+from llmprune.base.errors import InputError
 
 _HIDDEN = "hidden_states"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError, MachineError
+from llmprune.base.errors import InputError, MachineError
 
 _AT_ONCE = 64  # tensors that are mapped together
 _PIECE = 2**30  # bytes of a write: macOS takes no more than 2 GiB

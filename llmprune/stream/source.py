@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from llmprune.hardware import return_free_memory
+from llmprune.base.hardware import return_free_memory
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton

@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from llmprune.demo.text import documents, modules
+from llmprune.data.pydoc import documents, modules
 
 _CHOICES, _QUESTIONS = 4, 200
 _CONTEXT, _CONTINUATION = 40, 12  # words

@@ -1,0 +1,28 @@
+"""Every public verb. Each raises `InputError`, whose text is one line that says what, where and what to do.
+
+| verb | what it does |
+|---|---|
+| `prune` | prune a model, in memory or from folder to folder |
+| `load` | a model that llmprune wrote, or any other; 2:4 layers packed |
+| `pack`, `unpack` | a folder with 2:4 matrices as values and codes, and back, bit for bit |
+| `evaluate` | perplexity and lm-eval's tasks, alone or beside the dense model |
+| `compare` | models by methods by patterns |
+| `bench` | a 2:4 model against itself dense, in time |
+| `verify` | whether a folder is still what its record says |
+| `report` | a page about one run or several |
+| `push` | a folder to the Hub |
+"""
+
+from __future__ import annotations
+
+from llmprune.formats.convert import pack, unpack
+from llmprune.formats.loading import load
+from llmprune.measure.bench import bench
+from llmprune.measure.evaluate import evaluate
+from llmprune.output.hub import push
+from llmprune.output.verify import verify
+from llmprune.reports.html import report
+from llmprune.runs.compare import compare
+from llmprune.runs.prune import Result, prune
+
+__all__ = ["Result", "bench", "compare", "evaluate", "load", "pack", "prune", "push", "report", "unpack", "verify"]

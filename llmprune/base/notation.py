@@ -1,0 +1,121 @@
+"""How much, as users write it: a sparsity, an amount to remove, a budget of parameters. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from llmprune.base.errors import InputError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # to compute in
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_FORMS = "give 0.5, 50% or N:M such as 2:4"
+
+
+def read_sparsity(text: str) -> float | tuple[int, int]:
+    """The fraction to drop, of `0.5` or `50%`; or N and M of `2:4`, which keeps 2 of every 4.
+
+    Raises:
+        InputError: the text is neither, or impossible.
+    """
+    source = text.strip()
+    if not source:
+        raise InputError(f"sparsity is empty: {_FORMS}")
+    if groups := re.fullmatch(r"(\d{1,6}):(\d{1,6})", source):
+        n, m = int(groups[1]), int(groups[2])
+        check_ratio(n, m)
+        return n, m
+    percent = source.endswith("%")
+    try:
+        value = float(source.removesuffix("%"))
+    except ValueError:
+        raise InputError(f"sparsity {source!r} is not a pattern: {_FORMS}") from None
+    if not percent and 1 < value < 100 and math.isfinite(value):
+        raise InputError(f"sparsity {source} is impossible: a fraction lies between 0 and 1 (did you mean {source}%?)")
+    fraction = value / 100 if percent else value
+    check_fraction(fraction)
+    return fraction
+
+
+def sparsity_text(sparsity: float | tuple[int, int]) -> str:
+    """One text for each sparsity, which reads back exactly."""
+    if isinstance(sparsity, tuple):
+        return f"{sparsity[0]}:{sparsity[1]}"
+    percent = f"{100 * sparsity:g}%"
+    return percent if float(percent[:-1]) / 100 == sparsity else repr(sparsity)
+
+
+def check_fraction(fraction: float) -> None:
+    """Raises: InputError: it drops nothing, all, or is no number."""
+    if not 0 < fraction < 1:  # also rejects nan
+        raise InputError(f"sparsity {fraction:g} is impossible: give a fraction between 0 and 1, or e.g. 50%")
+
+
+def check_ratio(n: int, m: int) -> None:
+    """Raises: InputError: n of m keeps nothing, or all."""
+    if not 0 < n < m:
+        raise InputError(f"sparsity {n}:{m}: N:M keeps N of every M weights, so 0 < N < M, as in 2:4")
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """A count or a fraction to remove, as the user wrote it: `4`, `25%` or `0.25`."""
+
+    text: str
+    fraction: float | None
+    count: int | None
+
+    @classmethod
+    def parse(cls, what: str, text: str) -> Amount:
+        """Raises: InputError: it is neither."""
+        text = text.strip()
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+        if match:
+            number, percent = float(match[1]), match[2]
+            if percent and 0 < number < 100:
+                return cls(text, number / 100, None)
+            if not percent and "." in match[1] and 0 < number < 1:
+                return cls(text, number, None)
+            if not percent and "." not in match[1] and number > 0:
+                return cls(text, None, int(number))
+        raise InputError(f"{what} {text!r} is impossible: give a share to remove such as 25% or 0.25, or a count such as 4")
+
+    def of(self, whole: int) -> float:
+        """How many of `whole` that is."""
+        return float(self.count) if self.count is not None else (self.fraction or 0.0) * whole
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """A number or a share of parameters that may stay, as the user wrote it: `6.5B`, `600M`, `75%` or `0.75`."""
+
+    text: str
+    number: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Allowance:
+        """Raises: InputError: it is none."""
+        text = text.strip()
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([%KMB]?)", text.upper())
+        if not match or not float(match[1]):
+            raise InputError(
+                f"target_params {text!r} is impossible: give a share to keep such as 75%, or a number such as 6.5B"
+            )
+        return cls(text, float(match[1]), match[2])
+
+    def of(self, whole: int) -> int:
+        """How many of `whole` parameters may stay.
+
+        Raises:
+            InputError: all.
+        """
+        share = self.unit == "%" or (not self.unit and self.number < 1)
+        if share:
+            left = int(self.number * (whole / 100 if self.unit == "%" else whole))
+        else:
+            left = int(self.number * _UNITS[self.unit])
+        if left >= whole:
+            raise InputError(f"target_params {self.text} leaves all of the {whole:,} parameters: ask for fewer")
+        return left

@@ -1,0 +1,34 @@
+"""How messages put numbers: with the noun that they count; bytes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+_PLURALS = {"matrix": "matrices", "process": "processes"}
+
+
+def count(number: int, noun: str) -> str:
+    """Such as `1 block`, `28 pruned matrices`, `1,024 windows`; `noun` is one, its last word the one that changes."""
+    before, _, last = noun.rpartition(" ")
+    word = last if number == 1 else _PLURALS.get(last, f"{last}s")
+    return f"{number:,} {before}{' ' if before else ''}{word}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes, as people read them."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:,.1f} {name}"
+    return f"{nbytes / 2**10:,.0f} KiB"
+
+
+def command_line(*words: str | Path) -> str:
+    """The words as a POSIX shell reads them. A path that begins with a dash gets `./` before it: else it would be an option."""
+    return shlex.join(f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words)
+
+
+def literal(text: str | Path) -> str:
+    """The text as Python reads it."""
+    return json.dumps(str(text), ensure_ascii=False)

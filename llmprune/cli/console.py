@@ -1,0 +1,261 @@
+"""What a run shows: a live bar on a terminal, one plain line a block elsewhere, tables at both ends."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from llmprune.base.words import command_line, count, literal
+from llmprune.cost.footprint import cost_title
+from llmprune.job.progress import Progress
+from llmprune.job.record import COMPUTED, Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
+from llmprune.models.resolve import spelled
+
+_TITLE = len("calibration  ")  # where the values of the header begin
+_WIDEST = 10_000  # more columns than a table needs
+_NARROWEST = 20  # columns that text is given beside its indent
+_FIXED = "\N{NO-BREAK SPACE}"
+
+
+class Console(Progress):
+    """Shows on a console. Use as a context manager, so that the live bar is taken down on any exit.
+
+    Args:
+        each_site: a line for each matrix, too.
+    """
+
+    def __init__(self, console: RichConsole, *, each_site: bool = False) -> None:
+        self._console, self._each_site = console, each_site
+        self._live = Bar(
+            TextColumn("block {task.fields[block]}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} sites"),
+            TextColumn("{task.fields[now]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._in_block: list[SiteRecord] = []
+        self._gone: list[Removal] = []
+        self._fit, self._came = "", ""
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def header(self, record: RunRecord, what: str, asked: str) -> None:
+        model, text, arguments = record.model, record.calibration, record.arguments
+        parameters = count(model["parameters"], "parameter")
+        order = ", stage by stage" if record.recipe["true_sequential"] else ", one pass a block"
+        for title, value in {
+            "model": f"{model['name']} ({model['class']}, {parameters}, {count(model['blocks'], 'block')})",
+            what: asked,
+            "method": f"{record.recipe['text']}{order if arguments['sparsity'] else ''}",
+            "calibration": f"{text['text']}, {count(text['samples'], 'window')} x {text['seqlen']} tokens, seed {text['seed']}",
+            "compute": f"{record.compute['dtype']} on {record.compute['device']}{_shared(record.compute['processes'])}",
+            **({"needs": record.predicted["text"]} if record.predicted else {}),
+        }.items():
+            self._line(f"{title:<{_TITLE}}{value}", _TITLE)
+
+    def note(self, text: str) -> None:
+        self._line(f"note: {text}", len("note: "))
+
+    def start(self, blocks: int, sites: int) -> None:
+        self._blocks, self._sites, self._done, self._began = blocks, sites, 0, time.monotonic()
+        if self._console.is_terminal:
+            for task in self._live.task_ids:  # of what was removed, before weights are pruned
+                self._live.remove_task(task)
+            self._live.start()
+            self._task = self._live.add_task("", total=sites, block=f"1/{blocks}", now="", eta="-")
+
+    def solving(self, site: str) -> None:
+        if self._console.is_terminal:
+            error = f"(last: error {_share(self._in_block[-1].error)})" if self._in_block else ""
+            self._live.update(self._task, now=f"{site} {error}")
+
+    def site(self, site: SiteRecord) -> None:
+        self._done += 1
+        self._in_block.append(site)
+        if self._each_site:
+            self._line(
+                f"  {site.name}  {site.pattern}  {site.shape[0]} x {site.shape[1]}  zeros {site.sparsity:.2%}  "
+                f"output error {_share(site.error)}  {count(site.tokens, 'token')}  {site.seconds:.2f} s",
+                4,
+            )
+        if self._console.is_terminal:
+            self._live.update(self._task, completed=self._done, eta=self._eta())
+
+    def reconstructed(self, result: Reconstruction) -> None:
+        self._fit = (
+            f"  block fit {result.before:.3%} -> {result.after:.3%} ({count(result.steps, 'step')}, rate {result.rate:g}, "
+            f"{result.nbytes / 2**20:,.0f} MiB)"
+        )
+
+    def removed(self, removal: Removal) -> None:
+        self._gone.append(removal)
+
+    def repeated(self, sites: int) -> None:
+        self._sites -= sites
+        self._came = "finished by an earlier run"
+        if self._console.is_terminal:
+            self._live.update(self._task, total=self._sites)
+
+    def block(self, index: int) -> None:
+        pruned = f"output error: {_errors(self._in_block)}{self._fit}" if self._in_block else "nothing pruned"
+        came = self._came or _removals(self._gone) or ("stays" if not self._sites else pruned)
+        if not self._sites:
+            self._done = index + 1
+        title = f"block {index + 1}/{self._blocks}  "
+        self._line(f"{title}{came}  ETA {self._eta()}", len(title))
+        self._in_block, self._gone, self._fit, self._came = [], [], "", ""
+        if self._console.is_terminal:
+            self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
+
+    def summary(self, record: RunRecord, output: Path | None) -> None:
+        self._stop()
+        table = _table(record)
+        if not self._console.is_terminal:  # as wide as its rows are
+            table.width = self._console.measure(table, options=self._console.options.update(width=_WIDEST)).maximum
+        self._console.print(table, soft_wrap=True)
+        if output is not None:
+            self._line(f"wrote {output}; next:")
+            steps = _next_steps(output, own=bool(record.structure.get("differ_by_layer")))
+            if record.pruned is None:
+                steps += f"\n  {_to_evaluate(record, output)}"
+            self._console.print(steps, markup=False, soft_wrap=True)  # to paste, and so whole
+
+    def _line(self, text: str, indent: int = 0) -> None:
+        """On a terminal broken between words, what follows the first line indented; elsewhere whole, as logs want it."""
+        shown = _wrapped(text, self._console.width, indent) if self._console.is_terminal else text
+        self._console.print(shown, markup=False, soft_wrap=True)
+
+    def _stop(self) -> None:
+        if self._live.live.is_started:
+            self._live.stop()
+
+    def _eta(self) -> str:
+        if not self._done:
+            return "-"
+        left = (time.monotonic() - self._began) / self._done * ((self._sites or self._blocks) - self._done)
+        return f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+
+
+def _wrapped(text: str, width: int, indent: int) -> str:
+    """In lines of at most `width`, broken at blanks; what two blanks set apart stays together where it fits."""
+    room = max(width - indent, _NARROWEST)
+    parts = [part if len(part) > room else part.replace(" ", _FIXED) for part in text.split("  ")]
+    lines = textwrap.wrap(
+        "  ".join(parts),
+        indent + room,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines).replace(_FIXED, " ")
+
+
+def _table(record: RunRecord) -> Table:
+    table = Table("measured in this run", "before", "after", title=None)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for row in _measured(record):
+        table.add_row(*row)
+    if computed := list(_computed(record)):
+        table.add_section()
+        table.add_row(f"[bold]{COMPUTED}[/bold]")
+    for row in computed:
+        table.add_row(*row)
+    return table
+
+
+def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """What is measured, before and after."""
+    if record.dense and record.pruned:
+        protocol = f"{escape(record.pruned.text)}, {count(record.pruned.windows, 'window')} x {record.pruned.length} tokens"
+        yield f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{record.pruned.value:.3f}"
+        yield "loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}"
+    if record.sites:
+        asked = str(record.arguments["sparsity"])
+        share = record.zeros() / record.weights()
+        yield f"zeros in {count(len(record.sites), 'pruned matrix')} (asked: {asked})", "", f"{share:.2%}"
+        yield "nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}"
+        yield "output error of a matrix, mean", "", _share(record.output_error())
+    for phase, seconds in record.seconds.items():
+        yield f"seconds: {phase}", "", f"{seconds:.1f}"
+    if overhead := record.overhead():
+        yield "pruning time / time of its forward passes", "", f"{overhead:.2f}x"
+    for place, peak in record.peak_memory.items():
+        yield f"peak memory, {place}", "", f"{peak / 2**20:,.0f} MiB"
+
+
+def _computed(record: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """What follows from the sizes of tensors."""
+    for what, before in record.structure.get("before", {}).items():
+        yield cost_title(what), f"{before:,}", f"{record.structure['after'][what]:,}"
+    if "bytes_after" in record.size:
+        before, after = record.size["bytes_before"], record.size["bytes_after"]
+        yield f"weight bytes{' (zeros are stored)' if record.sites else ''}", f"{before:,}", f"{after:,}"
+
+
+def _to_evaluate(record: RunRecord, output: Path) -> str:
+    """The command that measures what this run did not: perplexity, beside the dense model's where that has a name."""
+    named = record.model["name"] != record.model["class"]
+    dense = str(record.arguments["model"])
+    beside = ["--baseline", f"./{dense}" if dense.startswith("-") else dense] if named else []
+    return command_line("llmprune", "eval", spelled(output), *beside)
+
+
+def _next_steps(output: Path, *, own: bool) -> str:
+    """`own`: only llmprune loads it."""
+    load = f"import llmprune; llmprune.load({literal(spelled(output))})"
+    if not own:
+        load = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({literal(output)})"
+    return f"  {command_line('llmprune', 'verify', output)}\n  {command_line('python', '-c', load)}"
+
+
+def _shared(processes: int) -> str:
+    return f", {count(processes, 'process')}" if processes > 1 else ""
+
+
+def _removals(gone: Sequence[Removal]) -> str:
+    """What a block lost, experts together."""
+    by_name: dict[str, list[Removal]] = {}
+    for one in gone:
+        by_name.setdefault(one.site.rsplit(".", 1)[-1], []).append(one)
+    parts = []
+    for name, each in by_name.items():
+        error = _mean([one.error for one in each])
+        parts.append(f"{each[0].kept} of {each[0].count} {each[0].kind}, {name} error {error}")
+    return "  ".join(parts)
+
+
+def _errors(sites: Sequence[SiteRecord]) -> str:
+    """The sites of a block with their errors, those of one name (experts) together."""
+    by_name: dict[str, list[float | None]] = {}
+    for site in sites:
+        by_name.setdefault(site.name.rsplit(".", 1)[-1], []).append(site.error)
+    return "  ".join(f"{name} {_mean(errors)}" for name, errors in by_name.items())
+
+
+def _mean(errors: Sequence[float | None]) -> str:
+    """Of one matrix, or of several and how many that is the mean of."""
+    known = sum(error is not None for error in errors)
+    rest = f" of {len(errors)}; no token reached the others" if known < len(errors) else ""
+    return _share(mean_known(errors)) + (f" (mean of {known}{rest})" if len(errors) > 1 and known else "")
+
+
+def _share(error: float | None) -> str:
+    return "unknown (no token reached it)" if error is None else f"{error:.2%}"

@@ -1,0 +1,28 @@
+"""Multiplications a token with matrices, the head's included; of experts, with those of as many as a token is sent to.
+
+Attention's own products, which grow with the length of the text, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from llmprune.cost.matrices import matrices
+from llmprune.models.experts import experts_per_token
+from llmprune.models.sites import Block
+
+NAME, TITLE = "macs_a_token", "multiplications a token"
+
+
+def measure(model: PreTrainedModel, blocks: Sequence[Block]) -> int:
+    text = model.config.get_text_config()
+    return active(text, blocks) + text.vocab_size * text.hidden_size
+
+
+def active(model: PretrainedConfig, blocks: Sequence[Block]) -> int:
+    """Weights of the blocks' matrices that a token meets: of experts, those of as many as it is sent to (all, where the
+    configuration does not say how many)."""
+    chosen = experts_per_token(model)
+    return round(sum(one.rows * one.columns * one.share for block in blocks for one in matrices(block.sites, chosen)))

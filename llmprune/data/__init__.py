@@ -1,0 +1,1 @@
+"""Text to token windows, for calibration and evaluation."""

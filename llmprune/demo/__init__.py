@@ -1,1 +1,0 @@
-"""The bundled demonstration model and the text it is trained, calibrated and evaluated on."""

@@ -1,1 +1,0 @@
-"""Evaluation: what pruning cost."""

@@ -1,0 +1,228 @@
+"""From a dense folder whose matrices are 2:4 to a packed one, and back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmprune.base.errors import InputError, plain_errors, user_folder, user_path
+from llmprune.base.files import INDEX, PACKED, RECORD, differing, read_record, sums, write_json
+from llmprune.base.folders import check_output, check_room, published, recover
+from llmprune.formats.packed import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, pack_tensors, why_dense
+from llmprune.models.checkpoint import Checkpoint, read_header
+from llmprune.models.extras import copy_extras
+from llmprune.models.resolve import resolve, spelled
+from llmprune.models.skeleton import Skeleton, load_config
+
+_CARD, _DENSE_CARD = "README.md", "README.dense.md"
+_DENSE, _PACKED = "\nlibrary_name: transformers\n", "\nlibrary_name: llmprune # transformers, once unpacked\n"
+_NOTE = f"""
+# A packed 2:4 model
+
+Matrices that are 2:4 are stored as values and codes. transformers do not read this folder; llmprune does:
+
+```python
+import llmprune
+
+model = llmprune.load(FOLDER)  # dense=True for plain layers
+```
+
+`llmprune unpack` gives back the dense model, whose card is `{_DENSE_CARD}`.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        layers: how many matrices are packed.
+        dense: matrices of the blocks that are not, and why.
+        before, after: bytes of the packed matrices, dense and packed.
+        total_before, total_after: bytes of all tensors.
+    """
+
+    output: Path
+    layers: int
+    dense: dict[str, str]
+    before: int
+    after: int
+    total_before: int
+    total_after: int
+
+
+def pack(
+    folder: str | Path, output: str | Path, *, overwrite: bool = False, tell: Callable[[str], None] | None = None
+) -> Converted:
+    """Write the 2:4 linear layers of a dense folder as values and codes, everything else as it is.
+
+    Args:
+        folder: a bundled name, a folder or a Hub id.
+        tell: hears of every file that is done.
+
+    Raises:
+        InputError: no linear layer is 2:4, or a folder cannot be read or written; nothing is left behind.
+    """
+    output = user_path(output, "output")
+    with plain_errors("free some, or use a machine with more"):
+        place = resolve(spelled(folder))
+        source = place.path
+        if (source / PACKED).is_file():
+            raise InputError(f"{source} is packed already")
+        recover(output)
+        check_output(output, source, overwrite)
+        _check_record(source)
+        checkpoint = Checkpoint(source)
+        skeleton = Skeleton(checkpoint, load_config(source), torch.device("cpu"), torch.float32)
+        linear = linears(skeleton)
+        sizes = ((name, info.nbytes) for name, info in checkpoint.tensors.items())
+        check_room(output, sum(nbytes // 2 if name in linear else nbytes for name, nbytes in sizes))  # at least
+        with published(output, overwrite=overwrite) as partial:
+            found = _pack_files(skeleton, linear, partial, tell)
+            if not found.layers:
+                raise _nothing(f"{source}{place.shadowed}", found.dense, linear)
+            copy_extras(source, partial)
+            if (source / RECORD).is_file():
+                shutil.copyfile(source / RECORD, partial / RECORD)
+            _write_card(source, partial)
+            _seal(partial, found.manifest)
+        return found.converted(output)
+
+
+def _check_record(source: Path) -> None:
+    """A record, where there is one, must fit the folder: it is kept, for what `unpack` makes.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not (source / RECORD).is_file():
+        return
+    remedy = f"get the folder again, or remove its {RECORD} to pack it without"
+    try:
+        _, sums = read_record(source)
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}") from None
+    if problem := next(differing(source, sums), None):
+        raise InputError(f"{source} is not what its {RECORD} says ({problem}): {remedy}")
+
+
+@dataclass(slots=True)
+class _Packing:
+    manifest: dict[str, dict[str, object]]
+    dense: dict[str, str]
+    before: int = 0
+    after: int = 0
+    total_before: int = 0
+    total_after: int = 0
+
+    @property
+    def layers(self) -> int:
+        return len(self.manifest["layers"])
+
+    def converted(self, output: Path) -> Converted:
+        sizes = (self.before, self.after, self.total_before, self.total_after)
+        return Converted(output, self.layers, self.dense, *sizes)
+
+
+def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: Callable[[str], None] | None) -> _Packing:
+    """Every file of the checkpoint, packed."""
+    checkpoint, found = skeleton.checkpoint, _Packing({"layers": {}, "files": {}}, left_dense(skeleton))
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    for number, file in enumerate(files, 1):
+        written: dict[str, Tensor] = {}
+        for name, tensor in checkpoint.read([name for name, info in checkpoint.tensors.items() if info.file == file]):
+            why = why_dense(name, tensor, linear)
+            if why is None:
+                tensors = pack_tensors(name, tensor)
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                found.manifest["layers"][name] = {"shape": list(tensor.shape), "dtype": dtype}
+                found.before += tensor.nbytes
+                found.after += sum(one.nbytes for one in tensors.values())
+            else:
+                tensors = {name: tensor}
+                if name in linear and skeleton.block_of(linear[name]):
+                    found.dense[linear[name]] = why
+            found.total_before += tensor.nbytes
+            found.total_after += sum(one.nbytes for one in tensors.values())
+            written |= tensors
+        packed = f"packed-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file(written, folder / packed, metadata={"format": "pt"})
+        found.manifest["files"][packed] = file
+        if tell:
+            tell(f"{file} -> {packed} ({number} of {len(files)})")
+    return found
+
+
+def _nothing(source: str, dense: dict[str, str], linear: dict[str, str]) -> InputError:
+    """Why nothing was packed."""
+    own = [(name, why) for name, why in dense.items() if name in linear.values()]
+    if not own:
+        name, why = next(iter(dense.items()), ("it", "no matrix of a block is known"))
+        return InputError(f"nothing of {source} can be packed: only linear layers can ({name}: {why})")
+    return InputError(f"no layer of {source} is 2:4 ({own[0][0]}: {own[0][1]}): prune it with --sparsity 2:4 first")
+
+
+def _seal(folder: Path, manifest: dict[str, dict[str, object]]) -> None:
+    known = sums(folder, RECORD)  # which may grow
+    write_json(folder / PACKED, {"format": FORMAT, "version": VERSION, **manifest, "sha256": known})
+
+
+def _write_card(source: Path, folder: Path) -> None:
+    """A card that says how to load the packed folder, with the metadata of the dense one's, which is kept beside it."""
+    text = (source / _CARD).read_text(encoding="utf-8") if (source / _CARD).is_file() else ""
+    head, mark, _ = text.partition("\n---\n") if text.startswith("---\n") else ("", "", text)
+    (folder / _CARD).write_text(head.replace(_DENSE, _PACKED, 1) + mark + _NOTE, encoding="utf-8")
+    if text:
+        (folder / _DENSE_CARD).write_text(text, encoding="utf-8")
+
+
+def unpack(
+    folder: str | Path, output: str | Path, *, overwrite: bool = False, tell: Callable[[str], None] | None = None
+) -> Converted:
+    """Write the dense folder that a packed one stands for: the same tensors, bit for bit, in files of the same names.
+
+    Raises:
+        InputError: the folder is not packed, not whole, or cannot be written; nothing is left behind.
+    """
+    folder, output = user_folder(folder, "folder"), user_path(output, "output")
+    with plain_errors("free some, or use a machine with more"):
+        if not (folder / PACKED).is_file():
+            raise InputError(f"{folder} holds no {PACKED}: give a folder that llmprune pack wrote")
+        packed = PackedFolder.open(folder)
+        recover(output)
+        check_output(output, folder, overwrite)
+        view = DenseView(packed)
+        check_room(output, view.nbytes())
+        packed.check(sorted({*packed.files, *packed.sums} - {_CARD}))
+        if (folder / RECORD).is_file():
+            read_record(folder)
+        with published(output, overwrite=overwrite) as partial:
+            for number, (file, dense) in enumerate(packed.files.items(), 1):
+                names = [name for name, info in view.tensors.items() if info.file == file]
+                save_file(dict(view.read(names)), partial / dense, metadata={"format": "pt"})
+                if tell:
+                    tell(f"{file} -> {dense} ({number} of {len(packed.files)})")
+            if len(packed.files) > 1:
+                _index(partial, packed)
+            copy_extras(folder, partial)
+            if (folder / RECORD).is_file():
+                shutil.copyfile(folder / RECORD, partial / RECORD)
+            if (folder / _DENSE_CARD).is_file():
+                shutil.copyfile(folder / _DENSE_CARD, partial / _CARD)
+    sizes = {name: packed.tensors[name].nbytes for name in packed.tensors}
+    after = sum(view.tensors[name].nbytes for name in packed.layers)
+    before = sum(sizes.values()) - sum(sizes[name] for name in packed.others())
+    return Converted(output, len(packed.layers), {}, before, after, sum(sizes.values()), view.nbytes())
+
+
+def _index(folder: Path, packed: PackedFolder) -> None:
+    """The index of the dense files, as the stream writes it."""
+    weight_map = {name: file for file in packed.files.values() for name in read_header(folder, file)}
+    total = sum(info.nbytes for file in packed.files.values() for info in read_header(folder, file).values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

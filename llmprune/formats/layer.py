@@ -1,0 +1,90 @@
+"""A linear layer whose 2:4 matrix stays packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from llmprune.formats.kernels import cusparselt, dispatch
+from llmprune.formats.kernels.ops import linear24
+from llmprune.formats.kernels.reference import Packed, arrange, compress, unpack
+
+
+class Sparse24Linear(nn.Module):
+    """As `nn.Linear`, for inference.
+
+    Attributes:
+        values, meta: buffers, as in `kernels.reference.Packed`.
+        blob: the same again as cuSPARSELt wants it, where that was measured to be worth it; not saved.
+        bias: a buffer (out,), or None.
+        weight: the dense matrix (out, in), unpacked anew each time.
+    """
+
+    values: Tensor
+    meta: Tensor
+    bias: Tensor | None
+    blob: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.columns, len(packed.values)
+        self.register_buffer("values", packed.values)
+        self.register_buffer("meta", packed.meta)
+        self.register_buffer("bias", bias)
+        self.register_buffer("blob", None, persistent=False)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> Sparse24Linear:
+        """Raises: ValueError: the matrix (out, in) is not 2:4."""
+        return cls(arrange(*compress(weight)), bias)
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.values, self.meta, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return unpack(self.packed)
+
+    def prepare(self) -> None:
+        """On a GPU, measure which road is quickest for how many tokens, and make what that road needs."""
+        rows, columns, values = self.out_features, self.in_features, self.values
+        if not dispatch.has_triton() or not cusparselt.supported(rows, columns, values.dtype, values.device):
+            return
+        try:
+            blob = cusparselt.compress(self.weight)
+        except RuntimeError:  # this cuSPARSELt does not drive this device
+            return
+        if dispatch.wants_blob(self.packed, blob):
+            self.blob = blob
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
+        """As for any module; the copy for cuSPARSELt, which is no plain number, does not survive another dtype."""
+        before = self.values.dtype
+        super()._apply(fn, recurse)
+        if self.values.dtype != before:
+            self.blob = None
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear24(x, self.values, self.meta, self.bias, self.blob, self.in_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
+
+
+def nbytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, copies for cuSPARSELt included; what is shared counts once."""
+    return sum(tensor.nbytes for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def sparse_layers(model: nn.Module) -> dict[str, Sparse24Linear]:
+    """By full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module called `name` is."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, new)

@@ -1,0 +1,55 @@
+"""One job: what is asked, and who works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from llmprune.base.clock import Clock
+from llmprune.base.processes import Ranks
+from llmprune.data.windows import Given
+from llmprune.job.naming import output_folder
+from llmprune.job.options import PruneConfig
+from llmprune.job.progress import Progress
+from llmprune.job.recipes import Recipe, choose_recipe
+from llmprune.numerics.patterns import Pattern, parse
+from llmprune.solvers import METHODS
+
+
+@dataclass(slots=True)
+class Job:
+    """What was asked. Method and pattern are looked up at once, so that a mistake costs no work."""
+
+    config: PruneConfig
+    given: Given | None
+    progress: Progress
+    ranks: Ranks
+    clock: Clock = field(default_factory=Clock)
+    recipe: Recipe = field(init=False)
+    pattern: Pattern | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        recipe, asked = choose_recipe(self.config), self.config.true_sequential
+        published = METHODS.get(recipe.method).true_sequential
+        self.recipe = replace(recipe, true_sequential=published if asked is None else asked)
+        self.pattern = parse(self.config.sparsity) if self.config.sparsity is not None else None
+
+    def method(self) -> str:
+        """In words."""
+        config, steps = self.config, []
+        if config.layers is not None:
+            steps.append(f"layers by {config.layer_score}")
+        if config.target_params is not None:
+            steps.append("a budget of parameters by second order")
+        if config.heads is not None or config.neurons is not None or config.target_params is not None:
+            fitted = "" if config.refit is False else f" + least squares, {self.recipe.target} target"
+            steps.append(f"{config.score}{fitted}{', by layer' if config.per_layer else ''}")
+        return ", then ".join(steps + ([str(self.recipe)] if self.pattern else []))
+
+    def output(self, model: str) -> Path | None:
+        """See `output_folder`."""
+        return output_folder(self.config, model)
+
+    def weights_only(self, output: Path) -> Job:
+        """What is left of the job when structure has been removed: the same clock and processes, weights to prune."""
+        return Job(self.config.weights_only(output), self.given, self.progress, self.ranks, self.clock)

@@ -1,0 +1,246 @@
+"""What a run is told, from flags, a YAML file or Python: one set of names, one set of checks. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmprune.base.errors import InputError, unknown
+from llmprune.base.notation import DTYPES, Allowance, Amount, read_sparsity, sparsity_text
+
+PLACES = ("memory", "disk")
+LAYER_SCORES = ("influence", "loss")
+_STRUCTURE = ("heads", "neurons", "layers", "target_params", "score", "layer_score", "per_layer", "round_to")
+_AMOUNTS = {
+    "sparsity": "0.5, 50% or N:M",
+    **dict.fromkeys(("heads", "neurons", "layers"), "a share such as 25% or a count"),
+    "target_params": "a share such as 75% or a number such as 6.5B",
+}
+
+
+def _option(help: str, default: Any = dataclasses.MISSING, *, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneConfig:
+    """The options of `llmprune.prune` and of the command; each field's help text is in its metadata.
+
+    Raises:
+        InputError: a value is of the wrong type or out of range.
+    """
+
+    model: str = _option("bundled name (llama), local folder, or Hub id such as meta-llama/Llama-3.2-1B")
+    sparsity: str | None = _option(
+        "0.5 or 50%% (unstructured), or N:M such as 2:4, which keeps N of every M weights; after heads, neurons, layers", None
+    )
+    heads: str | None = _option("attention heads to remove, such as 25%% or 8, in each layer", None, metavar="AMOUNT")
+    neurons: str | None = _option("neurons (MLP channels) to remove, such as 25%%, in each layer", None, metavar="AMOUNT")
+    layers: str | None = _option("layers to remove, such as 4 or 12%%", None, metavar="AMOUNT")
+    target_params: str | None = _option(
+        "instead: parameters that stay, such as 75%% or 6B; heads, neurons and layers go where that costs least", None,
+        metavar="AMOUNT",
+    )  # fmt: skip
+    score: str = _option("what chooses heads and neurons (default: %(default)s)", "second_order")
+    layer_score: str = _option(
+        "what chooses layers: influence (how little they turn the hidden states; one pass) or loss (calibration loss without "
+        "them; a pass a candidate) (default: %(default)s)",
+        "influence",
+    )  # fmt: skip
+    per_layer: bool = _option(
+        "let layers differ in heads and neurons, by what each would lose; the result loads with llmprune.load", False
+    )
+    round_to: int | None = _option("neurons stay in multiples of this (default: 64, or 8 below 1024)", None, metavar="N")
+    quality: str | None = _option("preset: fast, balanced or best (default: balanced, unless --method is given)", None)
+    method: str | None = _option("instead of a preset, one method alone", None)
+    refit: bool | None = _option(
+        "fit what is kept by least squares: on a mask (default: off with --method, on in presets), and of what reads heads "
+        "and neurons (default: on)", None,
+    )  # fmt: skip
+    target: str | None = _option(
+        "dense: each matrix imitates itself on the pruned model's inputs; corrected: it imitates what the dense model puts "
+        "out (default: dense with --method)",
+        None,
+    )  # fmt: skip
+    reconstruct: bool | None = _option(
+        "fit the kept weights and norms of each block to the dense block's output (default: in best only)", None
+    )
+    calibration: str = _option(
+        "calibration text: pydoc, wikitext2, c4, ptb, a Hub dataset id, or a .txt, .jsonl, .json, .parquet file, plain or "
+        ".gz (default: pydoc for the bundled model, else c4)",
+        "auto", metavar="TEXT",
+    )  # fmt: skip
+    samples: int = _option("calibration windows (default: %(default)s)", 128)
+    seqlen: int = _option("tokens a window, capped at the model's positions (default: %(default)s)", 2048)
+    activations: str = _option(
+        "where hidden states rest: memory, or disk, which takes room beside the output (default: %(default)s)", "memory"
+    )
+    batch_size: int = _option("windows run at once (default: %(default)s)", 8)
+    seed: int = _option("seed of the calibration draw (default: %(default)s)", 0)
+    true_sequential: bool | None = _option(
+        "within a block, solve each stage on inputs from the stages already pruned; --no-true-sequential solves a block "
+        "in one pass, which is faster (default: as the method was published: on, but for magnitude, wanda, ria and dsnot)",
+        None,
+    )  # fmt: skip
+    all_experts: bool = _option(
+        "mixtures of experts: let every expert's statistics count every calibration token, not only those routed to it",
+        False,
+    )  # fmt: skip
+    only: tuple[str, ...] = _option("prune only sites that match these globs, e.g. '*.mlp.*'", (), metavar="GLOB")
+    skip: tuple[str, ...] = _option("leave out sites that match these globs, e.g. '*.down_proj'", (), metavar="GLOB")
+    eval_text: str = _option(
+        "text to measure perplexity on, before and after: as --calibration, or none (default: pydoc for the bundled "
+        "model, else none)",
+        "auto", metavar="TEXT",
+    )  # fmt: skip
+    output: str | None = _option(
+        "folder to write (default: auto, here, named after the model and what was asked for)", None, metavar="DIR"
+    )
+    overwrite: bool = _option("replace the output folder if it is not empty", False)
+    restart: bool = _option("begin anew where an unfinished run to the same output could be continued", False)
+    push_to_hub: str | None = _option(
+        "push the output folder to this repository on the Hub, too; `llmprune push` can do so later", None, metavar="USER/NAME"
+    )
+    device: str = _option("auto, cpu, cuda, cuda:1, ... (default: %(default)s)", "auto")
+    dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is float32 on CPU, else the checkpoint's", "auto")
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "seqlen", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is impossible: give at least 1")
+        if self.sparsity is None and not self.structured:
+            raise InputError(
+                "sparsity is required: pass --sparsity, --heads, --neurons, --layers or --target-params (in YAML, Python alike)"
+            )
+        self._check_roads()
+        if self.round_to is not None and self.round_to < 1:
+            raise InputError(f"round_to {self.round_to} is impossible: give at least 1")
+        if self.seqlen < 2:
+            raise InputError("seqlen 1 is impossible: a window needs a token to predict")
+        for name, known in (("dtype", DTYPES), ("activations", PLACES), ("layer_score", LAYER_SCORES)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+
+    def _check_roads(self) -> None:
+        """No option may be without effect."""
+        amounts = [name for name in ("heads", "neurons", "layers") if getattr(self, name) is not None]
+        budget = self.target_params is not None
+        if budget and amounts:
+            raise InputError(
+                f"target_params and {amounts[0]} cannot be combined: a budget decides about heads, neurons and layers"
+            )
+        weights, chosen = self.sparsity is not None, self.heads is not None or self.neurons is not None or budget
+        uses = {
+            "to prune weights, with --sparsity": (
+                weights, ("method", "quality", "reconstruct", "true_sequential", "only", "skip")
+            ),
+            "to remove --heads or --neurons, or with --target-params": (chosen, ("score", "per_layer")),
+            "to remove --neurons, or with --target-params": (self.neurons is not None or budget, ("round_to",)),
+            "to remove --layers": (self.layers is not None, ("layer_score",)),
+            "to fit what is left, with --sparsity, --heads, --neurons or --target-params": (weights or chosen, ("refit",)),
+            "to fit what is left, with --sparsity, or without --no-refit": (
+                weights or (chosen and self.refit is not False), ("target",)
+            ),
+            "to write a folder, with output": (self.output is not None, ("overwrite", "restart")),
+        }  # fmt: skip
+        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        for purpose, (there, names) in uses.items():
+            if idle := [name for name in names if name in given and not there]:
+                raise InputError(f"{idle[0]} has no effect here: it is there {purpose}")
+
+    @property
+    def structured(self) -> bool:
+        """Whether heads, neurons or layers are to be removed."""
+        return any(amount is not None for amount in (self.heads, self.neurons, self.layers, self.target_params))
+
+    def weights_only(self, output: Path) -> PruneConfig:
+        """Without all that is about structure, and with the name of the output."""
+        default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self) if field.name in _STRUCTURE}
+        return dataclasses.replace(self, output=str(output), **default)
+
+    @classmethod
+    def create(cls, options: Mapping[str, Any], *, where: str = "") -> PruneConfig:
+        """Check names and types of `options`; `where` (a file, say) goes into the message.
+
+        Raises:
+            InputError: a name is unknown (near matches are listed), a required one is missing, or a type is wrong.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        values = {}
+        for name, value in options.items():
+            if name not in known:
+                error = unknown("option", str(name), known)
+                raise InputError(f"{where}: {error}" if where else str(error))
+            values[name] = _typed(name, value, known[name].type, where)
+        for name, f in known.items():
+            if f.default is dataclasses.MISSING and name not in values:
+                raise InputError(f"{name} is required: pass --{name}, or {name}=... in Python or YAML")
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{where}: {error}" if where else str(error)) from None
+
+
+def as_flags(options: Mapping[str, Any]) -> list[str]:
+    """The command line's words for options that are not at their defaults."""
+    words = []
+    for field_ in dataclasses.fields(PruneConfig):
+        name, value = f"--{field_.name.replace('_', '-')}", options.get(field_.name, field_.default)
+        if value is None or value == field_.default or (field_.default == () and not value):
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            texts = list(map(str, value)) if isinstance(value, (list, tuple)) else [str(value)]
+            odd = any(text.startswith("-") for text in texts)  # which would be read as flags
+            words += [f"{name}={text}" for text in texts] if odd else [name, *texts]
+    return words
+
+
+def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
+    """`value` as the field's type; annotations are strings here."""
+    at = f"{where}: " if where else ""
+    if name in _AMOUNTS and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = _number(name, value, at)
+    if kind.startswith("bool") and isinstance(value, bool):
+        return value
+    if kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if value is None and "None" in kind:
+        return value
+    if kind.startswith("tuple"):
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+    if kind.startswith("str") and isinstance(value, (str, Path)):
+        try:
+            return _text(name, str(value))
+        except InputError as error:
+            raise InputError(f"{at}{error}") from None
+    text = _AMOUNTS.get(name, "text" if kind.startswith("str") else "a list of text")
+    wanted = {"bool": "true or false", "int": "a whole number"}.get(kind.split(" ")[0], text)
+    raise InputError(f"{at}{name} must be {wanted}, not {value!r}")
+
+
+def _text(name: str, value: str) -> str:
+    """A text, checked as far as it can be by itself, and without blanks around it where it says how much."""
+    if name == "sparsity":
+        return sparsity_text(read_sparsity(value))
+    if name == "target_params":
+        return Allowance.parse(value).text
+    if name in _AMOUNTS:
+        return Amount.parse(name, value).text
+    if not value.strip() and name != "model":  # which a record may call anything
+        raise InputError(f"{name} is empty: give it a value, or leave it out")
+    return value
+
+
+def _number(name: str, value: float, at: str) -> str:
+    """A number where text is meant."""
+    if name == "sparsity" and isinstance(value, int) and at and value >= 60:
+        hours, rest = divmod(value, 60)
+        raise InputError(f'{at}YAML reads an unquoted N:M as the number {value}: quote it, sparsity: "{hours}:{rest}"')
+    return str(value)

@@ -1,0 +1,196 @@
+"""The record of a run: everything that was asked, measured and written, as plain data (`llmprune.json`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmprune.base.files import SCHEMA
+
+COMPUTED = "computed from tensor sizes"  # the heading of what is not measured
+_PRUNING = ("forward", "statistics", "solve", "reconstruct", "write")
+_PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
+
+
+def relative(lost: float, whole: float) -> float | None:
+    """What is lost of what there was; None where there was nothing."""
+    return lost / whole if whole > 0 else None
+
+
+def mean_known(errors: Iterable[float | None]) -> float | None:
+    """The mean of those that were measured; None where none was."""
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known else None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """One pruned matrix.
+
+    Attributes:
+        tensor: the name on disk of the tensor that holds it; `part`: which part of that it is, all where empty.
+        shape: (out, in).
+        transposed: stored as (in, out).
+        sparsity: share of zeros achieved.
+        error: relative squared output error on a sample of calibration tokens, given the inputs it was solved for; None where
+            it puts out nothing on them, as an expert does that no token was sent to.
+        tokens: calibration tokens that reached it.
+        notes: what the solver recorded, such as the damping it needed; for an expert, how much of its statistics came from
+            those of all experts together (`pool_share`).
+    """
+
+    name: str
+    tensor: str
+    part: str
+    block: int
+    pattern: str
+    shape: tuple[int, int]
+    transposed: bool
+    sparsity: float
+    error: float | None
+    tokens: int
+    seconds: float
+    notes: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """The fit of one block to the dense block's output.
+
+    Attributes:
+        before: relative squared error of the block's output on held-out calibration windows; `after` is never more.
+        steps: optimiser steps taken; `rate` is the first learning rate, relative to each parameter's scale.
+        nbytes: memory of the fitted copies and the optimiser's state.
+    """
+
+    block: int
+    before: float
+    after: float
+    steps: int
+    rate: float
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What was removed from one block.
+
+    Attributes:
+        kind: heads, counted as the model counts those of queries, or neurons.
+        site: the matrix that reads them, fitted again.
+        count: how many there were; `kept` stayed.
+        error: relative squared error of what it puts out, on a sample of calibration tokens; None where that is nothing.
+    """
+
+    block: int
+    kind: str
+    site: str
+    count: int
+    kept: int
+    error: float | None
+    seconds: float
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """A whole run. Seconds, memory and perplexities are measured in it, sizes computed; `None` stands for what was not.
+
+    `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after. `recipe` is
+    what the arguments came to: method, refit, target, reconstruction. `structure` says what was removed and what that made
+    smaller, before and after. `predicted` is what the preflight expected. `peak_memory` is that
+    of the whole run, in bytes, `phase_memory` each phase's.
+    """
+
+    arguments: dict[str, Any]
+    recipe: dict[str, Any]
+    model: dict[str, Any]
+    calibration: dict[str, Any]
+    compute: dict[str, Any]
+    predicted: dict[str, Any] = field(default_factory=dict)
+    sites: list[SiteRecord] = field(default_factory=list)
+    reconstructions: list[Reconstruction] = field(default_factory=list)
+    structure: dict[str, Any] = field(default_factory=dict)
+    removals: list[Removal] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    dense: Perplexity | None = None
+    pruned: Perplexity | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    phase_memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    size: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def weights(self) -> int:
+        """Weights in the pruned matrices."""
+        return sum(site.shape[0] * site.shape[1] for site in self.sites)
+
+    def zeros(self) -> int:
+        return sum(round(site.sparsity * site.shape[0] * site.shape[1]) for site in self.sites)
+
+    def output_error(self) -> float | None:
+        """The mean of the matrices'."""
+        return mean_known(site.error for site in self.sites)
+
+    def pruning_seconds(self) -> float:
+        """Seconds of forwards, statistics, solving, reconstruction and writing; not of reading texts or evaluating."""
+        return sum(self.seconds.get(phase, 0.0) for phase in _PRUNING)
+
+    def overhead(self) -> float | None:
+        """`pruning_seconds` as a multiple of those of the forwards."""
+        forwards = self.seconds.get("forward")
+        return self.pruning_seconds() / forwards if forwards else None
+
+    def follow(self, earlier: RunRecord) -> None:
+        """Let the record start where `earlier`, of the step before, did."""
+        self.dense, self.removals, self.structure = earlier.dense, earlier.removals, earlier.structure
+        self.arguments, self.model = earlier.arguments, earlier.model
+        self.recipe["text"] = earlier.recipe["text"]
+        self.size["bytes_before"] = earlier.size["bytes_before"]
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> RunRecord:
+        """What `as_dict` made of a run that pruned no weights."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in saved.items() if name in names}
+        for name in ("dense", "pruned"):
+            values[name] = Perplexity(**values[name]) if values[name] else None
+        return cls(**values | {"removals": [Removal(**one) for one in values["removals"]]})
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree
+            continue
+    return found
+
+
+PERPLEXITY_OF = "token perplexity of "  # a text: what such a number is called
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean loss over `tokens` predicted tokens, in `windows` windows of `length` tokens of `text`."""
+
+    value: float
+    text: str
+    tokens: int
+    windows: int
+    length: int
+
+
+def excess_loss(dense: Perplexity, pruned: Perplexity) -> float:
+    """ln(pruned / dense): nats a token that pruning cost; comparable across models and texts."""
+    return math.log(pruned.value / dense.value)

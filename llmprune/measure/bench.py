@@ -1,0 +1,276 @@
+"""`llmprune bench`: a 2:4 model against itself dense, layer by layer and end to end, and in words whether it helps here."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from llmprune.base.errors import InputError, plain_errors
+from llmprune.base.words import count
+from llmprune.formats.kernels import dispatch
+from llmprune.formats.kernels.reference import Packed
+from llmprune.formats.kernels.timing import copies, graphed
+from llmprune.formats.layer import Sparse24Linear, nbytes, sparse_layers
+from llmprune.formats.loading import load
+from llmprune.job.record import versions
+from llmprune.measure.speed import bytes_per_second, side_by_side
+from llmprune.models.resolve import resolve, spelled
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
+BATCHES = (1, 8, 32)
+_STEPS = 16  # tokens that are decoded
+_FEW = 32  # tokens at most, in decoding
+_GAIN = 1.05  # what is called faster
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """A product of one layer shape with so many tokens: seconds of one call."""
+
+    rows: int
+    columns: int
+    layers: int
+    tokens: int
+    dense: float
+    packed: float
+    dense_bytes: int
+    packed_bytes: int
+
+    @property
+    def speedup(self) -> float:
+        return self.dense / self.packed
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTime:
+    """The whole model: seconds of one forward over a prompt, and of one decoded token, for `batch` sequences."""
+
+    phase: str
+    batch: int
+    tokens: int
+    dense: float
+    packed: float
+
+    @property
+    def speedup(self) -> float:
+        return self.dense / self.packed
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What was measured.
+
+    Attributes:
+        device: its name; `memory` is what it copies, bytes a second, measured in the same run.
+        weights: bytes of all weights, dense and packed.
+        advice: what the numbers say, in sentences.
+    """
+
+    device: str
+    dtype: str
+    memory: float
+    weights: dict[str, int]
+    layers: list[LayerTime]
+    model: list[ModelTime]
+    advice: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"date": date.today().isoformat(), "versions": versions()}
+
+
+def bench(
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokens: Sequence[int] = TOKENS,
+    batches: Sequence[int] = BATCHES,
+    length: int = 512,
+    tell: Callable[[str], None] | None = None,
+) -> Bench:
+    """Time a 2:4 model against itself dense, turn about.
+
+    Args:
+        folder: a dense or packed folder whose layers are 2:4, or a Hub id of one.
+        dtype: as for `load`.
+        tokens: how many a layer is fed.
+        batches: how many sequences the whole model is fed; none: layers only.
+        length: of a prompt, in tokens.
+        tell: hears what is being measured.
+
+    Raises:
+        InputError: no layer is 2:4, or the folder cannot be loaded.
+    """
+    if min((*tokens, *batches, length), default=0) < 1:
+        raise InputError("tokens, batches and length must be at least 1")
+    with torch.no_grad(), plain_errors("measure fewer --tokens and --batches, or a shorter --length"):
+        place = resolve(spelled(folder))
+        packed = load(place.path, device=device, dtype=dtype)
+        layers = sparse_layers(packed)
+        if not layers:
+            raise InputError(f"no layer of {folder}{place.shadowed} is 2:4: prune it with --sparsity 2:4 first")
+        where = next(iter(layers.values())).values.device
+        tell = tell or (lambda text: None)
+        found = [time for shape in _shapes(layers.values()) for time in layer_times(*shape, tokens, where, tell)]
+        dense = load(place.path, device=device, dtype=dtype, dense=True, check=False)
+        whole = [time for batch in batches for time in model_times(dense, packed, batch, length, where, tell)]
+        memory = bytes_per_second(where)
+        sizes = {"dense": nbytes(dense), "packed": nbytes(packed)}
+    name = (
+        torch.cuda.get_device_name(where)
+        if where.type == "cuda"
+        else f"CPU, {platform.machine()}, {count(torch.get_num_threads(), 'thread')}"
+    )
+    kind = str(packed.dtype).removeprefix("torch.")
+    return Bench(name, kind, memory, sizes, found, whole, advice(where, found, whole, sizes))
+
+
+def _shapes(layers: Any) -> list[tuple[Sparse24Linear, int]]:
+    """One layer of each shape, and how many there are, the largest first."""
+    by_shape: dict[tuple[int, int], list[Sparse24Linear]] = {}
+    for layer in layers:
+        by_shape.setdefault((layer.out_features, layer.in_features), []).append(layer)
+    largest = sorted(by_shape.values(), key=lambda same: -same[0].out_features * same[0].in_features)
+    return [(same[0], len(same)) for same in largest]
+
+
+def layer_times(
+    layer: Sparse24Linear, count: int, tokens: Sequence[int], device: torch.device, tell: Callable[[str], None]
+) -> list[LayerTime]:
+    """Against a dense product, as torch does it and, on a GPU, as Inductor's search finds it fastest."""
+    tell(f"layer {layer.out_features} x {layer.in_features}")
+    weight, packed = layer.weight, layer.packed
+    size = packed.values.nbytes + packed.meta.nbytes
+    many = copies(size, device)
+    denses = [weight.clone() for _ in range(many)]
+    packeds = [Packed(packed.values.clone(), packed.meta.clone(), packed.columns) for _ in range(many)]
+    blobs = [None if layer.blob is None else layer.blob.clone() for _ in range(many)]
+    multiply = [functional.linear, *([_tuned()] if device.type == "cuda" else [])]
+    found = []
+    for number in tokens:
+        x = torch.randn(number, layer.in_features, device=device, dtype=weight.dtype)
+        dispatch.linear24(x, packed, None, layer.blob)  # measures the road before a graph is captured
+        torch._dynamo.reset()  # else its search stops after a few sizes
+        sides = [graphed([partial(one, x, own) for own in denses], device) for one in multiply]
+        pairs = zip(packeds, blobs, strict=True)
+        sides.append(graphed([partial(dispatch.linear24, x, own, None, blob) for own, blob in pairs], device))
+        *dense, sparse = (seconds / many for seconds in side_by_side(sides, device))
+        found.append(LayerTime(layer.out_features, layer.in_features, count, number, min(dense), sparse, weight.nbytes, size))
+    return found
+
+
+def _tuned() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(functional.linear, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
+def model_times(
+    dense: PreTrainedModel, packed: PreTrainedModel, batch: int, length: int, device: torch.device, tell: Callable[[str], None]
+) -> list[ModelTime]:
+    """A forward over prompts, and a decoded token, for `batch` sequences of `length` tokens, or what the positions allow."""
+    positions = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or length + _STEPS
+    length = max(min(length, positions - _STEPS), 1)
+    tell(f"whole model, batch {batch}")
+    ids = torch.randint(dense.config.get_text_config().vocab_size, (batch, length), device=device)
+    models, both = (dense, packed), partial(side_by_side, device=device, turns=3)
+    prompts = both([partial(model, ids, use_cache=False, logits_to_keep=1) for model in models])
+    runs = both([partial(_generate, model, ids, new) for new in (1, 1 + _STEPS) for model in models])
+    steps = [(long - short) / _STEPS for short, long in zip(runs[:2], runs[2:], strict=True)]
+    found = [ModelTime("prefill", batch, batch * length, *prompts)]
+    return found + ([ModelTime("decode", batch, batch, *steps)] if min(steps) > 0 else [])  # else too short to be seen
+
+
+def _generate(model: Any, ids: Tensor, new: int) -> None:
+    """On a GPU with a static cache, for which transformers compile the forward and capture CUDA graphs."""
+    static = {"cache_implementation": "static"} if ids.device.type == "cuda" else {}
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        **static,
+    )
+
+
+def advice(device: torch.device, layers: Sequence[LayerTime], whole: Sequence[ModelTime], sizes: dict[str, int]) -> list[str]:
+    """Whether 2:4 helps here, in sentences."""
+    said = [f"Packed weights take {sizes['packed'] / sizes['dense']:.0%} of the dense ones' memory ({_mib(sizes)})."]
+    if device.type == "cpu":
+        said.append(
+            "On a CPU a packed layer is unpacked for every call, so it is slower than dense. "
+            "For speed here load with dense=True, or remove heads and neurons instead; for 2:4 use a GPU."
+        )
+        return said
+    for phase, few in (("decode", True), ("prefill", False)):
+        own = [one for one in whole if one.phase == phase]
+        gains = [f"{one.speedup:.2f}x at batch {one.batch}" for one in own if one.speedup >= _GAIN]
+        losses = [f"{one.batch} ({one.speedup:.2f}x)" for one in own if one.speedup < _GAIN]
+        if gains:
+            said.append(f"{phase.capitalize()} is faster: {', '.join(gains)}.")
+        if losses:
+            said.append(f"2:4 does not speed up {phase} at batch {', '.join(losses)} on this device.")
+        slow = [time for time in layers if (time.tokens <= _FEW) == few and time.speedup < 1]
+        if slow:
+            shapes = dict.fromkeys(f"{time.rows} x {time.columns}" for time in slow)
+            said.append(f"Layers that are slower than dense in {phase}: {', '.join(shapes)}.")
+    return said
+
+
+def _mib(sizes: dict[str, int]) -> str:
+    return f"{sizes['packed'] / 2**20:,.1f} of {sizes['dense'] / 2**20:,.1f} MiB"
+
+
+def show(found: Bench, console: Console, *, full: bool = False) -> None:
+    """What the numbers say, and below it the tables: of each layer the fewest and the most tokens, or all if `full`."""
+    for sentence in found.advice:
+        console.print(sentence, soft_wrap=not console.is_terminal)
+    console.print()
+    if found.model:
+        console.print(_model_table(found))
+    console.print(_layer_table(found, full))
+    if not full and len({time.tokens for time in found.layers}) > 2:
+        console.print("fewest and most tokens; --full shows the others")
+
+
+def _model_table(found: Bench) -> Table:
+    table = Table(title="whole model, tokens a second", title_justify="left")
+    for name in ("", "batch", "dense", "2:4", "speed-up"):
+        table.add_column(name, justify="left" if not name else "right")
+    for whole in found.model:
+        rates = (f"{whole.tokens / seconds:,.0f}" for seconds in (whole.dense, whole.packed))
+        table.add_row(whole.phase, str(whole.batch), *rates, f"{whole.speedup:.2f}x")
+    return table
+
+
+def _layer_table(found: Bench, full: bool) -> Table:
+    table = Table(title=f"{found.device}, {found.dtype}; memory copies at {found.memory / 1e9:,.0f} GB/s", title_justify="left")
+    for name in ("layer (how many)", "tokens", "dense, µs", "2:4, µs", "speed-up", "GB/s", "of copy"):
+        table.add_column(name, justify="left" if name.startswith("layer") else "right", no_wrap=True)
+    ends, last = {bound(time.tokens for time in found.layers) for bound in (min, max)}, ""
+    for time in (time for time in found.layers if full or time.tokens in ends):
+        shape = f"{time.rows} x {time.columns} ({time.layers})"
+        rate = time.packed_bytes / time.packed
+        table.add_row(
+            "" if shape == last else shape,
+            str(time.tokens),
+            f"{1e6 * time.dense:,.1f}",
+            f"{1e6 * time.packed:,.1f}",
+            f"{time.speedup:.2f}x",
+            f"{rate / 1e9:,.1f}",
+            f"{rate / found.memory:.0%}",
+        )
+        last = shape
+    return table

@@ -1,0 +1,66 @@
+"""Perplexity by the papers' protocol: the mean token loss over disjoint windows of the concatenated split.
+
+Each window stands alone, so its first token is context only. A perplexity means nothing without its text, its window
+length and its tokenizer: results carry them. Not the same as lm-eval's word_perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from llmprune.base.processes import Ranks
+from llmprune.data.windows import Windows
+from llmprune.job.record import Perplexity
+from llmprune.stream.activations import Activations
+from llmprune.stream.capture import head
+
+_IGNORED = -100  # cross_entropy's own default
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: Windows) -> Perplexity:
+    """Perplexity of a whole model in memory."""
+    return _measure(windows, lambda inputs: model(**inputs, use_cache=False, return_dict=True).logits, model.device, Ranks())
+
+
+@torch.no_grad()
+def streamed_perplexity(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    last: Activations,
+    windows: Windows,
+    device: torch.device,
+    ranks: Ranks,
+) -> Perplexity:
+    """Perplexity of a model whose blocks have already run: `last` holds the last block's outputs for `windows`, which are
+    this process's share of the text.
+    """
+    outputs = iter(row for hidden in last.hidden for row in hidden.split(1))
+    return _measure(windows, lambda inputs: head(model, blocks, next(outputs).to(device), **inputs), device, ranks)
+
+
+def _measure(windows: Windows, logits: Callable[[dict[str, Tensor]], Tensor], device: torch.device, ranks: Ranks) -> Perplexity:
+    loss, predicted = torch.zeros((), dtype=torch.float64), 0
+    for inputs in windows.batches(1, device):  # logits are large: one window at a time
+        labels = _labels(inputs)
+        loss += functional.cross_entropy(logits(inputs)[0, :-1].float(), labels, reduction="sum").double().cpu()
+        predicted += int((labels != _IGNORED).sum())
+    total, tokens, count = ranks.totals(float(loss), predicted, len(windows.ids))
+    mean = total / tokens
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, windows.text, int(tokens), int(count), windows.ids.shape[1])
+
+
+def _labels(inputs: dict[str, Tensor]) -> Tensor:
+    """The tokens of a window that its others predict, (length - 1,): padding is not predicted and predicts nothing."""
+    labels = inputs["input_ids"][0, 1:]
+    if "attention_mask" not in inputs:
+        return labels
+    real = inputs["attention_mask"][0].bool()
+    return labels.masked_fill(~(real[1:] & real[:-1]), _IGNORED)

@@ -1,0 +1,1 @@
+"""Patterns, linear algebra and running statistics. Knows no model."""

@@ -1,0 +1,26 @@
+"""The command that makes a run's result again, for its report and its model card."""
+
+from __future__ import annotations
+
+from llmprune.base.words import command_line
+from llmprune.job.options import as_flags
+from llmprune.job.record import RunRecord
+
+NO_COMMAND = (
+    "It was made from Python, of a model in memory or with tokens of its own, so no command makes it again; "
+    "llmprune.json holds the arguments."
+)
+_NOT_THE_RESULT = ("output", "overwrite", "restart", "push_to_hub", "activations")
+_GIVEN = "given tokens"
+
+
+def again(record: RunRecord) -> str | None:
+    """The command line that makes the same model; None where there is none, as NO_COMMAND says."""
+    arguments, model, processes = record.arguments, record.model, record.compute["processes"]
+    if arguments.get("calibration") == _GIVEN or arguments["model"] == model["class"]:
+        return None
+    options = {name: value for name, value in arguments.items() if name not in _NOT_THE_RESULT}
+    if model["hub_id"] and model["commit"]:
+        options["model"] = f"{model['hub_id']}@{model['commit']}"
+    start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    return command_line(*start, "llmprune", *as_flags(options))

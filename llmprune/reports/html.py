@@ -1,0 +1,84 @@
+"""Write a report: the page, and its JSON twin beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from llmprune.base.errors import InputError, user_path
+from llmprune.base.files import file_to_write, write_whole
+from llmprune.base.words import count
+from llmprune.reports.page import MOST, content
+from llmprune.reports.saved import read_runs
+
+_TEMPLATE = "template.html.jinja"
+
+
+def report(
+    runs: Sequence[str], output: str | Path = "report.html", *, benches: Sequence[str] = (), overwrite: bool = False
+) -> dict[str, Any]:
+    """Write a page about a run, or several side by side, and beside it all that it says as JSON, which is returned.
+
+    Args:
+        runs: folders that llmprune wrote, packed or not, or their records.
+        output: the page, a name that ends with .html.
+        benches: what `llmprune bench --json` wrote of each run, in their order; none: speed is not shown.
+        overwrite: replace what is there.
+
+    Raises:
+        InputError: a run or bench is damaged, or the page cannot be written; nothing has been.
+    """
+    target = file_to_write(str(output))
+    if len(runs) > MOST:
+        raise InputError(f"{count(len(runs), 'run')}: too many to tell apart on one page, name at most {MOST}")
+    found = read_runs(runs, benches)
+    inputs = [one.file for one in found] + [user_path(name, "bench") for name in benches]
+    twin = check_target(target, inputs, overwrite=overwrite)
+    page = content(found)
+    write_whole({twin: as_json(page), target: render(page, twin.name)})
+    return page
+
+
+def render(page: dict[str, Any], twin: str) -> str:
+    """The page as HTML; `twin` is the name of the file that holds it as data.
+
+    Raises:
+        InputError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+
+        from llmprune.reports.figures import figures
+    except ImportError as error:
+        raise InputError(f"a report needs {error.name}, which is not installed: pip install jinja2 matplotlib") from None
+    svg = {name: Markup(text) for name, text in figures(page).items()}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(files("llmprune.reports").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(page=page, svg=svg, twin=twin) + "\n"
+
+
+def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> Path:
+    """Refuse an output that would cost the user something; returns the twin's path.
+
+    Raises:
+        InputError: it is no name of a page, or is there already.
+    """
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"output {target} is no page's name: end it with .html")
+    twin = target.with_suffix(".json")
+    for path in (target, twin):
+        if path.resolve() in {one.resolve() for one in inputs}:
+            raise InputError(f"output {path} is what the report is made from: choose another with --output")
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: it is no ordinary file")
+        if path.exists() and not overwrite:
+            raise InputError(f"output {path} is there already: choose another with --output, or pass --overwrite to replace it")
+    return twin
+
+
+def as_json(page: dict[str, Any]) -> str:
+    return json.dumps(page, separators=(",", ":")) + "\n"

@@ -1,0 +1,287 @@
+"""What a report says, as plain data: the page shows it and its JSON twin holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean
+from typing import Any
+
+from llmprune.base.files import PACKED
+from llmprune.base.words import count
+from llmprune.cost.footprint import cost_title
+from llmprune.formats.packed import PackedFolder
+from llmprune.job.options import PruneConfig
+from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
+from llmprune.output.again import NO_COMMAND, again
+from llmprune.reports.masks import masks
+from llmprune.reports.saved import Bench, Saved
+
+MOST = 12  # runs on a page
+NONE = "not measured"
+NOTHING = "none"  # there is nothing to measure
+_MASKS = 4  # on a page of one run; of several, one each at least
+Cell = dict[str, Any]
+
+
+def content(runs: Sequence[Saved]) -> dict[str, Any]:
+    """All of a report about one run or several."""
+    each = [_run(run, max(_MASKS // len(runs), 1)) for run in runs]
+    title = count(len(each), "run") if len(each) > 1 else each[0]["label"]
+    return {"report": 1, "title": title, "compared": _compared(each) if len(each) > 1 else None, "runs": each}
+
+
+def _run(run: Saved, pictures: int) -> dict[str, Any]:
+    record, packed, command = run.record, _packed_bytes(run), again(run.record)
+    found = {
+        "label": run.label,
+        "model": record.model["name"],
+        "asked": _asked(run.config),
+        "method": record.recipe["text"],
+        "protocol": _protocol(record),
+        "calibration": _calibration(record.calibration),
+        "compute": "{dtype} on {device}".format(**record.compute),
+        "facts": _facts(record, packed),
+        "maps": _maps(record),
+        "kept": _kept(record.removals),
+        "removed_layers": record.structure.get("removed_layers", []),
+        "fit": _fit(record.reconstructions),
+        "growth": _growth(record.sites or record.removals),
+        "seconds": dict(record.seconds),
+        "phase_memory": _phase_memory(record),
+        "memory": _memory(record),
+        "sizes": _sizes(record, packed),
+        "masks": masks(run.folder, record.sites, pictures) if run.folder else [],
+        "speed": _speed(run.bench) if run.bench else None,
+        "matrices": _matrices(record),
+        "left_out": _left_out(record.skipped),
+        "command": command,
+        "no_command": None if command else NO_COMMAND,
+        "versions": run.versions,
+    }
+    return found
+
+
+def _facts(record: RunRecord, packed: int | None) -> dict[str, Cell]:
+    """The headline numbers. A value of None was not measured."""
+    dense, pruned = record.dense, record.pruned
+    size, weights = record.size, record.weights()
+    return {
+        "perplexity_before": _cell(dense.value if dense else None, _figure),
+        "perplexity_after": _cell(pruned.value if pruned else None, _figure),
+        "excess_loss": _cell(excess_loss(dense, pruned) if dense and pruned else None, "{:+.4f}".format),
+        "zeros": _cell(record.zeros() / weights if weights else None, "{:.2%}".format, NOTHING),
+        "output_error": _cell(record.output_error(), "{:.2%}".format, NONE if record.sites else NOTHING),
+        "parameters": _cell(record.model["parameters"], "{:,}".format),
+        "parameters_after": _cell(record.structure.get("after", {}).get("parameters"), "{:,}".format),
+        "bytes_before": _cell(size["bytes_before"], _bytes),
+        "bytes_after": _cell(size["bytes_after"] if packed is None else packed, _bytes),
+        "seconds": _cell(record.pruning_seconds(), _seconds),
+        "seconds_in_all": _cell(sum(record.seconds.values()), _seconds),
+        "peak_memory": _cell(max(record.peak_memory.values(), default=None), _bytes),
+    }
+
+
+def _maps(record: RunRecord) -> dict[str, Any]:
+    """Error and zeros by depth and site; experts' matrices of one kind together."""
+    changed: Sequence[SiteRecord | Removal] = record.sites or record.removals
+    maps = {"error": _grid((_kind(_name(one)), one.block, one.error) for one in changed)}
+    maps["zeros"] = _grid((_kind(site.name), site.block, site.sparsity) for site in record.sites)
+    return {name: grid for name, grid in maps.items() if grid["rows"]}
+
+
+def _grid(values: Iterable[tuple[str, int, float | None]]) -> dict[str, Any]:
+    """Means by row and block; None where a block has no such row, or nothing was measured of it."""
+    found: dict[str, dict[int, list[float | None]]] = {}
+    for row, block, value in values:
+        found.setdefault(row, {}).setdefault(block, []).append(value)
+    blocks = sorted({block for row in found.values() for block in row})
+    cells = [[mean_known(row.get(block, ())) for block in blocks] for row in found.values()]
+    return {"rows": _short(list(found)), "blocks": blocks, "values": cells}
+
+
+def _name(one: SiteRecord | Removal) -> str:
+    return one.name if isinstance(one, SiteRecord) else one.site
+
+
+def _kind(name: str) -> str:
+    """A site's name within its block, with * for the number of an expert."""
+    parts = name.split(".")
+    first = next((number for number, part in enumerate(parts) if part.isdecimal()), -1)
+    return ".".join("*" if part.isdecimal() else part for part in parts[first + 1 :]) or name
+
+
+def _short(kinds: list[str]) -> list[str]:
+    """Their last parts, where those tell them apart."""
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    return last if len(set(last)) == len(last) else kinds
+
+
+def _kept(removals: Sequence[Removal]) -> dict[str, Any] | None:
+    """The share of heads and neurons that stayed, by depth."""
+    grid = _grid((one.kind, one.block, one.kept / one.count) for one in removals)
+    counts = {(one.kind, one.block): f"{one.kept:,} of {one.count:,}" for one in removals}
+    texts = [[counts.get((kind, block), "") for block in grid["blocks"]] for kind in dict.fromkeys(r.kind for r in removals)]
+    return grid | {"texts": texts} if removals else None
+
+
+def _growth(changed: Sequence[SiteRecord | Removal]) -> dict[str, Any] | None:
+    """Mean, least and largest error of each block's matrices."""
+    by_block: dict[int, list[float]] = {}
+    for one in changed:
+        if one.error is not None:
+            by_block.setdefault(one.block, []).append(one.error)
+    errors = [by_block[block] for block in sorted(by_block)]
+    parts = {"mean": [mean(own) for own in errors], "least": list(map(min, errors)), "largest": list(map(max, errors))}
+    return {"blocks": sorted(by_block)} | parts if errors else None
+
+
+def _fit(fits: Sequence[Reconstruction]) -> dict[str, Any] | None:
+    """Each block's error before and after it was fitted to the dense block's output."""
+    errors = {"before": [one.before for one in fits], "after": [one.after for one in fits]}
+    return {"blocks": [one.block for one in fits]} | errors if fits else None
+
+
+def _memory(record: RunRecord) -> dict[str, Any]:
+    """What was measured, and what the preflight had expected."""
+    rows = [[_text(f"peak, {place}"), _cell(peak, _bytes), _text("measured")] for place, peak in record.peak_memory.items()]
+    if record.predicted:
+        parts = ("activations", "weights", "solving")
+        rows += [[_text(part), _cell(record.predicted[part], _bytes), _text("expected, by formula")] for part in parts]
+    return _table(("memory", "bytes", "how it is known"), rows)
+
+
+def _phase_memory(record: RunRecord) -> dict[str, Any]:
+    """Each phase's peak, in MiB: on the device where that is a GPU, else of the process."""
+    where = "device" if "device" in record.peak_memory else "process"
+    found = {phase: peak[where] / 2**20 for phase, peak in record.phase_memory.items() if where in peak}
+    return {"of": where, "mebibytes": found}
+
+
+def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
+    size, structure = record.size, record.structure
+    rows: list[tuple[str, int, int, Callable[[Any], str]]] = [
+        (cost_title(what), before, structure["after"][what], "{:,}".format)
+        for what, before in structure.get("before", {}).items()
+    ]
+    if record.sites:
+        rows.append(("nonzero weights in pruned matrices", size["nonzero_before"], size["nonzero_after"], "{:,}".format))
+    rows.append((f"weight bytes{', zeros stored' if record.sites else ''}", size["bytes_before"], size["bytes_after"], _bytes))
+    if packed is not None:
+        rows.append(("weight bytes, packed", size["bytes_before"], packed, _bytes))
+    cells = [[_text(what), _cell(a, show), _cell(b, show), _change(a, b)] for what, a, b, show in rows]
+    return _table(("size", "before", "after", "left"), cells)
+
+
+def _packed_bytes(run: Saved) -> int | None:
+    """Bytes of all tensors of a packed folder."""
+    if run.folder is None or not (run.folder / PACKED).is_file():
+        return None
+    return sum(info.nbytes for info in PackedFolder.open(run.folder).tensors.values())
+
+
+def _speed(bench: Bench) -> dict[str, Any]:
+    rows = [
+        [
+            _text(one["phase"]),
+            _cell(one["batch"], str),
+            _cell(one["tokens"] / one["dense"], "{:,.0f}".format),
+            _cell(one["tokens"] / one["packed"], "{:,.0f}".format),
+            _cell(one["dense"] / one["packed"], "{:.2f}x".format),
+        ]
+        for one in bench["model"]
+    ]
+    table = _table(("phase", "batch", "dense, tokens/s", "2:4, tokens/s", "speed-up"), rows)
+    return table | {"where": f"{bench['device']}, {bench['dtype']}, {bench['date']}", "advice": bench["advice"]}
+
+
+def _matrices(record: RunRecord) -> dict[str, Any] | None:
+    """One row a block and kind of matrix."""
+    found: dict[tuple[int, str], list[SiteRecord]] = {}
+    for site in record.sites:
+        found.setdefault((site.block, _kind(site.name)), []).append(site)
+    rows = [
+        [
+            _cell(block, str),
+            _text(kind if len(own) == 1 else f"{kind} ({len(own)})"),
+            _text(own[0].pattern),
+            _text(f"{own[0].shape[0]} x {own[0].shape[1]}"),
+            _cell(mean(site.sparsity for site in own), "{:.2%}".format),
+            _cell(mean_known(site.error for site in own), "{:.2%}".format),
+            _cell(sum(site.seconds for site in own), "{:.3f}".format),
+        ]
+        for (block, kind), own in found.items()
+    ]
+    return _table(("block", "matrix", "pattern", "shape", "zeros", "error", "seconds"), rows) if rows else None
+
+
+def _compared(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row a run."""
+    facts = {
+        "before": "perplexity_before",
+        "after": "perplexity_after",
+        "excess loss": "excess_loss",
+        "zeros": "zeros",
+        "weights": "bytes_after",
+        "pruning": "seconds",
+        "peak memory": "peak_memory",
+    }
+    rows = [
+        [
+            *(_text(run[what]) for what in ("label", "model", "asked", "method")),
+            *(run["facts"][fact] for fact in facts.values()),
+        ]
+        for run in runs
+    ]
+    return _table(("run", "model", "asked", "method", *facts), rows)
+
+
+def _left_out(skipped: dict[str, str]) -> list[str]:
+    reasons = dict.fromkeys(skipped.values())
+    return [f"{sum(why == own for own in skipped.values())}: {why}" for why in reasons]
+
+
+def _asked(config: PruneConfig) -> str:
+    gone = [f"{getattr(config, what)} fewer {what}" for what in ("heads", "neurons", "layers") if getattr(config, what)]
+    gone += [f"{config.target_params} of its parameters"] if config.target_params else []
+    return ", ".join(gone + ([config.sparsity] if config.sparsity else []))
+
+
+def _protocol(record: RunRecord) -> str:
+    measured = record.pruned
+    return f"{count(measured.windows, 'window')} of {measured.length} tokens of {measured.text}" if measured else ""
+
+
+def _calibration(text: dict[str, Any]) -> str:
+    return f"{count(text['samples'], 'window')} of {text['seqlen']} tokens of {text['text']}, seed {text['seed']}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> dict[str, Any]:
+    return {"columns": list(columns), "rows": [list(row) for row in rows]}
+
+
+def _cell(value: float | None, show: Callable[[Any], str], missing: str = NONE) -> Cell:
+    """A number and how it is shown."""
+    return {"value": value, "text": missing if value is None else show(value)}
+
+
+def _text(text: str) -> Cell:
+    return {"value": text, "text": text}
+
+
+def _change(before: float, after: float) -> Cell:
+    return _cell(after / before if before else None, "{:.1%}".format)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.3f}" if value < 1e6 else f"{value:.3e}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f} s"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:,.2f} {unit}" if unit == "GiB" else f"{value / size:,.1f} {unit}"
+    return count(int(value), "byte")

@@ -1,0 +1,62 @@
+"""What a run can refuse, or find done already, before torch is imported: names, the model's and the output's folders."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from llmprune.base.errors import InputError, unknown
+from llmprune.base.files import RECORD, read_record
+from llmprune.base.folders import check_output
+from llmprune.job.naming import output_folder
+from llmprune.job.options import PruneConfig
+from llmprune.job.recipes import choose_recipe
+from llmprune.models.resolve import ModelFolder, look_up
+from llmprune.solvers import METHODS
+from llmprune.steps.structured.scores import SCORES
+
+
+def check_names(config: PruneConfig) -> None:
+    """Raises: InputError: there is no such method, preset, target or score."""
+    for kind, name, known in (
+        ("method", choose_recipe(config).method, METHODS.names()),
+        ("score", config.score, SCORES.names()),
+    ):
+        if name not in known:
+            raise unknown(kind, name, known)
+
+
+def check_folders(config: PruneConfig) -> None:
+    """Look at the model's name and the output folder.
+
+    Raises:
+        InputError: the model is no name or folder, or the output would cost the user something.
+    """
+    found = look_up(config.model)
+    output = output_folder(config, found.name)
+    if output is not None:
+        check_output(output, found.path if isinstance(found, ModelFolder) else None, config.overwrite)
+
+
+def finished(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The output folder and its record, where an earlier run of the same options has written both, and nothing was added."""
+    output = output_folder(config, look_up(config.model).name)
+    if config.overwrite or output is None or not (output / RECORD).is_file():
+        return None
+    try:
+        record, files = read_record(output)
+        arguments = record.get("arguments")
+        if not isinstance(arguments, dict):
+            return None
+        known = {field.name for field in fields(PruneConfig)}
+        earlier = PruneConfig.create({name: value for name, value in arguments.items() if name in known})
+    except InputError:
+        return None
+    whole = {path.name for path in output.iterdir()} == {RECORD, *(name.partition("/")[0] for name in files)}
+    return (output, record) if whole and _deciding(earlier) == _deciding(config) else None
+
+
+def _deciding(config: PruneConfig) -> PruneConfig:
+    """Without what does not bear on the model that is written."""
+    return replace(config, overwrite=False, restart=False, push_to_hub=None)

@@ -1,0 +1,174 @@
+"""`llmprune compare`: models pruned by several methods to several patterns, cell by cell, and the tables and plots of it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.base.errors import InputError, plain_errors
+from llmprune.base.files import read_json, sha256, write_whole
+from llmprune.base.hardware import device_name, pick_device, restart_peak_memory
+from llmprune.data.windows import Windows, evaluation_windows
+from llmprune.job.recipes import QUALITIES
+from llmprune.job.record import Perplexity, excess_loss, versions
+from llmprune.measure.perplexity import perplexity
+from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.resolve import resolve
+from llmprune.models.skeleton import load_config, load_model, load_tokenizer
+from llmprune.numerics.patterns import parse
+from llmprune.reports.comparison import PATTERNS, Cells, listing
+from llmprune.runs.prune import prune
+from llmprune.solvers import METHODS
+
+CHOICES = (*METHODS.names(), *QUALITIES)
+
+
+def compare(
+    models: Sequence[str],
+    output: Path,
+    *,
+    methods: Sequence[str] = CHOICES,
+    patterns: Sequence[str] = PATTERNS,
+    seeds: int = 1,
+    text: str = "pydoc",
+    samples: int = 128,
+    seqlen: int = 512,
+    windows: int | None = 100,
+    device: str = "auto",
+    tell: Callable[[str], None] | None = None,
+) -> Cells:
+    """Prune every model by every method or preset to every pattern, in memory, in float32.
+
+    Calibration and evaluation take the splits of one text, and all cells share both. A cell that `output`, a JSON file, has
+    already is kept, so that a comparison can be stopped, and goes on when it is asked for again. Models are told apart by
+    their weights, not by their names.
+
+    Args:
+        seeds: calibration draws, with seeds 0, 1, ...: each is a cell of its own.
+        windows: evaluation windows, the first ones; None: all.
+        tell: hears of every cell that is done.
+
+    Raises:
+        InputError: a name is unknown, a model or text cannot be loaded, or the file is another's: of other settings, versions
+            or weights, or from another device.
+    """
+    for method in methods:
+        if method not in QUALITIES:
+            METHODS.get(method)
+    for name, value in {"windows": windows, "seeds": seeds}.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} is impossible: give at least 1")
+    names = [str(parse(pattern)) for pattern in patterns]
+    with plain_errors():
+        settings = {
+            "text": text, "samples": samples, "seqlen": seqlen, "windows": windows, "dtype": "float32",
+            "device": device_name(pick_device(device)), "threads": torch.get_num_threads(), "versions": versions(),
+        }  # fmt: skip
+        checkpoints = {model: digest(resolve(model).path) for model in models}
+        cells = _known(output, settings, checkpoints)
+        done = {(cell["checkpoint"], cell["sparsity"], cell["method"], cell["seed"]) for cell in cells}
+        for model, checkpoint in checkpoints.items():
+            for pattern, method, seed in ((p, m, s) for p in names for m in methods for s in range(seeds)):
+                if (checkpoint, pattern, method, seed) in done:
+                    continue
+                found = _measure(model, method, pattern, seed, settings, device)
+                cells.append({"model": model, "checkpoint": checkpoint, "date": date.today().isoformat(), **found})
+                done.add((checkpoint, pattern, method, seed))
+                write_whole({output: json.dumps(settings | {"cells": cells}, indent=1) + "\n"})
+                if tell:
+                    tell(_line(cells[-1]))
+        write_whole({output.with_suffix(".md"): listing(cells)})
+    return cells
+
+
+def digest(folder: Path) -> str:
+    """Of a checkpoint's configuration and weights; equal for equal ones, wherever they lie."""
+    files = sorted({info.file for info in Checkpoint(folder).tensors.values()})
+    sums = [sha256(folder / file) for file in ("config.json", *files)]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+
+
+def _known(output: Path, settings: dict[str, Any], checkpoints: dict[str, str]) -> Cells:
+    """The cells of an earlier, unfinished comparison with these settings."""
+    if not output.exists():
+        return []
+    found = read_json(output)
+    cells = found.get("cells")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+        raise InputError(f"{output} is no comparison: choose another file")
+    was, now = _flat(found), _flat(settings)
+    for name in now:
+        if was.get(name) != now[name]:
+            raise InputError(f"{output} was measured with {name} {was.get(name)}, not {now[name]}: choose another file")
+    for cell in cells:
+        if checkpoints.get(cell["model"], cell["checkpoint"]) != cell["checkpoint"]:
+            raise InputError(f"{output} was measured with other weights of {cell['model']}: choose another file")
+    return cells
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, each version as one of its own."""
+    rest = {name: value for name, value in settings.items() if name not in ("versions", "cells")}
+    return rest | {f"version of {package}": version for package, version in settings.get("versions", {}).items()}
+
+
+def _line(cell: dict[str, Any]) -> str:
+    return (
+        f"{cell['model']}  {cell['sparsity']}  {cell['method']}  seed {cell['seed']}: perplexity {cell['perplexity']:.3f}, "
+        f"excess loss {cell['excess_loss']:.4f}, {cell['seconds']:.0f} s"
+    )
+
+
+def load(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """The whole model in float32."""
+    return load_model(folder, load_config(folder), pick_device(device), torch.float32)
+
+
+@functools.cache
+def evaluation(
+    folder: Path, windows: int | None, text: str = "pydoc", seqlen: int = 512
+) -> tuple[PreTrainedTokenizerBase, Windows]:
+    """The model's tokenizer, and the first windows of a text's evaluation split."""
+    tokenizer = load_tokenizer(folder)
+    found = evaluation_windows(text, tokenizer, seqlen=seqlen)
+    return tokenizer, Windows(found.ids[:windows], found.text)
+
+
+@functools.cache
+def dense_perplexity(
+    folder: Path, windows: int | None, text: str = "pydoc", seqlen: int = 512, device: str = "cpu"
+) -> Perplexity:
+    return perplexity(load(folder, device), evaluation(folder, windows, text, seqlen)[1])
+
+
+def _measure(name: str, method: str, pattern: str, seed: int, settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """One cell: a fresh model, pruned in memory."""
+    folder, (text, seqlen, windows) = resolve(name).path, (settings[key] for key in ("text", "seqlen", "windows"))
+    tokenizer, held_out = evaluation(folder, windows, text, seqlen)
+    restart_peak_memory()
+    model = load(folder, device)
+    how = "quality" if method in QUALITIES else "method"
+    options: dict[str, Any] = {how: method, "samples": settings["samples"], "seqlen": seqlen, "sparsity": pattern}
+    record = prune(model, tokenizer=tokenizer, calibration=text, eval_text="none", seed=seed, **options).record
+    found, dense = perplexity(model, held_out), dense_perplexity(folder, windows, text, seqlen, device)
+    return {
+        "method": method,
+        "recipe": record.recipe["text"],
+        "sparsity": pattern,
+        "seed": seed,
+        "dense": dense.value,
+        "perplexity": found.value,
+        "excess_loss": excess_loss(dense, found),
+        "output_error": record.output_error(),
+        "seconds": record.pruning_seconds(),
+        "overhead": record.overhead(),
+        "peak_memory_bytes": record.peak_memory.get("device", record.peak_memory["process"]),
+    }

@@ -1,0 +1,129 @@
+"""One run: what is asked, as steps in order, each from a folder to a folder; or the one step on a model in memory."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.base.errors import InputError, plain_errors
+from llmprune.base.folders import publish
+from llmprune.base.hardware import pick_device, pick_dtype
+from llmprune.base.processes import joined
+from llmprune.data.windows import Given
+from llmprune.job.job import Job
+from llmprune.job.options import PruneConfig
+from llmprune.job.progress import Progress
+from llmprune.job.record import RunRecord
+from llmprune.models.resolve import ModelFolder, resolve, spelled
+from llmprune.models.skeleton import find_tokenizer, load_config, load_model
+from llmprune.output.resume import continued
+from llmprune.runs.announce import claim_output
+from llmprune.runs.checks import check_folders, check_names
+from llmprune.runs.in_memory import prune_in_memory
+from llmprune.runs.pushing import check_push, push_output
+from llmprune.runs.schedule import schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `prune` returns.
+
+    Attributes:
+        record: what was asked, measured and written.
+        model: the pruned model; None where it was streamed from one folder to another.
+        output: the folder written, if any.
+    """
+
+    record: RunRecord
+    model: PreTrainedModel | None
+    output: Path | None
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    *,
+    calibration: str | Path | Given = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result:
+    """Prune a causal language model after training.
+
+    Args:
+        model: a model in memory, which is pruned in place; or a bundled name, a folder or a Hub id. With `output`, those
+            are streamed from disk to disk with one block's weights in memory; without, they are loaded whole. Heads, neurons
+            and layers are removed from folder to folder only.
+        calibration: the name of a text, as on the command line; or token windows: ids (windows, length), or mappings of
+            `input_ids` and `attention_mask`, padding marked 0.
+        tokenizer: for a model in memory and calibration text.
+        progress: what to show; nothing by default.
+        options: the fields of `PruneConfig`: `sparsity`, or `heads`, `neurons`, `layers`, and how.
+
+    Raises:
+        InputError: bad input, in one line; nothing has been written.
+    """
+    if not isinstance(model, (str, Path, PreTrainedModel)):
+        raise InputError(f"model must be a transformers model, a folder or a name, not {type(model).__name__}")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"tokenizer must be a transformers tokenizer, not {type(tokenizer).__name__}")
+    given = None if isinstance(calibration, (str, Path)) else calibration
+    named = {
+        "model": type(model).__name__ if isinstance(model, PreTrainedModel) else spelled(model),
+        "calibration": str(calibration) if given is None else "given tokens",
+    }
+    config = PruneConfig.create({**options, **named})
+    check_names(config)
+    if not isinstance(model, PreTrainedModel):
+        check_folders(config)
+    with torch.no_grad(), plain_errors():
+        with joined() as ranks:
+            job = Job(config, given, progress or Progress(), ranks)
+            check_push(job)
+            with job.clock:
+                result = _prune(job, model, tokenizer)
+        if job.ranks.first:
+            push_output(job, result.output)  # the others do not wait for it
+        return result
+
+
+def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Result:
+    """In memory or from folder to folder, by where the model is and what is asked."""
+    folder: ModelFolder | None = None
+    if not isinstance(model, PreTrainedModel):
+        folder = resolve(job.config.model)
+        tokenizer = tokenizer or find_tokenizer(folder.path)
+        if job.config.structured or job.config.output is not None:
+            return _prune_folder(job, folder, tokenizer)
+        config, device = load_config(folder.path), pick_device(job.config.device, job.ranks.local)
+        model = load_model(folder.path, config, device, pick_dtype(job.config.dtype, device, config))
+    record, output = prune_in_memory(job, model, folder, tokenizer)
+    return Result(record, model, output)
+
+
+def _prune_folder(job: Job, source: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> Result:
+    """Each step reads a folder and writes one beside the output; that of the last gets the output's name."""
+    output = job.output(source.name)
+    if output is None:
+        raise InputError("heads, neurons and layers are removed from folder to folder: name an output folder")
+    claim_output(job, output, source.path)
+    place, record, manifest = source, None, None
+    with ExitStack() as unfinished:
+        for stage in schedule(job, output):
+            step = stage.begin(place, tokenizer)
+            if record is None and job.ranks.first:  # which alone writes
+                manifest = unfinished.enter_context(
+                    continued(output, step.fingerprint(), job.config.restart, job.progress.note)
+                )
+            record = step.run(record, manifest)
+            place = replace(place, path=stage.into)
+        if manifest:
+            publish(place.path, output, overwrite=job.config.overwrite)
+    assert record is not None  # a run has a step
+    job.ranks.agree(None)  # the output is there when any process returns
+    job.progress.summary(record, output)
+    return Result(record, None, output)

@@ -1,0 +1,189 @@
+"""The step that removes structure: scout the dense model, decide what goes, and stream what stays into the smaller one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from llmprune.base.errors import InputError
+from llmprune.cost.footprint import footprint
+from llmprune.data.windows import Texts
+from llmprune.job.job import Job
+from llmprune.job.record import Perplexity, Removal, RunRecord
+from llmprune.models.experts import observable
+from llmprune.models.extras import copy_extras
+from llmprune.models.sites import Block
+from llmprune.models.skeleton import Skeleton, load_config
+from llmprune.models.target import Target
+from llmprune.output.resume import Manifest
+from llmprune.output.shards import NoSink, ShardWriter
+from llmprune.steps.structured.budget import Budget
+from llmprune.steps.structured.removal import Sizes, SmallerBlocks
+from llmprune.steps.structured.scores import SCORES
+from llmprune.steps.structured.scouting import Ask, Scout, Scouted
+from llmprune.steps.structured.sizing import Amounts, Builder
+from llmprune.steps.weights.selection import select_sites
+from llmprune.stream.activations import Activations
+from llmprune.stream.engine import Sink, stream
+from llmprune.stream.source import CheckpointSource
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What stays: the layers, by number, the sizes of each, the model to fill; and what the score needs."""
+
+    layers: list[int]
+    sizes: list[Sizes]
+    target: Target
+    slopes: Mapping[str, Tensor]
+
+
+class RemoveStructure:
+    """A `Step`: remove heads, neurons and layers, as the job asks; fit what reads them again.
+
+    Attributes:
+        removals: what was removed, in order.
+    """
+
+    title = "structure"
+    skipped: Mapping[str, str] = MappingProxyType({})
+
+    def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
+        self._job, self._skeleton, self._scratch = job, skeleton, scratch
+        self.removals: list[Removal] = []
+        if skeleton.model.config.get_text_config().is_heterogeneous:
+            raise InputError(f"{skeleton.checkpoint.folder} has layers of different sizes already: start from its source")
+        self._builder = Builder(skeleton)
+        kind = Amounts if job.config.target_params is None else Budget
+        self._sizing = kind(self._builder, job.config, job.progress.note)
+        trial = self._builder.target(*self._sizing.trial)  # of the size that is asked for, other layers aside, but of a budget
+        if job.pattern:  # whose step comes after this one
+            select_sites(trial.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
+
+    def __str__(self) -> str:
+        return str(self._sizing)
+
+    def probed(self, texts: Texts) -> int:
+        return self._dense(texts).probed(self._sizing.probes) if self._sizing.probes else 0
+
+    def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
+        """Nothing of it can be gone on with: an unfinished one starts again."""
+        scouted = self.scout(texts)
+        decision = self._decide(texts, scouted)
+        writer = ShardWriter(decision.target, into, set(decision.target.names)) if manifest else None
+        record.dense, record.pruned = scouted.dense, self._stream(texts, decision, writer or NoSink())
+        record.removals = self.removals
+        record.structure = structure(decision, scouted, self._skeleton)
+        record.peak_memory = self._job.clock.peaks()
+        if writer:
+            with self._job.clock("write"):
+                writer.finish()
+                self._write_extras(decision.target, into)
+
+    def _dense(self, texts: Texts) -> Scout:
+        return Scout(self._job, self._skeleton, texts, self._scratch)
+
+    def _write_extras(self, target: Target, into: Path) -> None:
+        """All that goes with the weights; the configuration is the smaller model's."""
+        source = self._skeleton.checkpoint.folder
+        copy_extras(source, into)
+        target.config.dtype, target.config.architectures = load_config(source).dtype, [type(target.model).__name__]
+        target.config.save_pretrained(into)
+
+    def scout(self, texts: Texts) -> Scouted:
+        """Run the dense model."""
+        backward = getattr(SCORES.get(self._job.config.score), "backward", False)
+        return self._dense(texts).look(
+            Ask(self._sizing.ways, self._sizing.watched, self._sizing.drops, self._sizing.consumers if backward else None)
+        )
+
+    def _decide(self, texts: Texts, scouted: Scouted) -> Decision:
+        """What stays."""
+        layers, sizes = self._job.ranks.agree(self._sizing.decide(scouted, self._leaving(texts, scouted)))
+        return Decision(layers, sizes, self._builder.target(layers, sizes), scouted.slopes)
+
+    def _leaving(self, texts: Texts, scouted: Scouted) -> Iterator[int]:
+        """Layers by block influence, or by what the loss becomes without them and those before; the least first."""
+        layers = list(range(len(scouted.influence)))
+        while layers:
+            if self._job.config.layer_score == "influence":
+                layer = min(layers, key=lambda layer: scouted.influence[layer])
+            else:
+                layer = min(layers, key=lambda layer: self._dense(texts).loss([other for other in layers if other != layer]))
+            layers.remove(layer)
+            yield layer
+
+    def _stream(self, texts: Texts, decision: Decision, sink: Sink) -> Perplexity | None:
+        """Put the smaller model's blocks into `sink`; returns its perplexity, where a text to evaluate on is named."""
+        job, scout = self._job, self._dense(texts)
+        feed = scout.record(texts.calibration, decision.layers)
+        evaluated = scout.record(texts.evaluation, decision.layers) if texts.evaluation else None
+        refit = job.config.refit is not False
+        blocks = SmallerBlocks(
+            CheckpointSource(self._skeleton, decision.layers),
+            decision.target,
+            decision.sizes,
+            job.config.score,
+            refit,
+            feed,
+            feed.fork() if refit and job.recipe.target == "corrected" and decision.sizes[0].any() else None,
+            texts.calibration.tokens(),
+            job.clock,
+            job.ranks,
+            job.progress.removed,
+            self.removals,
+            decision.slopes,
+        )
+        job.progress.start(len(decision.layers), 0)
+        with scout.observable(), observable(decision.target.model, all_tokens=job.config.all_experts):
+            stream(blocks, _Feeds(job, feed, evaluated), _Timed(job, sink), lambda block: None)
+        if evaluated is None or texts.evaluation is None:
+            return None
+        return scout.perplexity(evaluated, texts.evaluation)
+
+
+@dataclass(frozen=True, slots=True)
+class _Feeds:
+    """Moves the calibration and evaluation streams on."""
+
+    job: Job
+    calibration: Activations
+    evaluation: Activations | None
+
+    def advance(self, block: Block) -> None:
+        with self.job.clock("forward"):
+            self.calibration.advance(block)
+        if self.evaluation is not None:
+            with self.job.clock("evaluate"):
+                self.evaluation.advance(block)
+        self.job.progress.block(block.index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    job: Job
+    sink: Sink
+
+    def put(self, block: Block) -> None:
+        with self.job.clock("write"):
+            self.sink.put(block)
+
+
+def structure(decision: Decision, scouted: Scouted, source: Skeleton) -> dict[str, Any]:
+    """For the record: what was removed, and what that made smaller."""
+    gone = sorted(set(range(len(source.blocks))) - set(decision.layers))
+    return {
+        "removed_layers": gone,
+        "block_influence": scouted.influence,
+        "whole_groups_of_heads": decision.sizes[0].whole if decision.sizes[0].heads else None,
+        "per_layer": [{"heads": own.heads, "neurons": own.neurons} for own in decision.sizes],
+        "architecture": type(decision.target.model).__name__,
+        "before": footprint(source.model, source.describe()),
+        "after": footprint(decision.target.model, decision.target.describe()),
+        "differ_by_layer": decision.target.config.get_text_config().is_heterogeneous,
+    }

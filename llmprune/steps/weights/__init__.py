@@ -1,0 +1,1 @@
+"""Weights are pruned to a pattern, block by block."""

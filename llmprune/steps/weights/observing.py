@@ -1,0 +1,65 @@
+"""What is kept of the inputs of the matrices of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmprune.base.clock import Clock
+from llmprune.base.errors import InputError
+from llmprune.base.processes import Ranks
+from llmprune.models.sites import Stage
+from llmprune.numerics.stats import Cross, Gram, InputSample, Statistic, lean_on_pool
+
+BLEND = 0.5  # how far the corrected target goes from the dense weights
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What is kept of a stage's inputs: the solver's statistic, a sample to measure errors on, and the dense inputs'
+    product with them where the target is corrected."""
+
+    statistic: Statistic
+    sample: InputSample
+    cross: Cross | None
+    clock: Clock
+
+    def add(self, x: Tensor, dense: Tensor | None) -> None:
+        with self.clock("statistics"):
+            self.statistic.add(x)
+            self.sample.add(x)
+            if self.cross is not None:
+                if dense is None or dense.shape != x.shape:
+                    raise InputError("the dense and the pruned model send it different tokens; use --target dense")
+                self.cross.add(x, dense)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Count what the other processes counted. The sample stays this one's."""
+        for tensor in self.statistic.sums():
+            ranks.add_up(tensor)
+        counts = ranks.totals(self.statistic.tokens, self.sample.tokens)
+        self.statistic.tokens, self.sample.tokens = (int(count) for count in counts)
+        if self.cross is not None:
+            ranks.add_up(self.cross.sum)
+            self.cross.tokens = self.statistic.tokens
+
+    def aim(self, w: Tensor) -> Tensor:
+        """The weights to imitate on the pruned model's inputs."""
+        if self.cross is None:
+            return w
+        assert isinstance(self.statistic, Gram)
+        return self.cross.aim(w, self.statistic, BLEND)
+
+
+def lean(group: Sequence[Stage], observed: Sequence[Observed]) -> None:
+    """Let the experts of each pool lean on all of them with the weight of one token an input: with fewer than that, an
+    expert's own Gram has no full rank."""
+    pools: dict[str, list[Statistic]] = {}
+    for stage, seen in zip(group, observed, strict=True):
+        if stage[0].pool:
+            pools.setdefault(stage[0].pool, []).append(seen.statistic)
+    columns = {stage[0].pool: stage[0].columns for stage in group}
+    for pool, statistics in pools.items():
+        lean_on_pool(statistics, columns[pool])

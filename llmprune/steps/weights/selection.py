@@ -1,0 +1,83 @@
+"""Which sites to prune, and to which pattern."""
+
+from __future__ import annotations
+
+import fnmatch
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmprune.base.errors import InputError
+from llmprune.base.words import count
+from llmprune.models.discover import unreached
+from llmprune.models.sites import Block
+from llmprune.numerics.patterns import Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """`patterns`: site name -> pattern. `skipped`: what is left alone -> why."""
+
+    patterns: dict[str, Pattern]
+    skipped: dict[str, str]
+
+    def describe(self, pattern: Pattern | None) -> str:
+        """In words, such as `2:4 in 28 matrices, 0 left out`."""
+        return f"{pattern} in {count(len(self.patterns), 'matrix')}, {len(self.skipped)} left out"
+
+
+def select_sites(blocks: Sequence[Block], pattern: Pattern, *, only: Sequence[str], skip: Sequence[str]) -> Selection:
+    """Give `pattern` to every site that matches a glob of `only` (where there is any) and none of `skip`.
+
+    Raises:
+        InputError: a glob matches nothing, nothing is left to prune, or a site's columns do not fit the pattern.
+    """
+    sites = [site for block in blocks for site in block.sites]
+    if not sites:
+        raise InputError(f"found no linear layers in {count(len(blocks), 'decoder block')}: looked for nn.Linear and Conv1D")
+    for flag, globs in (("--only", only), ("--skip", skip)):
+        for glob in globs:
+            if not fnmatch.filter([site.name for site in sites], glob):
+                raise InputError(f"{flag} {glob!r} matches no site; sites are named like {sites[0].name}")
+    selection, misfits = (
+        Selection({}, {name: why for block in blocks for name, why in unreached(block).items()}),
+        dict[str, str](),
+    )
+    for site in sites:
+        if only and not _matches(site.name, only):
+            selection.skipped[site.name] = "not in --only"
+        elif _matches(site.name, skip):
+            selection.skipped[site.name] = "in --skip"
+        elif misfit := pattern.misfit(*site.weight.shape):
+            misfits[site.name] = misfit
+        else:
+            selection.patterns[site.name] = pattern
+    if misfits:
+        raise _misfitting(misfits, selection, pattern)
+    if not selection.patterns:
+        raise InputError("--only and --skip leave nothing to prune")
+    return selection
+
+
+def _misfitting(misfits: dict[str, str], selection: Selection, pattern: Pattern) -> InputError:
+    """Which sites cannot have the pattern, those of one last name together, and how to leave them out and no others."""
+    fitting = {_last(name) for name in selection.patterns}
+    kinds: dict[str, str] = {}
+    for name, why in misfits.items():
+        kinds.setdefault(name if _last(name) in fitting else f"*.{_last(name)}", why)
+    by_reason: dict[str, list[str]] = {}
+    for glob, why in kinds.items():
+        by_reason.setdefault(why, []).append(glob.removeprefix("*."))
+    reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items())
+    what = f"{count(len(kinds), 'kind')} of matrices cannot be {pattern} ({reasons})"
+    if not selection.patterns:
+        return InputError(f"{what}, and there are no others: choose another sparsity")
+    return InputError(f"{what}; leave them out with: {shlex.join(['--skip', *kinds])}")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)

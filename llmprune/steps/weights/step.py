@@ -1,0 +1,186 @@
+"""The step that prunes weights: stream the model's blocks, prune each, evaluate along the way, and fill in the record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmprune.base.clock import Clock
+from llmprune.base.errors import InputError
+from llmprune.base.words import count
+from llmprune.data.windows import Texts, Windows
+from llmprune.job.job import Job
+from llmprune.job.progress import Progress
+from llmprune.job.record import RunRecord, SiteRecord
+from llmprune.measure.perplexity import streamed_perplexity
+from llmprune.models.experts import observable
+from llmprune.models.extras import copy_extras
+from llmprune.models.sites import Block
+from llmprune.models.skeleton import Skeleton
+from llmprune.output.resume import Manifest
+from llmprune.output.shards import NoSink, ShardWriter
+from llmprune.steps.base import Work
+from llmprune.steps.weights.reconstruct import check_batches
+from llmprune.steps.weights.selection import Selection, select_sites
+from llmprune.steps.weights.visitor import WeightPruner
+from llmprune.stream.activations import Activations
+from llmprune.stream.engine import Sink, stream
+
+
+class PruneWeights:
+    """A `Step`: prune weights to the job's pattern. Goes on from the last block that an earlier run finished."""
+
+    title = "pattern"
+
+    def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
+        assert job.pattern is not None
+        self._job, self._skeleton, self._work = job, skeleton, Work.on_disk(skeleton, scratch)
+        self._selection = select_sites(skeleton.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
+        self.skipped: Mapping[str, str] = self._selection.skipped
+
+    def __str__(self) -> str:
+        return self._selection.describe(self._job.pattern)
+
+    def probed(self, texts: Texts) -> int:
+        return 0
+
+    def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
+        job, edited = self._job, set[str]()
+        finished = job.ranks.agree(manifest.blocks if manifest else [])
+        if finished:
+            job.clock.add(finished[-1]["seconds"])
+        if manifest:
+            copy_extras(self._skeleton.checkpoint.folder, into)
+        writer = ShardWriter(self._skeleton, into, edited)
+        resume = Resume(finished, writer, manifest)
+        prune_weights(job, self._work, self._selection, texts, writer if manifest else NoSink(), record, edited, resume)
+        if manifest:
+            with job.clock("write"):
+                writer.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What came of the blocks that an earlier run finished, where they are, and where to commit those that come."""
+
+    finished: Sequence[Mapping[str, Any]]
+    writer: ShardWriter
+    manifest: Manifest | None
+
+    def has(self, block: Block) -> bool:
+        return block.index < len(self.finished)
+
+
+def prune_weights(
+    job: Job,
+    work: Work,
+    selection: Selection,
+    texts: Texts,
+    sink: Sink,
+    record: RunRecord,
+    edited: set[str],
+    resume: Resume | None = None,
+) -> None:
+    """Stream the model block by block, and fill in what was found; `edited` learns what was changed."""
+    clock, ranks, blocks = job.clock, job.ranks, list(work.blocks.values())
+    batch = max(job.config.batch_size // ranks.size, 1)
+
+    def start(windows: Windows) -> Activations:
+        return Activations.record(work.model, blocks, windows, batch=batch, device=work.device, folder=work.scratch)
+
+    evaluation = texts.evaluation.share(ranks.rank, ranks.size) if texts.evaluation else None
+    with work.outside(), clock("capture"):
+        feed = start(texts.calibration.share(ranks.rank, ranks.size))
+        dense = start(evaluation) if evaluation else None
+    pruned = dense.fork() if dense else None
+    if job.recipe.reconstruct:
+        check_batches(feed, ranks)
+    pruner = WeightPruner(
+        selection.patterns,
+        job.recipe,
+        feed,
+        feed.fork() if job.recipe.reconstruct or job.recipe.target == "corrected" else None,
+        texts.calibration.tokens(),
+        len(blocks) - 1,
+        job.progress,
+        clock,
+        ranks,
+        work.names,
+        edited,
+    )
+
+    def visit(block: Block) -> None:
+        if dense is not None:
+            with clock("evaluate"):
+                dense.advance(block)
+        if resume and resume.has(block):
+            pruner.repeat(block, resume.finished[block.index], resume.writer.restore)
+        else:
+            pruner.prune(block)
+
+    job.progress.start(len(blocks), len(selection.patterns))
+    with observable(work.model, all_tokens=job.config.all_experts):
+        stream(
+            work.source, _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock), _Keeper(sink, clock, pruner, resume), visit
+        )
+    _note_thin_experts(pruner.records, job.progress)
+    if not pruner.records:
+        raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
+    if evaluation and dense and pruned:
+        with work.outside(), clock("evaluate"):
+            record.dense = streamed_perplexity(work.model, blocks, dense, evaluation, work.device, ranks)
+            record.pruned = streamed_perplexity(work.model, blocks, pruned, evaluation, work.device, ranks)
+    record.sites, record.reconstructions = pruner.records, pruner.reconstructions
+    record.skipped |= dict.fromkeys(pruner.uncalled, "the model's forward never runs it")
+    record.size["nonzero_before"], record.size["nonzero_after"] = pruner.nonzero
+    record.peak_memory = job.clock.peaks()
+
+
+def _note_thin_experts(records: Sequence[SiteRecord], progress: Progress) -> None:
+    if thin := [site for site in records if site.notes.get("pool_share", 0) > 0.5]:
+        least = min(thin, key=lambda site: site.tokens)
+        progress.note(
+            f"with fewer tokens than inputs ({least.name}: {least.tokens}), {count(len(thin), 'expert matrix')} must lean on "
+            "all experts' statistics; more --samples or --all-experts give each its own"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Feeds:
+    """Advances the calibration stream, up to the inputs of the `last` block, and the pruned evaluation stream, if any."""
+
+    calibration: Activations
+    evaluation: Activations | None
+    last: int
+    progress: Progress
+    clock: Clock
+
+    def advance(self, block: Block) -> None:
+        if block.index < self.last:
+            with self.clock("forward"):
+                self.calibration.advance(block)
+        if self.evaluation is not None:
+            with self.clock("evaluate"):
+                self.evaluation.advance(block)
+        self.progress.block(block.index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeper:
+    """Keeps each block, unless an earlier run did, and commits what came of it."""
+
+    sink: Sink
+    clock: Clock
+    pruner: WeightPruner
+    resume: Resume | None
+
+    def put(self, block: Block) -> None:
+        if self.resume and self.resume.has(block):
+            return
+        with self.clock("write"):
+            self.sink.put(block)
+            if self.resume and self.resume.manifest:
+                report = self.pruner.report(block) | {"seconds": self.clock.seconds}
+                self.resume.manifest.commit(self.resume.writer.shard(block), report)
