@@ -26,7 +26,7 @@ from llmprune.measure.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.heads import Heads
 from llmprune.models.skeleton import Skeleton, load_config
-from llmprune.steps.structured.allocate import Curve, Layer, Part, allocate, in_nats, spread
+from llmprune.steps.structured.allocate import Curve, Layer, Part, allocate, in_nats, shapes_that_save
 from llmprune.steps.structured.groups import heads, neurons
 from llmprune.steps.structured.scouting import Scouted
 from llmprune.steps.structured.step import RemoveStructure
@@ -74,7 +74,7 @@ def test_the_best_of_equal_sizes_is_the_best_of_all(seed: int) -> None:
     order = sorted(range(3), key=lambda layer: layers[layer].loss)
     allowed = {"heads": (0, 1, 3), "neurons": range(0, 13, 2)}
     save = int(torch.randint(20, 200, (), generator=generator))
-    found = min(spread(layers, order, save, ["heads", "neurons"], allowed), key=lambda shape: shape.loss)
+    found = min(shapes_that_save(layers, order, save, ["heads", "neurons"], allowed), key=lambda shape: shape.loss)
     best = math.inf
     for count, *gone in itertools.product(range(3), allowed["heads"], allowed["neurons"]):
         stay = [layer for number, layer in enumerate(layers) if number not in order[:count]]
@@ -90,11 +90,11 @@ def test_own_sizes_lose_no_more_than_equal_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     curves = [curve(generator, 12, 2).scaled(factor) for factor in (1, 2, 9)]
     layers = [Layer(100, 9.0, {"neurons": Part(one, 2, 2, 4)}) for one in curves]
-    equal = min(spread(layers, [], 72, ["neurons"], {"neurons": range(0, 13, 2)}), key=lambda shape: shape.loss)
-    (own,) = spread(layers, [], 72, ["neurons"], None)
+    equal = min(shapes_that_save(layers, [], 72, ["neurons"], {"neurons": range(0, 13, 2)}), key=lambda shape: shape.loss)
+    (own,) = shapes_that_save(layers, [], 72, ["neurons"], None)
     assert own.loss < equal.loss
     assert [one["neurons"] for one in equal.gone] == [6, 6, 6]
-    assert not list(spread(layers, [], 1000, ["neurons"], None))
+    assert not list(shapes_that_save(layers, [], 1000, ["neurons"], None))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.experts import experts_per_token, is_experts, observable
 from llmprune.models.sites import Site, part_text, read_part
 from llmprune.numerics.patterns import NM
-from llmprune.numerics.stats import Gram, lean_on_pool
+from llmprune.numerics.stats import Gram, blend_with_pool
 from llmprune.output.verify import verify
 from llmprune.reports.page import content
 from llmprune.reports.saved import read_runs
@@ -108,7 +108,7 @@ def test_an_expert_leans_on_the_pool_the_fewer_tokens_it_saw() -> None:
     many.add(torch.randn(4000, 8) * 3)
     own = {gram: gram.mean().clone() for gram in (few, many)}
     pool = (2 * own[few] + 4000 * own[many]) / 4002
-    lean_on_pool([few, many, none], 8)
+    blend_with_pool([few, many, none], 8)
     torch.testing.assert_close(few.mean(), (2 * own[few] + 8 * pool) / 10)
     torch.testing.assert_close(many.mean(), own[many], rtol=0.01, atol=0.01)
     torch.testing.assert_close(none.mean(), pool)
@@ -176,7 +176,7 @@ def test_first_expert_matches_its_solver(saved) -> None:
     del fresh.model.layers[1:]
     with torch.no_grad():
         grams = {name: gram for name, gram in collect(fresh, Windows(ids, "t")).items() if name.endswith("down_proj")}
-    lean_on_pool(list(grams.values()), dense.shape[1])
+    blend_with_pool(list(grams.values()), dense.shape[1])
     expected = METHODS.get("sparsegpt").solve(dense, grams["model.layers.0.mlp.experts.1.down_proj"], NM(2, 4)).weight
     torch.testing.assert_close(model.model.layers[0].mlp.experts.down_proj[1].detach(), expected, rtol=1e-4, atol=1e-5)
 

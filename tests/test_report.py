@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import llmprune
 from llmprune.base.errors import InputError
 from llmprune.base.files import write_whole
-from llmprune.cli.main import main as cli
+from llmprune.cli.main import main
 from llmprune.cli.terminal import Terminal
 from llmprune.job.options import PruneConfig
 from llmprune.output.card import model_card
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     llmprune.prune(home / "source", neurons="25%", round_to=4, output=str(home / "smaller"), **options)
     for name, after in (("wanda", 12.5), ("smaller", 11.25)):
         change(home / name, lambda record, after=after: measured(record, after))
-    assert cli.main(["pack", str(home / "wanda"), str(home / "packed")]) == 0
+    assert main(["pack", str(home / "wanda"), str(home / "packed")]) == 0
     return {name: home / name for name in ("wanda", "smaller", "packed")}
 
 
@@ -82,7 +82,7 @@ def with_weights(folder: Path, to: Path) -> Path:
 
 
 def report(*arguments: object) -> int:
-    return cli.main(["report", *map(str, arguments)])
+    return main(["report", *map(str, arguments)])
 
 
 def cells(value: Any) -> Iterator[Record]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmprune.numerics.stats import Cross, Gram, InputSample, Moments
+from llmprune.numerics.stats import CrossGram, Gram, InputSample, Moments
 
 CPU = torch.device("cpu")
 
@@ -75,20 +75,20 @@ def test_cross_aims_at_what_the_dense_model_puts_out() -> None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(400, 10, generator=generator)
     x, w = dense + 0.3 * torch.randn(400, 10, generator=generator), torch.randn(6, 10, generator=generator)
-    gram, cross = Gram(10, CPU), Cross(10, CPU)
+    gram, cross = Gram(10, CPU), CrossGram(10, CPU)
     for part in range(4):
         gram.add(x[part::4])
         cross.add(x[part::4], dense[part::4])
     assert cross.tokens == gram.tokens == 400
-    assert torch.equal(cross.aim(w, gram, 0.0), w)
+    assert torch.equal(cross.corrected_target(w, gram, 0.0), w)
     exact = torch.linalg.lstsq(x.double(), dense.double() @ w.double().T).solution.T
-    aim = cross.aim(w, gram, 1.0)
+    aim = cross.corrected_target(w, gram, 1.0)
     torch.testing.assert_close(aim.double(), exact, rtol=0.02, atol=0.02)  # the damping's difference
 
     def lost(weight: torch.Tensor) -> float:
         return float((dense @ w.T - x @ weight.T).square().sum())
 
-    assert lost(exact.float()) < lost(aim) * 1.0001 < lost(cross.aim(w, gram, 0.5)) < 0.99 * lost(w)
+    assert lost(exact.float()) < lost(aim) * 1.0001 < lost(cross.corrected_target(w, gram, 0.5)) < 0.99 * lost(w)
 
 
 def test_gram_serves_methods_that_ask_for_moments() -> None:

@@ -17,9 +17,9 @@ from llmprune.data.windows import Windows, given_windows
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.models.sites import Block, Site
 from llmprune.numerics.patterns import NM, Stacked, parse
-from llmprune.numerics.stats import Cross, Gram
+from llmprune.numerics.stats import CrossGram, Gram
 from llmprune.solvers import METHODS
-from llmprune.steps.weights.observing import BLEND
+from llmprune.steps.weights.observing import CORRECTION
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import Recorder, head
 from llmprune.stream.source import ModelSource
@@ -213,13 +213,13 @@ def prune_whole_corrected(
         if index not in blocks:
             continue
         for now in stages:
-            gram, cross = Gram(now[0].columns, CPU), Cross(now[0].columns, CPU)
+            gram, cross = Gram(now[0].columns, CPU), CrossGram(now[0].columns, CPU)
             for part in ids.split(batch):
                 x = inputs_of(model, now[0].module, part)
                 gram.add(x)
                 cross.add(x, inputs_of(dense, dense.get_submodule(now[0].name), part))
-            aim = cross.aim(torch.cat([site.weight for site in now]), gram, BLEND)
-            solve_by_hand(now, list(aim.split([site.rows for site in now])), gram, "2:4")
+            target = cross.corrected_target(torch.cat([site.weight for site in now]), gram, CORRECTION)
+            solve_by_hand(now, list(target.split([site.rows for site in now])), gram, "2:4")
 
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2), (0, 2)], ids=["all", "one left alone"])

@@ -13,7 +13,8 @@ import pytest
 from conftest import tokens
 
 import llmprune
-from llmprune.cli.main import commands, main
+from llmprune.cli.commands import COMMANDS
+from llmprune.cli.main import main
 from llmprune.job.record import RunRecord
 
 Printed = Callable[..., tuple[int, str, str]]
@@ -120,7 +121,7 @@ def test_every_phase_of_a_run_has_its_memory(folder: Path, tmp_path: Path) -> No
     assert all(peak["process"] > 0 for peak in record.phase_memory.values())
 
 
-@pytest.mark.parametrize("name", ["", *commands.NAMES])
+@pytest.mark.parametrize("name", ["", *COMMANDS.names()])
 def test_help_shows_an_example_and_needs_nothing_heavy(name: str) -> None:
     code = (
         "import sys; from llmprune.cli.main import main\n"

@@ -149,3 +149,8 @@ def lasting_streams() -> Iterator[None]:
     sys.stdout.flush()
     if raw["stdout"].problem is not None:
         raise MachineError(f"standard output cannot be written ({raw['stdout'].problem.strerror}); the work is done")
+
+
+def is_first() -> bool:
+    """Whether this is the process, of those that a launcher started, that talks."""
+    return os.environ.get("RANK", "0") == "0"

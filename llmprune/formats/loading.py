@@ -49,7 +49,7 @@ def load_packed(
                 kept |= _put(skeleton, name, *parts)
         if not kept and not isinstance(checkpoint, DenseView):
             return None
-    skeleton.load(name for name in skeleton.names if name not in kept)
+    skeleton.fill(name for name in skeleton.names if name not in kept)
     skeleton.tie()
     if (folder / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -132,7 +132,7 @@ class Skeleton:
         storage = {name: tensors[pieces[0].disk].dtype or self.dtype for name, pieces in self.names.items()}
         return [make_block(index, name, module, storage) for index, (name, module) in enumerate(self.blocks.items())]
 
-    def load(self, names: Iterable[str]) -> None:
+    def fill(self, names: Iterable[str]) -> None:
         """Read tensors into the model, in the compute dtype.
 
         Raises:
@@ -163,7 +163,7 @@ class Skeleton:
         As in transformers, tensors that both are on disk and differ are not tied, whatever the configuration says.
         """
         names = self.outside_blocks()
-        self.load(names)
+        self.fill(names)
         self.tie()
         try:
             yield
@@ -172,7 +172,7 @@ class Skeleton:
             self.tie()
 
     def release(self, names: Iterable[str]) -> None:
-        """Give back the memory of tensors that `load` read."""
+        """Give back the memory of tensors that `fill` read."""
         for name in names:
             set_module_tensor_to_device(self.model, name, "meta")
 
@@ -208,7 +208,7 @@ def load_model(folder: Path, config: PretrainedConfig, device: torch.device, dty
     skeleton = Skeleton(Checkpoint(folder), config, device, dtype)  # raises unless tensors and configuration fit together
     if not config.get_text_config().is_heterogeneous:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, trust_remote_code=False)
-    skeleton.load(skeleton.names)
+    skeleton.fill(skeleton.names)
     skeleton.tie()
     if (folder / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -35,7 +35,7 @@ class Statistic(Protocol):
         """Count all that `other` counted."""
         ...
 
-    def lean(self, pool: Self, tokens: int) -> None:
+    def blend(self, pool: Self, tokens: int) -> None:
         """Count `tokens` more inputs that are distributed as those of `pool`."""
         ...
 
@@ -54,13 +54,14 @@ class Statistic(Protocol):
 S = TypeVar("S", bound=Statistic)
 
 
-def lean_on_pool(statistics: Sequence[S], tokens: int) -> None:
-    """Let each lean on all of them together, with the weight of `tokens` inputs: the fewer it saw itself, the more."""
+def blend_with_pool(statistics: Sequence[S], tokens: int) -> None:
+    """Blend each with the pool, which is all of them together and weighs as much as `tokens` inputs: the fewer one saw itself,
+    the more."""
     pool = copy.deepcopy(statistics[0])
     for other in statistics[1:]:
         pool.merge(other)
     for one in statistics:
-        one.lean(pool, tokens)
+        one.blend(pool, tokens)
 
 
 class TokenCount:
@@ -75,7 +76,7 @@ class TokenCount:
     def merge(self, other: Self) -> None:
         self.tokens += other.tokens
 
-    def lean(self, pool: Self, tokens: int) -> None:
+    def blend(self, pool: Self, tokens: int) -> None:
         self.tokens += tokens
 
     @classmethod
@@ -110,7 +111,7 @@ class Moments:
         self.total += other.total
         self.squares += other.squares
 
-    def lean(self, pool: Self, tokens: int) -> None:
+    def blend(self, pool: Self, tokens: int) -> None:
         share = tokens / max(pool.tokens, 1)
         self.tokens += tokens
         self.total += share * pool.total
@@ -171,7 +172,7 @@ class Gram(Moments):
         self.total += other.total
         self.sum += other.sum
 
-    def lean(self, pool: Self, tokens: int) -> None:
+    def blend(self, pool: Self, tokens: int) -> None:
         share = tokens / max(pool.tokens, 1)
         self.tokens += tokens
         self.total += share * pool.total
@@ -198,7 +199,7 @@ class Gram(Moments):
         return self.sum.diagonal().double()
 
 
-class Cross:
+class CrossGram:
     """C = X_dᵀX, (in, in) in float32: dense inputs X_d, token by token beside the pruned model's inputs X."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -209,7 +210,7 @@ class Cross:
         self.tokens += len(x)
         self.sum.addmm_(dense.float().T, x.float())
 
-    def aim(self, w: Tensor, gram: Gram, blend: float) -> Tensor:
+    def corrected_target(self, w: Tensor, gram: Gram, blend: float) -> Tensor:
         """The weights (out, in) whose outputs for X come nearest to those of `w` for X_d: W + blend W (C - H) H^-1.
 
         A blend of 0 is `w` itself, 1 the whole way. H is damped as the solvers damp it.

@@ -138,21 +138,21 @@ class Activations:
         block: Block,
         stages: Sequence[Stage],
         make: Callable[[Stage, torch.device], A],
-        beside: Beside | None = None,
+        paired: PairedDense | None = None,
     ) -> list[A]:
         """One accumulator a stage, fed with all real tokens that reach the stage's input.
 
-        `make(stage, device)` builds one. A batch's forward ends as soon as the last stage has been reached. `beside`
+        `make(stage, device)` builds one. A batch's forward ends as soon as the last stage has been reached. `paired`
         gives the accumulators dense inputs.
         """
         found = [make(stage, self._device) for stage in stages]
         names = [stage[0].name for stage in stages]
-        along = beside.stream._in_order() if beside is not None else iter(())
+        along = paired.stream._in_order() if paired is not None else iter(())
         for index in self._in_order():
             dense: dict[str, Tensor] = {}
-            if beside is not None:
+            if paired is not None:
                 next(along)
-                beside.stream._watch(beside.block, index, names, dense.__setitem__, advance=beside.advance)
+                paired.stream._watch(paired.block, index, names, dense.__setitem__, advance=paired.advance)
 
             def count(name: str, x: Tensor, dense: dict[str, Tensor] = dense) -> None:
                 found[names.index(name)].add(x, dense.get(name))
@@ -221,7 +221,7 @@ class Activations:
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class PairedDense:
     """The dense model's stream of the same tokens and its copy of the block; `advance`: move the stream on as well."""
 
     stream: Activations

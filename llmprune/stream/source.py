@@ -37,6 +37,6 @@ class CheckpointSource:
         for index, layer in enumerate(range(len(blocks)) if self._layers is None else self._layers):
             block = replace(blocks[layer], index=index)
             return_free_memory()
-            self._skeleton.load(self._skeleton.inside(block.name))
+            self._skeleton.fill(self._skeleton.inside(block.name))
             yield block
             self._skeleton.release(self._skeleton.inside(block.name))

@@ -1,52 +1,13 @@
-"""The command's further words, one file each: `llmprune NAME ...`.
-
-A file has `SUMMARY` (one line), `EXAMPLE`, `add(parser)`, which declares its options, and `run(options, terminal)`, which does
-the work. What is heavy is imported in `run`: help must not wait for torch.
-"""
+"""The command's words, one file each: `llmprune NAME ...`. A file `name.py` here *is* the command `name`: see `base.Command`."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING
 
-from llmprune.cli.terminal import Terminal
+from llmprune.base.plugins import Plugins
 
-NAMES = ("eval", "compare", "report", "verify", "pack", "unpack", "bench", "push")
+if TYPE_CHECKING:
+    from llmprune.cli.commands.base import Command
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a command did.
-
-    Attributes:
-        done: what `--json` writes.
-        code: the exit code: 0 done, 1 a check failed.
-    """
-
-    done: Mapping[str, Any]
-    code: int = 0
-
-
-class Command(Protocol):
-    """What a file in this package has."""
-
-    SUMMARY: str
-    EXAMPLE: str
-
-    def add(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def run(self, options: Mapping[str, Any], terminal: Terminal) -> Outcome: ...
-
-
-def load(name: str) -> Command:
-    """The command called `name`."""
-    return cast(Command, import_module(f"llmprune.cli.commands.{name}"))
-
-
-def declare(command: Command, parser: argparse.ArgumentParser) -> None:
-    """All options of a command: its own, and what all share."""
-    command.add(parser)
-    Terminal.add(parser)
+COMMANDS: Plugins[Command] = Plugins(__name__, "command")
+DEFAULT = "prune"  # what is meant where no command is named

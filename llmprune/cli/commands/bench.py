@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from llmprune.cli.commands import Outcome
+from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
 SUMMARY = "time a 2:4 model against itself dense, on this machine"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.base.files import file_to_write
-from llmprune.cli.commands import Outcome
+from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
 SUMMARY = "prune models by several methods to several patterns, and print the table that papers print"

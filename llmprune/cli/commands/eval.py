@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.base.errors import InputError
-from llmprune.cli.commands import Outcome
+from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
 SUMMARY = "measure perplexity and lm-eval's tasks, alone or beside the dense model"

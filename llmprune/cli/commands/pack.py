@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llmprune.base.words import command_line, count, literal
-from llmprune.cli.commands import Outcome
+from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
 SUMMARY = "store 2:4 matrices as values and codes: 9/16 of their bytes in 16 bits"

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from llmprune.cli.commands import Outcome
+from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
 SUMMARY = "verify a folder that llmprune wrote and push it to the Hub, in one commit"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llmprune.base.words import count
-from llmprune.cli.commands import Outcome
+from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
 SUMMARY = "re-check the sums and patterns of a folder that llmprune wrote"

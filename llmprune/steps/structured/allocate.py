@@ -112,7 +112,7 @@ def allocate(parts: Sequence[Part], save: int) -> list[int]:
     return gone
 
 
-def spread(
+def shapes_that_save(
     layers: Sequence[Layer], order: Sequence[int], save: int, kinds: Sequence[str], allowed: Mapping[str, Sequence[int]] | None
 ) -> Iterator[Shape]:
     """Ways to save at least `save` parameters by dropping the first layers of `order` and parts of these `kinds` of the others.

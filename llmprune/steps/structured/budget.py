@@ -12,7 +12,7 @@ from llmprune.cost.footprint import footprint
 from llmprune.job.options import PruneConfig
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
-from llmprune.steps.structured.allocate import Layer, Part, Shape, spread
+from llmprune.steps.structured.allocate import Layer, Part, Shape, shapes_that_save
 from llmprune.steps.structured.groups import heads, neurons
 from llmprune.steps.structured.removal import Sizes
 from llmprune.steps.structured.scouting import Scouted
@@ -171,7 +171,7 @@ class Budget:
         most = min(len(layers) - 1, -(-save // min(self._layers)))
         order = sorted(range(len(layers)), key=lambda number: scouted.drops[number])[:most]
         allowed = None if self._config.per_layer else {name: kind.loads for name, kind in self._kinds.items()}
-        shapes = [shape for kinds in self._together for shape in spread(layers, order, save, kinds, allowed)]
+        shapes = [shape for kinds in self._together for shape in shapes_that_save(layers, order, save, kinds, allowed)]
         problem = InputError(f"{self} is not possible in steps that load: ask for another number")
         for shape in sorted(shapes, key=lambda shape: shape.loss)[:_TRIED]:
             stay = [number for number in range(len(layers)) if number not in shape.dropped]

@@ -18,12 +18,12 @@ from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.models.target import Target
 from llmprune.numerics.linalg import kept_least_squares
-from llmprune.numerics.stats import SAMPLE_TOKENS, Cross, Gram, InputSample
+from llmprune.numerics.stats import SAMPLE_TOKENS, CrossGram, Gram, InputSample
 from llmprune.steps.structured.groups import Group, heads, neurons
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scores.base import Coupled
-from llmprune.steps.weights.observing import Observed, lean
-from llmprune.stream.activations import Activations, Beside
+from llmprune.steps.weights.observing import Observed, blend_experts
+from llmprune.stream.activations import Activations, PairedDense
 from llmprune.stream.engine import Source
 
 
@@ -117,20 +117,20 @@ class SmallerBlocks:
         asks = getattr(SCORES.get(self.score), "gains", False)
         gains = self.feed.gains(block, [site for step in steps for one in step for site in one.producers]) if asks else {}
         for groups in steps:
-            beside = None
+            paired = None
             if self.dense is not None and reference is not None:
-                beside = Beside(self.dense, reference, advance=groups is steps[-1])
+                paired = PairedDense(self.dense, reference, advance=groups is steps[-1])
             with self.clock("forward"):
-                observed = self.feed.collect(block, [[group.consumer] for group in groups], self._observe, beside)
+                observed = self.feed.collect(block, [[group.consumer] for group in groups], self._observe, paired)
             with self.clock("statistics"):
                 for seen in observed:
                     seen.add_up(self.ranks)
-                lean([[group.consumer] for group in groups], observed)
+                blend_experts([[group.consumer] for group in groups], observed)
             for group, seen in zip(groups, observed, strict=True):
                 kept = self._remove(block, group, seen, gains)
-                columns[group.consumer.name] = spread(kept, group.count, group.consumer.columns)
+                columns[group.consumer.name] = members(kept, group.count, group.consumer.columns)
                 for site in group.producers:
-                    rows[site.name] = spread(kept, group.count, site.rows)
+                    rows[site.name] = members(kept, group.count, site.rows)
         if not steps and self.dense is not None and reference is not None:
             self.dense.advance(reference)
         return _cut(block, rows, columns, self.target)
@@ -162,7 +162,7 @@ class SmallerBlocks:
 def observe(stage: Stage, device: torch.device, tokens: int, clock: Clock, *, corrected: bool) -> Observed:
     """What to keep of a consumer's inputs."""
     columns = stage[0].columns
-    cross = Cross(columns, device) if corrected and not stage[0].pool else None
+    cross = CrossGram(columns, device) if corrected and not stage[0].pool else None
     return Observed(Gram(columns, device), InputSample(tokens // SAMPLE_TOKENS), cross, clock)
 
 
@@ -181,19 +181,19 @@ def choose(group: Group, seen: Observed, known: Coupled, stay: int, score: str, 
     dense = site.weight.float()
     try:
         kept = SCORES.get(score).select(known, stay)
-        columns = spread(kept, group.count, site.columns)
+        columns = members(kept, group.count, site.columns)
         weight = torch.zeros_like(dense)
         weight[:, columns] = dense[:, columns]
         if not refit:
             return Removed(kept, weight, None)
-        aim, gram, shift = seen.aim(dense), statistic.mean(), None
+        target, gram, shift = seen.target(dense), statistic.mean(), None
         biased = not site.part and getattr(site.module, "bias", None) is not None
         means = statistic.means()
         if biased:
             gram = gram - torch.outer(means, means)
-        weight[:, columns] = kept_least_squares(gram, aim, dense, columns)
+        weight[:, columns] = kept_least_squares(gram, target, dense, columns)
         if biased:
-            shift = (aim - weight) @ means
+            shift = (target - weight) @ means
         return Removed(kept, weight, shift)
     except InputError as problem:
         raise InputError(f"{site.name}: {problem}; another calibration text may help") from None
@@ -299,6 +299,6 @@ def _bias(site: Site, block: Block) -> str:
     return site.parameter.removeprefix(f"{block.name}.").rpartition(".")[0] + ".bias"
 
 
-def spread(kept: Tensor, count: int, size: int) -> Tensor:
+def members(kept: Tensor, count: int, size: int) -> Tensor:
     """The rows or columns, of `size`, that belong to the parts `kept` of `count`."""
     return torch.arange(size, device=kept.device).view(count, -1)[kept].flatten()

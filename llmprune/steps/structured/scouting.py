@@ -22,7 +22,7 @@ from llmprune.steps.structured.allocate import Curve, in_nats, mean, measure
 from llmprune.steps.structured.groups import Group
 from llmprune.steps.structured.removal import Sizes, choose, coupled, observe, removal_error, without
 from llmprune.steps.structured.slopes import loss_gradients, slopes
-from llmprune.steps.weights.observing import Observed, lean
+from llmprune.steps.weights.observing import Observed, blend_experts
 from llmprune.stream.activations import Activations, Hidden
 from llmprune.stream.source import CheckpointSource
 
@@ -154,7 +154,7 @@ class Scout:
                 observed = feed.collect(block, stages, self._observe)
             for seen in observed:
                 seen.add_up(self.job.ranks)
-            lean(stages, observed)
+            blend_experts(stages, observed)
             with self.job.clock("solve"):
                 known = [coupled(group, seen, {}, {}) for (group, _, _), seen in zip(parts, observed, strict=True)]
                 curves[kind] = mean([measure(one, keep) for one, (_, keep, _) in zip(known, parts, strict=True)])

@@ -11,9 +11,9 @@ from llmprune.base.clock import Clock
 from llmprune.base.errors import InputError
 from llmprune.base.processes import Ranks
 from llmprune.models.sites import Stage
-from llmprune.numerics.stats import Cross, Gram, InputSample, Statistic, lean_on_pool
+from llmprune.numerics.stats import CrossGram, Gram, InputSample, Statistic, blend_with_pool
 
-BLEND = 0.5  # how far the corrected target goes from the dense weights
+CORRECTION = 0.5  # how far the corrected target goes from the dense weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Observed:
 
     statistic: Statistic
     sample: InputSample
-    cross: Cross | None
+    cross: CrossGram | None
     clock: Clock
 
     def add(self, x: Tensor, dense: Tensor | None) -> None:
@@ -45,16 +45,16 @@ class Observed:
             ranks.add_up(self.cross.sum)
             self.cross.tokens = self.statistic.tokens
 
-    def aim(self, w: Tensor) -> Tensor:
+    def target(self, w: Tensor) -> Tensor:
         """The weights to imitate on the pruned model's inputs."""
         if self.cross is None:
             return w
         assert isinstance(self.statistic, Gram)
-        return self.cross.aim(w, self.statistic, BLEND)
+        return self.cross.corrected_target(w, self.statistic, CORRECTION)
 
 
-def lean(group: Sequence[Stage], observed: Sequence[Observed]) -> None:
-    """Let the experts of each pool lean on all of them with the weight of one token an input: with fewer than that, an
+def blend_experts(group: Sequence[Stage], observed: Sequence[Observed]) -> None:
+    """Blend the statistics of each expert with the pooled ones, which weigh as much as one token an input: with fewer, an
     expert's own Gram has no full rank."""
     pools: dict[str, list[Statistic]] = {}
     for stage, seen in zip(group, observed, strict=True):
@@ -62,4 +62,4 @@ def lean(group: Sequence[Stage], observed: Sequence[Observed]) -> None:
             pools.setdefault(stage[0].pool, []).append(seen.statistic)
     columns = {stage[0].pool: stage[0].columns for stage in group}
     for pool, statistics in pools.items():
-        lean_on_pool(statistics, columns[pool])
+        blend_with_pool(statistics, columns[pool])

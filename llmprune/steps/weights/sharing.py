@@ -35,11 +35,11 @@ class Share:
         pattern: Pattern = self.batch.pattern
         if len(rows) > 1 and self.stop - self.start == sum(rows):
             pattern = Stacked(pattern, tuple(rows))
-        aims = [one.aim(w[self.start : self.stop]) for w, one in zip(dense, seen, strict=True)]
+        targets = [one.target(w[self.start : self.stop]) for w, one in zip(dense, seen, strict=True)]
         statistics = [one.statistic for one in seen]
-        if len(aims) == 1:
-            return _solve(aims[0], statistics[0], pattern, recipe)
-        return _solve(torch.stack(aims), type(statistics[0]).batch(statistics), pattern, recipe)
+        if len(targets) == 1:
+            return _solve(targets[0], statistics[0], pattern, recipe)
+        return _solve(torch.stack(targets), type(statistics[0]).batch(statistics), pattern, recipe)
 
     def blank(self, notes: Mapping[str, float]) -> Solution:
         """Room for what another process finds."""
@@ -114,11 +114,11 @@ def _joined(parts: Sequence[Solution]) -> Solution:
     return Solution(torch.cat([p.weight for p in parts], dim=-2), torch.cat([p.mask for p in parts], dim=-2), notes)
 
 
-def _solve(aim: Tensor, statistic: Statistic, pattern: Pattern, recipe: Recipe) -> Solution:
+def _solve(target: Tensor, statistic: Statistic, pattern: Pattern, recipe: Recipe) -> Solution:
     """The method's solution, refitted where the recipe says so."""
-    solution = METHODS.get(recipe.method).solve(aim, statistic, pattern)
+    solution = METHODS.get(recipe.method).solve(target, statistic, pattern)
     if not recipe.refit:
         return solution
     assert isinstance(statistic, Gram)
-    fit = masked_least_squares(statistic.mean(), aim, solution.mask, solution.weight)
+    fit = masked_least_squares(statistic.mean(), target, solution.mask, solution.weight)
     return replace(solution, weight=fit.weight, notes={**solution.notes, "residual": fit.residual, "steps": fit.steps})

@@ -19,14 +19,14 @@ from llmprune.job.record import Reconstruction, SiteRecord, relative
 from llmprune.models.names import Names, Piece, locate
 from llmprune.models.sites import Block, Site, Stage, part_text
 from llmprune.numerics.patterns import Pattern, verify
-from llmprune.numerics.stats import SAMPLE_TOKENS, Cross, Gram, InputSample, Statistic
+from llmprune.numerics.stats import SAMPLE_TOKENS, CrossGram, Gram, InputSample, Statistic
 from llmprune.solvers import METHODS
 from llmprune.solvers.base import Solution
 from llmprune.steps.weights.batching import make_batches
-from llmprune.steps.weights.observing import Observed, lean
+from llmprune.steps.weights.observing import Observed, blend_experts
 from llmprune.steps.weights.reconstruct import reconstruct
 from llmprune.steps.weights.sharing import Round, make_rounds, solve
-from llmprune.stream.activations import Activations, Beside
+from llmprune.stream.activations import Activations, PairedDense
 
 
 @dataclass(slots=True)
@@ -73,26 +73,26 @@ class WeightPruner:
         reference = block.copy() if self.dense is not None else None
         groups = self._groups(block)
         onward = self.recipe.reconstruct or block.index < self.last  # whether the dense block's outputs are of use
-        beside: Beside | None = None
+        paired: PairedDense | None = None
         masks: dict[str, Tensor] = {}
         for group in groups:
             if self.dense is not None and reference is not None and self.recipe.target == "corrected":
-                beside = Beside(self.dense, reference, advance=onward and group is groups[-1])
+                paired = PairedDense(self.dense, reference, advance=onward and group is groups[-1])
             with self.clock("forward"):
-                observed = self.feed.collect(block, group, self._observe, beside)
+                observed = self.feed.collect(block, group, self._observe, paired)
             for stage, seen in zip(group, observed, strict=True):
                 with self.clock("statistics"):
                     seen.add_up(self.ranks)
                 if not seen.statistic.finite():
                     names = ", ".join(site.name for site in stage)
                     raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
-            lean(group, observed)
+            blend_experts(group, observed)
             batches = make_batches(group, observed, self.patterns, self.recipe.method)
             for work in make_rounds(batches, self.recipe.method, self.ranks.size):
                 masks |= self._solve(block, work)
         if self.dense is None or reference is None:
             return
-        if onward and beside is None:
+        if onward and paired is None:
             with self.clock("forward"):
                 self.dense.advance(reference)
         if masks and self.recipe.reconstruct:
@@ -144,7 +144,7 @@ class WeightPruner:
         if self.recipe.target == "corrected" or self.recipe.refit:
             kind = Gram
         sample = InputSample(self.tokens // SAMPLE_TOKENS)
-        return Observed(kind(columns, device), sample, Cross(columns, device) if corrected else None, self.clock)
+        return Observed(kind(columns, device), sample, CrossGram(columns, device) if corrected else None, self.clock)
 
     def _solve(self, block: Block, work: Round) -> dict[str, Tensor]:
         """Solve, write and record the sites of a round; returns their masks."""
