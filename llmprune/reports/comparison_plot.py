@@ -13,7 +13,7 @@ from llmprune.reports.style import style
 
 Box: TypeAlias = tuple[float, float, float, float]  # left, low, right, high, in points
 _INK, _ACCENT = "#808080", "#d9730d"  # readable on light and dark pages
-_LETTER = 5.2  # points that a letter is wide
+_LETTER, _LINE = 5.2, 9.5  # points that a letter is wide, and high
 _SIDES = ((5, 4, False), (-5, 4, True), (7, -3, False), (-7, -3, True), (4, -13, False), (-4, -13, True))  # from a dot; right?
 
 
@@ -55,21 +55,24 @@ def _plot_perplexity(panel: Any, own: Own) -> None:
         if dots:
             panel.plot(*zip(*dots, strict=True), "o", color=color, markersize=3)
         ends.append((*(line or dots)[-1], method, color))
-    _name_ends(panel, ends)
     panel.set(yscale="log", xlabel="sparsity (dots: N:M)", ylabel="perplexity")
     panel.margins(x=0.25)
     panel.xaxis.set_major_formatter("{x:.0%}")
+    _name_ends(panel, ends)
 
 
 def _name_ends(panel: Any, ends: list[tuple[float, float, str, str]]) -> None:
     """Name each line at its end, none over another."""
-    values = [math.log(y) for _, y, _, _ in ends]
-    points = 190 / max(max(values) - min(values), 0.1)  # of the panel's height, a unit of log perplexity
     lowest = -math.inf
     for x, y, name, color in sorted(ends, key=lambda end: end[1]):
-        at = math.log(y) * points
-        lowest = max(at, lowest + 9)
+        at = _points(panel, (x, y))[1]
+        lowest = max(at, lowest + _LINE)
         panel.annotate(name, (x, y), (4, lowest - at - 3), textcoords="offset points", color=color)
+
+
+def _points(panel: Any, xy: tuple[float, float]) -> Any:
+    """Where that is in the figure."""
+    return panel.transData.transform(xy) * 72 / panel.figure.dpi
 
 
 def _share(pattern: str) -> float:
@@ -95,11 +98,11 @@ def _plot_cost(panel: Any, own: Own) -> None:
 
 def _name_dots(panel: Any, at: Mapping[str, tuple[float, float]]) -> None:
     """Name each dot on the first of its sides where the name lies over no other and over no dot."""
-    points = {name: panel.transData.transform(xy) * 72 / panel.figure.dpi for name, xy in at.items()}
+    points = {name: _points(panel, xy) for name, xy in at.items()}
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in points.values()]
     for name, (x, y) in points.items():
         width = _LETTER * len(name)
-        boxes = [(x + dx - width * right, y + dy, x + dx + width * (not right), y + dy + 9) for dx, dy, right in _SIDES]
+        boxes = [(x + dx - width * right, y + dy, x + dx + width * (not right), y + dy + _LINE) for dx, dy, right in _SIDES]
         free = [number for number, box in enumerate(boxes) if not any(_overlap(box, other) for other in taken)]
         chosen = free[0] if free else 0
         taken.append(boxes[chosen])
