@@ -1,4 +1,4 @@
-"""`llmprune compare`: models pruned by several methods to several patterns, cell by cell, and the tables and plots of it."""
+"""`llmprune compare`: models pruned by several methods to several patterns, cell by cell."""
 
 from __future__ import annotations
 
