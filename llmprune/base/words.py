@@ -1,4 +1,4 @@
-"""How messages put things: numbers with the noun that they count, bytes, and commands that can be pasted as they are printed."""
+"""How messages put things: counts with their noun, bytes, and commands that can be pasted as they are printed."""
 
 from __future__ import annotations
 
