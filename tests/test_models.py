@@ -70,7 +70,7 @@ def test_skeleton_loads_what_from_pretrained_loads(family: str, saved) -> None:
     whole = type(built.model).from_pretrained(folder).eval()
     with torch.no_grad(), built.outside():
         for name in built.blocks:
-            built.load(built.inside(name))
+            built.fill(built.inside(name))
         assert torch.equal(built.model(inputs).logits, whole(inputs).logits)
         assert built.parameters() == whole.num_parameters()
     built.release(name for block in built.blocks for name in built.inside(block))
@@ -168,7 +168,7 @@ def test_nan_weight_names_its_tensor(llama: Path) -> None:
     swap_tensor(llama, Q, lambda t: t.index_fill(0, torch.tensor([3]), float("nan")))
     built = skeleton(llama)
     with pytest.raises(InputError, match=r"layers\.1\.self_attn\.q_proj\.weight"):
-        built.load(built.inside("model.layers.1"))
+        built.fill(built.inside("model.layers.1"))
 
 
 def test_pickled_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from llmprune.base.files import sha256
 from llmprune.job.progress import Progress
 from llmprune.output import resume
 from llmprune.output.verify import verify
+from llmprune.runs import fingerprint
 
 IDS = tokens(6, 24)
 OPTIONS = {"sparsity": "2:4", "calibration": IDS, "batch_size": 2}
@@ -103,7 +104,7 @@ def test_another_model_or_version_is_not_mixed_in(saved, tmp_path: Path, monkeyp
     source, out = saved(tiny_model("llama")), tmp_path / "out"
     stopped(source, out)
     with monkeypatch.context() as patch:
-        patch.setattr(llmprune.runs.prune, "versions", lambda: {"torch": "0.1"})
+        patch.setattr(fingerprint, "versions", lambda: {"torch": "0.1"})
         with pytest.raises(InputError, match=r"version of python 3.* \(now None\)"):
             llmprune.prune(source, output=out, method="wanda", **OPTIONS)
     saved(tiny_model("llama", seed=1))

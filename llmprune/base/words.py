@@ -18,11 +18,11 @@ def count(number: int, noun: str) -> str:
 
 def size(nbytes: float) -> str:
     """Bytes, as people read them: such as `7.8 MiB`, `1,120 MiB`, `12.4 GiB`."""
-    for least, unit, name in ((10 * 2**30, 2**30, "GiB"), (2**20, 2**20, "MiB"), (2**10, 2**10, "KiB")):
+    for least, unit, name in ((10 * 2**30, 2**30, "GiB"), (2**20, 2**20, "MiB")):
         if nbytes >= least:
             value = nbytes / unit
             return f"{value:.1f} {name}" if value < 100 else f"{value:,.0f} {name}"
-    return count(int(nbytes), "byte")
+    return f"{nbytes / 2**10:,.0f} KiB" if nbytes >= 2**10 else count(int(nbytes), "byte")
 
 
 def command_line(*words: str | Path) -> str:
