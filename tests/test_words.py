@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import llmprune
-from llmprune.base.words import count
+from llmprune.base.words import count, size
 
 ROOT = Path(llmprune.__file__).parent
 
@@ -29,6 +29,21 @@ ROOT = Path(llmprune.__file__).parent
 )
 def test_one_is_one(number: int, noun: str, words: str) -> None:
     assert count(number, noun) == words
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "words"),
+    [
+        (1, "1 byte"),
+        (60_000, "59 KiB"),
+        (8 * 2**20, "8.0 MiB"),
+        (1120 * 2**20, "1,120 MiB"),
+        (12.4 * 2**30, "12.4 GiB"),
+        (300 * 2**30, "300 GiB"),
+    ],
+)
+def test_bytes_are_shown_alike(nbytes: float, words: str) -> None:
+    assert size(nbytes) == words
 
 
 PLURALS = ("blocks", "matrices", "files", "windows", "problems", "runs", "layers", "processes", "documents", "weights", "steps")
