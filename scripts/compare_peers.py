@@ -31,7 +31,7 @@ from llmprune.job.record import excess_loss, versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.discover import find_blocks
 from llmprune.models.resolve import resolve
-from llmprune.runs.compare import dense_perplexity, evaluation, load
+from llmprune.runs.compare import dense_perplexity, evaluation, load_float32
 
 PEER, TORCH = "llmcompressor==0.14.0.1", "torch==2.13.0"
 METHODS, PATTERNS = ("wanda", "sparsegpt"), ("2:4", "50%")
@@ -152,7 +152,7 @@ def main() -> None:
                 for tool, python, code in (("llmprune", Path(sys.executable), _OURS), ("llm-compressor", peer, _THEIRS)):
                     arguments = [str(folder), str(tokens), method, pattern, str(args.threads), str(saved)]
                     cell = {"pattern": pattern, "method": method, "tool": tool, **run(python, code, arguments)}
-                    model = load(folder)
+                    model = load_float32(folder)
                     with torch.no_grad():
                         model.load_state_dict(load_file(saved))
                     same_task(model, tool)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from compare_structured import table as structured_table
 
-from llmprune.reports.comparison import listing, plot, tables
+from llmprune.reports.comparison import listing, tables
+from llmprune.reports.comparison_plot import plot
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "eval" / "results"

@@ -31,14 +31,14 @@ ALLOWED: dict[str, set[str]] = {
     "measure": {"base", "models", "data", "stream", "formats", "job"},
     "output": {"base", "numerics", "models", "data", "formats", "cost", "job"},
     "reports": {"base", "numerics", "models", "formats", "cost", "job", "output"},
-    "steps": set(),
-    "steps/weights": {"base", "numerics", "models", "data", "solvers", "stream", "job", "measure", "output"},
+    "steps": {"models", "data", "stream", "job", "output"},
+    "steps/weights": {"base", "numerics", "models", "data", "solvers", "stream", "job", "measure", "output", "steps"},
     "steps/structured": {
-        *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "steps/weights"),
+        *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "output", "steps/weights"),
     },
     "runs": {
         *("base", "numerics", "models", "data", "solvers", "stream", "cost", "job", "measure", "output", "reports"),
-        *("steps/weights", "steps/structured"),
+        *("steps", "steps/weights", "steps/structured"),
     },
     "api": {"formats", "measure", "output", "reports", "runs"},
     "cli": {

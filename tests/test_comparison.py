@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from llmprune.base.errors import InputError
 from llmprune.cli.main import main
 from llmprune.models.resolve import BUNDLED
-from llmprune.reports.comparison import _share, papers_table, tables
+from llmprune.reports.comparison import papers_table, tables
+from llmprune.reports.comparison_plot import _share
 from llmprune.runs.compare import CHOICES, compare
 from llmprune.solvers import METHODS
 

@@ -18,7 +18,7 @@ from hub import Hub, Repository, running
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmprune.base.errors import InputError
-from llmprune.data import pydoc as pydoc
+from llmprune.data import pydoc
 from llmprune.data.documents import load_documents
 from llmprune.data.windows import calibration_windows, evaluation_windows
 from llmprune.models.resolve import BUNDLED

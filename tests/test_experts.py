@@ -25,7 +25,7 @@ from llmprune.output.verify import verify
 from llmprune.reports.page import content
 from llmprune.reports.saved import read_runs
 from llmprune.solvers import METHODS
-from llmprune.steps.weights import batching as solving
+from llmprune.steps.weights import batching
 from llmprune.stream.activations import Activations
 
 CPU = torch.device("cpu")
@@ -188,7 +188,7 @@ def test_experts_are_solved_in_batches_as_one_by_one(recipe: dict, monkeypatch: 
     options = {"sparsity": "2:4", "calibration": tokens(6, 32), "batch_size": 2, **recipe}
     together, apart = expert_model("qwen3_moe"), expert_model("qwen3_moe")
     records = {site.name: site for site in llmprune.prune(together, **options).record.sites}
-    monkeypatch.setattr(solving, "_BATCH_BYTES", {"cpu": 1})
+    monkeypatch.setattr(batching, "_BATCH_BYTES", {"cpu": 1})
     for site in llmprune.prune(apart, **options).record.sites:
         if site.block == 0:  # later blocks see what float32 made of near ties, and route by it
             assert records[site.name].tokens == site.tokens

@@ -23,6 +23,7 @@ import llmprune
 from llmprune.base.errors import InputError
 from llmprune.base.files import write_whole
 from llmprune.cli.main import main
+from llmprune.cli.parser import main_parser
 from llmprune.cli.terminal import Terminal
 from llmprune.job.options import PruneConfig
 from llmprune.output.card import model_card
@@ -207,7 +208,7 @@ def test_the_command_repeats_the_run(options: Record, folders: dict[str, Path], 
     arguments = {name: getattr(config, name) for name in PruneConfig.__dataclass_fields__}
     folder = change(alone(folders["wanda"], tmp_path / "run"), lambda record: record.update(arguments=arguments))
     words = shlex.split(content(read_runs([str(folder)]))["runs"][0]["command"])
-    options = cli._parse(cli._prune_parser(), words[1:])
+    options = main_parser().read(words[1:])
     assert Terminal.take(options) == Terminal()
     again = PruneConfig.create({"output": "auto"} | options)
     left_out = {"output": "auto", "overwrite": False, "restart": False, "push_to_hub": None, "activations": "memory"}

@@ -273,12 +273,12 @@ def test_what_is_computed_next_is_what_was_saved(saved, tmp_path: Path) -> None:
 
 
 def test_only_one_block_is_in_memory(saved, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from llmprune.steps.weights import visitor as pruner
+    from llmprune.steps.weights.visitor import WeightPruner
 
     loaded: list[set[str]] = []
-    original = pruner.Pruner.prune
+    original = WeightPruner.prune
 
-    def spy(self: pruner.Pruner, block: Block) -> None:
+    def spy(self: WeightPruner, block: Block) -> None:
         real = {n for n, p in skeletons[0].model.named_parameters() if p.device.type != "meta"}
         loaded.append(real)
         original(self, block)
@@ -292,7 +292,7 @@ def test_only_one_block_is_in_memory(saved, monkeypatch: pytest.MonkeyPatch, tmp
         build(self, *args)  # type: ignore[arg-type]
         skeletons.append(self)
 
-    monkeypatch.setattr(pruner.Pruner, "prune", spy)
+    monkeypatch.setattr(WeightPruner, "prune", spy)
     monkeypatch.setattr(Skeleton, "__init__", remember)
     llmprune.prune(saved(tiny_model("llama")), output=tmp_path / "out", sparsity="2:4", calibration=tokens(4, 16))
     assert [{name.split(".")[2] for name in real} for real in loaded] == [{"0"}, {"1"}, {"2"}]

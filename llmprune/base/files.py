@@ -1,4 +1,4 @@
-"""What the files of a model's folder are called, and JSON read from one. Imports no torch."""
+"""Files: what those of a model's folder are called; JSON, sums, and files that are written whole. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from llmprune.base.errors import InputError, reason, user_path
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PACKED = "packed.json"  # what a folder of packed 2:4 matrices holds instead
+RECORD, SCHEMA = "llmprune.json", 1  # of a run: its file, and which form that has
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,9 +32,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object")
     return value
-
-
-RECORD, SCHEMA = "llmprune.json", 1  # of a run: its file, and which form that has
 
 
 def write_whole(texts: dict[Path, str]) -> None:

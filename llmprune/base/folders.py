@@ -1,4 +1,4 @@
-"""Publish a folder whole or not at all.
+"""Folders that are written whole or not at all.
 
 Everything goes into a hidden `.partial` folder beside the output, which takes the output's name in one rename when all
 of it is on disk. Only a folder that llmprune wrote is ever replaced.

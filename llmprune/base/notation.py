@@ -1,4 +1,4 @@
-"""How much, as users write it: a sparsity, an amount to remove, a budget of parameters. Imports no torch."""
+"""What users write for how much: a sparsity, an amount to remove, a budget of parameters; and names of dtypes. No torch."""
 
 from __future__ import annotations
 

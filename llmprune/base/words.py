@@ -1,4 +1,4 @@
-"""How messages put numbers: with the noun that they count; bytes."""
+"""How messages put things: counts with their noun, bytes, and commands that can be pasted as they are printed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {before}{' ' if before else ''}{word}"
 
 
-def size(nbytes: int) -> str:
-    """Bytes, as people read them."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:,.1f} {name}"
-    return f"{nbytes / 2**10:,.0f} KiB"
+def size(nbytes: float) -> str:
+    """Bytes, as people read them: such as `7.8 MiB`, `1,120 MiB`, `12.4 GiB`."""
+    for least, unit, name in ((10 * 2**30, 2**30, "GiB"), (2**20, 2**20, "MiB"), (2**10, 2**10, "KiB")):
+        if nbytes >= least:
+            value = nbytes / unit
+            return f"{value:.1f} {name}" if value < 100 else f"{value:,.0f} {name}"
+    return count(int(nbytes), "byte")
 
 
 def command_line(*words: str | Path) -> str:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from llmprune.base.words import command_line, count, literal
+from llmprune.base.words import command_line, count, literal, size
 from llmprune.cost.footprint import cost_title
 from llmprune.job.progress import Progress
 from llmprune.job.record import COMPUTED, Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
@@ -100,7 +100,7 @@ class Console(Progress):
     def reconstructed(self, result: Reconstruction) -> None:
         self._fit = (
             f"  block fit {result.before:.3%} -> {result.after:.3%} ({count(result.steps, 'step')}, rate {result.rate:g}, "
-            f"{result.nbytes / 2**20:,.0f} MiB)"
+            f"{size(result.nbytes)})"
         )
 
     def removed(self, removal: Removal) -> None:
@@ -198,7 +198,7 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     if overhead := record.overhead():
         yield "pruning time / time of its forward passes", "", f"{overhead:.2f}x"
     for place, peak in record.peak_memory.items():
-        yield f"peak memory, {place}", "", f"{peak / 2**20:,.0f} MiB"
+        yield f"peak memory, {place}", "", size(peak)
 
 
 def _computed(record: RunRecord) -> Iterator[tuple[str, str, str]]:

@@ -15,15 +15,6 @@ from llmprune.cli.terminal import Terminal
 class Parser(argparse.ArgumentParser):
     """Reports a bad command line as every other bad input is reported."""
 
-    def __init__(self, prog: str, description: str, epilog: str) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
 
@@ -44,18 +35,23 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in vars(known).items() if value is not None}
 
 
+def _parser(prog: str, description: str, epilog: str) -> Parser:
+    raw = argparse.RawDescriptionHelpFormatter
+    return Parser(prog=prog, description=description, epilog=epilog, formatter_class=raw, allow_abbrev=False)
+
+
 def command_parser(name: str) -> Parser:
     """Of `llmprune NAME ...`."""
     command = COMMANDS.get(name)
     summary = f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}."
-    parser = Parser(f"llmprune {name}", summary, f"example: {command.EXAMPLE}")
+    parser = _parser(f"llmprune {name}", summary, f"example: {command.EXAMPLE}")
     declare(name, parser)
     return parser
 
 
 def main_parser() -> Parser:
     """Of `llmprune ...` without the name of a command."""
-    parser = Parser("llmprune", "Prune a Hugging Face language model after training, block by block.", _epilog())
+    parser = _parser("llmprune", "Prune a Hugging Face language model after training, block by block.", _epilog())
     parser.add_argument("--version", action="version", version=f"llmprune {__version__}")
     parser.add_argument("--print-completion", metavar="SHELL", help="print a script that completes llmprune in bash, zsh, ...")
     declare(DEFAULT, parser)

@@ -1,4 +1,8 @@
-"""Where texts come from: named ones, the Hub, and files."""
+"""Where texts come from.
+
+A text is named (`pydoc`, `wikitext2`, `c4`, `ptb`), a Hub dataset id, or a local .txt, .jsonl, .json, .parquet file, plain
+or .gz.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +18,20 @@ from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from llmprune.base.errors import InputError, MachineError, reason, unknown, user_path
-from llmprune.data import pydoc as pydoc
+from llmprune.data import pydoc
 
 Use = Literal["calibration", "evaluation"]
-
-
 NAMED = ("pydoc", "wikitext2", "c4", "ptb")
-
-
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-
-
-_SEPARATOR = "\n\n"
+SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True, slots=True)
-class _Evaluated:
+class EvaluationProtocol:
     """How documents become evaluation windows: so many of the first ones (None: all), what joins them, and how many windows."""
 
     documents: int | None = None
-    joined: str = _SEPARATOR
+    joined: str = SEPARATOR
     windows: int | None = None
 
 
@@ -54,18 +52,18 @@ class _HubText:
     files: Mapping[Use, str] | None = None
     column: str = "text"
     joined: str | None = None
-    evaluated: _Evaluated = _Evaluated()
+    evaluated: EvaluationProtocol = EvaluationProtocol()
 
 
 _HUB = {
-    "wikitext2": _HubText("Salesforce/wikitext", name="wikitext-2-raw-v1", joined=_SEPARATOR),
+    "wikitext2": _HubText("Salesforce/wikitext", name="wikitext-2-raw-v1", joined=SEPARATOR),
     "c4": _HubText(
         "allenai/c4",
         files={
             "calibration": "en/c4-train.00000-of-01024.json.gz",
             "evaluation": "en/c4-validation.00000-of-00008.json.gz",
         },
-        evaluated=_Evaluated(documents=1100, joined=" ", windows=256),
+        evaluated=EvaluationProtocol(documents=1100, joined=" ", windows=256),
     ),
     "ptb": _HubText(  # its own files are a script, which datasets no longer run: the Hub's conversion
         "ptb-text-only/ptb_text_only",
@@ -75,6 +73,11 @@ _HUB = {
         joined=" ",
     ),
 }
+
+
+def evaluation_protocol(text: str) -> EvaluationProtocol:
+    """How a text is evaluated on, by its name."""
+    return _HUB[text].evaluated if text in _HUB else EvaluationProtocol()
 
 
 def load_documents(text: str, use: Use) -> Sequence[str]:

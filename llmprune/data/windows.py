@@ -1,8 +1,7 @@
 """Text to token windows, for calibration and for evaluation.
 
-A text is named (`pydoc`, `wikitext2`, `c4`, `ptb`), a Hub dataset id, or a local .txt, .jsonl, .json, .parquet file, plain
-or .gz. Calibration windows are disjoint, drawn at random with a seed from documents in random order; the papers cut each
-from one long document of `c4` instead.
+Calibration windows are disjoint, drawn at random with a seed from documents in random order; the papers cut each from one long
+document of `c4` instead.
 
 Evaluation windows are disjoint and cut from one long text, a shorter rest left out. `wikitext2`, `ptb` and `c4` are read as
 SparseGPT and Wanda read them: the test split of the first two, its rows joined by blank lines and by spaces; of `c4` the
@@ -24,8 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
-from llmprune.data import pydoc as pydoc
-from llmprune.data.documents import _HUB, _SEPARATOR, _Evaluated, load_documents
+from llmprune.data.documents import SEPARATOR, evaluation_protocol, load_documents
 
 Given: TypeAlias = Tensor | Mapping[str, Any] | Sequence[Any]  # calibration samples that the caller tokenised
 _ENOUGH = 4  # calibration windows are drawn from this many times the tokens needed, where there are as many
@@ -104,7 +102,7 @@ def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen:
     Raises:
         InputError: the text is shorter than one window.
     """
-    protocol = _HUB[text].evaluated if text in _HUB else _Evaluated()
+    protocol = evaluation_protocol(text)
     joined = protocol.joined.join(load_documents(text, "evaluation")[: protocol.documents])
     ids = torch.tensor(tokenizer(joined, verbose=False)["input_ids"], dtype=torch.long)
     windows = min(len(ids) // seqlen, protocol.windows or len(ids))
@@ -154,7 +152,7 @@ def _too_short(text: str, ids: Tensor, seqlen: int) -> InputError:
 def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, enough: int) -> Tensor:
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer(document + _SEPARATOR, verbose=False)["input_ids"]
+        ids += tokenizer(document + SEPARATOR, verbose=False)["input_ids"]
         if len(ids) >= enough:
             break
     return torch.tensor(ids, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Build a transformers model whose 2:4 linear layers stay packed, one layer at a time."""
+"""Load what llmprune wrote, or any other model; 2:4 linear layers stay packed, one layer at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells as it works."""
+"""What a run tells as it works: the protocol between a step and who shows it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmprune.base.errors import InputError, plain_errors
-from llmprune.base.words import count
+from llmprune.base.words import count, size
 from llmprune.formats.kernels import dispatch
 from llmprune.formats.kernels.reference import Packed
 from llmprune.formats.kernels.timing import copies, graphed
@@ -230,7 +230,7 @@ def advice(device: torch.device, layers: Sequence[LayerTime], whole: Sequence[Mo
 
 
 def _mib(sizes: dict[str, int]) -> str:
-    return f"{sizes['packed'] / 2**20:,.1f} of {sizes['dense'] / 2**20:,.1f} MiB"
+    return f"{size(sizes['packed'])} of {size(sizes['dense'])}"
 
 
 def show(found: Bench, console: Console, *, full: bool = False) -> None:

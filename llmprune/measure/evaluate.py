@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -113,40 +113,47 @@ def evaluate(
         raise InputError(f"fewshot {fewshot} is impossible: give 0 or more")
     with torch.no_grad(), plain_errors("lower --batch-size or --seqlen"):
         harness = Tasks(tasks, None if task_path is None else user_path(task_path, "task path")) if tasks else None
-
-        names = [str(model), *([] if baseline is None else [str(baseline)])]
-        folders = [resolve(spelled(one)) for one in (model, baseline) if one is not None]
-        tokenizers = [load_tokenizer(folder.path) for folder in folders]
-        cut = [
-            [_windows(text, folder.path, own, seqlen, windows) for text in texts]
-            for folder, own in zip(folders, tokenizers, strict=True)
-        ]
-
-        def measure(number: int) -> list[Score]:
-            tell(f"{names[number]}{folders[number].shadowed}: loading")
-            loaded = _load(folders[number].path, device, dtype)
-            found = []
-            for text in cut[number]:
-                tell(f"{names[number]}: token perplexity of {text.text}")
-                found.append(_perplexity(loaded, text))
-            if harness:
-                tell(f"{names[number]}: {', '.join(harness.names)}")
-                options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "fewshot": fewshot, "seed": seed}
-                found += [_named(score) for score in harness.run(loaded, tokenizers[number], **options)]
-            del loaded
-            gc.collect()
-            return found
-
-        scores, *others = (measure(number) for number in range(len(names)))
-        beside = others[0] if others else None
-        settings = {
-            "seqlen": seqlen, "windows": windows, "limit": limit, "fewshot": fewshot, "batch_size": batch_size, "seed": seed,
-            "device": device, "dtype": dtype,
-        }  # fmt: skip
-        other, hub_id = (None, None) if baseline is None else (str(baseline), folders[1].hub_id)
-        result = Evaluation(str(model), scores, other, hub_id, beside, settings)
-        _keep(result, folders[0])
+        subjects = [_Subject.find(one, texts, seqlen, windows) for one in (model, baseline) if one is not None]
+        options = {"batch_size": batch_size, "limit": limit, "fewshot": fewshot, "seed": seed}
+        scores, *others = (one.measure(harness, options, device, dtype, tell) for one in subjects)
+        settings = {"seqlen": seqlen, "windows": windows, "device": device, "dtype": dtype, **options}
+        other, hub_id = (None, None) if baseline is None else (subjects[1].name, subjects[1].folder.hub_id)
+        result = Evaluation(subjects[0].name, scores, other, hub_id, others[0] if others else None, settings)
+        _keep(result, subjects[0].folder)
         return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A model, as it was called, and the windows of each text to measure it on."""
+
+    name: str
+    folder: ModelFolder
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[Windows]
+
+    @classmethod
+    def find(cls, model: str | Path, texts: Sequence[str], seqlen: int, windows: int | None) -> _Subject:
+        folder = resolve(spelled(model))
+        tokenizer = load_tokenizer(folder.path)
+        cut = [_windows(text, folder.path, tokenizer, seqlen, windows) for text in texts]
+        return cls(str(model), folder, tokenizer, cut)
+
+    def measure(
+        self, harness: Tasks | None, options: Mapping[str, Any], device: str, dtype: str, tell: Callable[[str], None]
+    ) -> list[Score]:
+        """Load the model, measure it on all texts and tasks, and let go of it."""
+        tell(f"{self.name}{self.folder.shadowed}: loading")
+        loaded, found = _load(self.folder.path, device, dtype), []
+        for text in self.texts:
+            tell(f"{self.name}: token perplexity of {text.text}")
+            found.append(_perplexity(loaded, text))
+        if harness:
+            tell(f"{self.name}: {', '.join(harness.names)}")
+            found += [_named(score) for score in harness.run(loaded, self.tokenizer, **options)]
+        del loaded
+        gc.collect()
+        return found
 
 
 def _windows(text: str, folder: Path, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None) -> Windows:

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its record, its model card, and what it shows while it works."""
+"""Pages about runs: `llmprune report`, and the tables and plots of `llmprune compare`."""

@@ -19,6 +19,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from llmprune.reports.style import style
+
 Draw = Callable[[Sequence[dict[str, Any]]], str]
 _WIDTH = 4.1  # inches
 _MANY = 400  # cells that are drawn one by one; more become an image
@@ -30,25 +32,6 @@ _LINES = ("-", "--")
 _VARIABLES = {_INK: "ink", _FAINT: "faint", _BACK: "panel"} | {color: f"s{number}" for number, color in enumerate(_SERIES)}
 _TURNS = "heat"  # how the ids end of what the page turns light for dark
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#e9eef5", "#9dbbe0", "#4a7fc1", "#1f4e8c", "#12305a"])
-_STYLE = {
-    "svg.hashsalt": "llmprune",
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "none",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-}
 
 
 def figures(page: dict[str, Any]) -> dict[str, str]:
@@ -242,7 +225,7 @@ def _corner_title(corner: Any) -> str:
 def _figure(height: float, rows: int = 1, ratios: Sequence[float] = (1,)) -> Iterator[tuple[Any, Callable[[], str]]]:
     """Axes to draw on, and what gives the SVG afterwards."""
     made: list[str] = []
-    with matplotlib.style.context(["default", _STYLE], after_reset=True), warnings.catch_warnings():
+    with matplotlib.style.context(["default", style(_INK, _FAINT)], after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes: Axes | Sequence[Axes] = figure.subplots(rows, 1, height_ratios=ratios)

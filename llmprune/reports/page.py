@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from llmprune.base.files import PACKED
-from llmprune.base.words import count
+from llmprune.base.words import count, size
 from llmprune.cost.footprint import cost_title
 from llmprune.formats.packed import PackedFolder
 from llmprune.job.options import PruneConfig
@@ -64,7 +64,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
 def _facts(record: RunRecord, packed: int | None) -> dict[str, Cell]:
     """The headline numbers. A value of None was not measured."""
     dense, pruned = record.dense, record.pruned
-    size, weights = record.size, record.weights()
+    stored, weights = record.size, record.weights()
     return {
         "perplexity_before": _cell(dense.value if dense else None, _figure),
         "perplexity_after": _cell(pruned.value if pruned else None, _figure),
@@ -73,11 +73,11 @@ def _facts(record: RunRecord, packed: int | None) -> dict[str, Cell]:
         "output_error": _cell(record.output_error(), "{:.2%}".format, NONE if record.sites else NOTHING),
         "parameters": _cell(record.model["parameters"], "{:,}".format),
         "parameters_after": _cell(record.structure.get("after", {}).get("parameters"), "{:,}".format),
-        "bytes_before": _cell(size["bytes_before"], _bytes),
-        "bytes_after": _cell(size["bytes_after"] if packed is None else packed, _bytes),
+        "bytes_before": _cell(stored["bytes_before"], size),
+        "bytes_after": _cell(stored["bytes_after"] if packed is None else packed, size),
         "seconds": _cell(record.pruning_seconds(), _seconds),
         "seconds_in_all": _cell(sum(record.seconds.values()), _seconds),
-        "peak_memory": _cell(max(record.peak_memory.values(), default=None), _bytes),
+        "peak_memory": _cell(max(record.peak_memory.values(), default=None), size),
     }
 
 
@@ -143,10 +143,10 @@ def _fit(fits: Sequence[Reconstruction]) -> dict[str, Any] | None:
 
 def _memory(record: RunRecord) -> dict[str, Any]:
     """What was measured, and what the preflight had expected."""
-    rows = [[_text(f"peak, {place}"), _cell(peak, _bytes), _text("measured")] for place, peak in record.peak_memory.items()]
+    rows = [[_text(f"peak, {place}"), _cell(peak, size), _text("measured")] for place, peak in record.peak_memory.items()]
     if record.predicted:
         parts = ("activations", "weights", "solving")
-        rows += [[_text(part), _cell(record.predicted[part], _bytes), _text("expected, by formula")] for part in parts]
+        rows += [[_text(part), _cell(record.predicted[part], size), _text("expected, by formula")] for part in parts]
     return _table(("memory", "bytes", "how it is known"), rows)
 
 
@@ -158,16 +158,18 @@ def _phase_memory(record: RunRecord) -> dict[str, Any]:
 
 
 def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
-    size, structure = record.size, record.structure
+    stored, structure = record.size, record.structure
     rows: list[tuple[str, int, int, Callable[[Any], str]]] = [
         (cost_title(what), before, structure["after"][what], "{:,}".format)
         for what, before in structure.get("before", {}).items()
     ]
     if record.sites:
-        rows.append(("nonzero weights in pruned matrices", size["nonzero_before"], size["nonzero_after"], "{:,}".format))
-    rows.append((f"weight bytes{', zeros stored' if record.sites else ''}", size["bytes_before"], size["bytes_after"], _bytes))
+        rows.append(("nonzero weights in pruned matrices", stored["nonzero_before"], stored["nonzero_after"], "{:,}".format))
+    rows.append(
+        (f"weight bytes{', zeros stored' if record.sites else ''}", stored["bytes_before"], stored["bytes_after"], size)
+    )
     if packed is not None:
-        rows.append(("weight bytes, packed", size["bytes_before"], packed, _bytes))
+        rows.append(("weight bytes, packed", stored["bytes_before"], packed, size))
     cells = [[_text(what), _cell(a, show), _cell(b, show), _change(a, b)] for what, a, b, show in rows]
     return _table(("size", "before", "after", "left"), cells)
 
@@ -278,10 +280,3 @@ def _figure(value: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:,.1f} s"
-
-
-def _bytes(value: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:,.2f} {unit}" if unit == "GiB" else f"{value / size:,.1f} {unit}"
-    return count(int(value), "byte")

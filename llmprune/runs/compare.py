@@ -1,4 +1,4 @@
-"""`llmprune compare`: models pruned by several methods to several patterns, cell by cell, and the tables and plots of it."""
+"""`llmprune compare`: models pruned by several methods to several patterns, cell by cell."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _line(cell: dict[str, Any]) -> str:
     )
 
 
-def load(folder: Path, device: str = "cpu") -> PreTrainedModel:
+def load_float32(folder: Path, device: str = "cpu") -> PreTrainedModel:
     """The whole model in float32."""
     return load_model(folder, load_config(folder), pick_device(device), torch.float32)
 
@@ -146,7 +146,7 @@ def evaluation(
 def dense_perplexity(
     folder: Path, windows: int | None, text: str = "pydoc", seqlen: int = 512, device: str = "cpu"
 ) -> Perplexity:
-    return perplexity(load(folder, device), evaluation(folder, windows, text, seqlen)[1])
+    return perplexity(load_float32(folder, device), evaluation(folder, windows, text, seqlen)[1])
 
 
 def _measure(name: str, method: str, pattern: str, seed: int, settings: dict[str, Any], device: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _measure(name: str, method: str, pattern: str, seed: int, settings: dict[str
     folder, (text, seqlen, windows) = resolve(name).path, (settings[key] for key in ("text", "seqlen", "windows"))
     tokenizer, held_out = evaluation(folder, windows, text, seqlen)
     restart_peak_memory()
-    model = load(folder, device)
+    model = load_float32(folder, device)
     how = "quality" if method in QUALITIES else "method"
     options: dict[str, Any] = {how: method, "samples": settings["samples"], "seqlen": seqlen, "sparsity": pattern}
     record = prune(model, tokenizer=tokenizer, calibration=text, eval_text="none", seed=seed, **options).record

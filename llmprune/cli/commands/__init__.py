@@ -1,4 +1,4 @@
-"""The command's words, one file each: `llmprune NAME ...`. A file `name.py` here *is* the command `name`: see `base.Command`."""
+"""The words of the command, one file each. A file `name.py` here *is* `llmprune name`: see `base.Command`."""
 
 from __future__ import annotations
 

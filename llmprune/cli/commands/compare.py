@@ -40,7 +40,8 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     terminal.check_apart(*(output.with_suffix(suffix) for suffix in (".json", ".md", ".svg")), output)
     from rich.table import Table
 
-    from llmprune.reports.comparison import PATTERNS, papers_table, plot
+    from llmprune.reports.comparison import PATTERNS, papers_table
+    from llmprune.reports.comparison_plot import plot
     from llmprune.runs.compare import CHOICES, compare
 
     rest = {name: options[name] for name in ("seeds", "text", "samples", "seqlen", "windows", "device")}

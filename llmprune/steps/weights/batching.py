@@ -1,8 +1,4 @@
-"""What a method is given at once, and what it finds: a stage's small matrices as one, experts' matrices in a batch.
-
-Where several processes share a run, each solves a part: a batch of its own or, where rows do not bear on each other, its
-rows of every batch.
-"""
+"""What a method is given at once: a stage's small matrices as one, experts' matrices in a batch."""
 
 from __future__ import annotations
 

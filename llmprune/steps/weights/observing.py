@@ -1,4 +1,7 @@
-"""What is kept of the inputs of the matrices of a stage."""
+"""What is kept of the inputs of a stage's matrices, and the corrected target that follows from it.
+
+The statistics of an expert that saw few tokens are blended with the pooled ones of all experts of its layer.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How processes share the solving."""
+"""Solving, and how processes share it: each solves a batch of its own or, where rows do not bear on each other, its rows of
+every batch.
+"""
 
 from __future__ import annotations
 
