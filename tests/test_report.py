@@ -271,7 +271,11 @@ DAMAGES: dict[str, tuple[Callable[[Record], object], str]] = {
     "shape": (lambda r: r["sites"][0].update(shape=[4]), "sites[0].shape should be a list of length 2"),
     "not a number": (lambda r: r["sites"][0].update(error=math.nan), "sites[0].error should be a finite number"),
     "huge": (lambda r: r["size"].update(bytes_before=10**400), "size.bytes_before should be a whole number"),
-    "perplexity": (lambda r: r["dense"].update(value=0), "dense.value should be more than 0"),
+    "perplexity": (lambda r: r["dense"].update(value=0), "dense.value should be a finite number > 0"),
+    "huge perplexity": (lambda r: r["dense"].update(value=10**400), "dense.value should be a finite number"),
+    "seconds": (lambda r: r["seconds"].update(solve=-1), "seconds[...] should be a finite number >= 0"),
+    "missing": (lambda r: r["sites"][0].pop("block"), "sites[0].block is missing"),
+    "amount": (lambda r: r["arguments"].update(heads=10**400), "heads '1000"),
     "option": (lambda r: r["arguments"].update(samples="many"), "samples must be a whole number"),
     "tensor": (lambda r: r["sites"][0].update(tensor="other.weight"), "holds no tensor other.weight"),
     "part": (lambda r: r["sites"][0].update(part="a:b"), "has no part"),
@@ -301,6 +305,16 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     inner = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
     for name, own in inner:
         yield from places(own, (*path, name))
+
+
+def test_what_another_version_wrote_besides_is_passed_over(folders: dict[str, Path], tmp_path: Path) -> None:
+    def extend(record: Record) -> None:
+        for part in (record, record["arguments"], record["model"], record["sites"][0], record["dense"]):
+            part["later"] = {"x": [None]}
+
+    folder = change(alone(folders["wanda"], tmp_path / "run"), extend)
+    (run,), (plain,) = read_runs([str(folder)]), read_runs([str(folders["wanda"])])
+    assert (run.config, run.record.sites, run.record.dense) == (plain.config, plain.record.sites, plain.record.dense)
 
 
 def refusal(file: Path) -> str:
