@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta
 
 from llmprune.base.files import SCHEMA
@@ -166,12 +165,12 @@ class RunRecord:
 
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> RunRecord:
-        """What `as_dict` made of a run, and JSON of that; further names are passed over.
-
-        Raises:
-            msgspec.ValidationError: it is something else; the message says what, and where.
-        """
-        return msgspec.convert(saved, cls)
+        """What `as_dict` made of a run that pruned no weights: as it is, for a perplexity may have been infinite."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in saved.items() if name in names}
+        for name in ("dense", "pruned"):
+            values[name] = Perplexity(**values[name]) if values[name] else None
+        return cls(**values | {"removals": [Removal(**one) for one in values["removals"]]})
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
