@@ -76,6 +76,37 @@ def test_an_empty_text_is_said_to_be_empty(name: str) -> None:
         create(**WEIGHTS | {name: " "})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        *[("samples", value, "a whole number") for value in (8.0, "8", True, None)],
+        *[("refit", value, "true or false") for value in (1, "yes")],
+        *[("method", value, "text") for value in (3, b"wanda", ["wanda"])],
+        *[("only", value, "a list of text") for value in (1, [1], {"a": 1}, Path("a"), None)],
+        *[("heads", value, "a share such as 25% or a count") for value in (True, ["1"])],
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: object, wanted: str) -> None:
+    with pytest.raises(InputError) as refused:
+        PruneConfig.create({"model": "m", name: value}, where="run.yaml")
+    assert str(refused.value) == f"run.yaml: {name} must be {wanted}, not {value!r}"
+
+
+def test_a_path_is_text_and_a_text_a_list_of_one() -> None:
+    config = create(**WEIGHTS | {"output": Path("a") / "b", "only": "*.mlp.*", "skip": ["*.up_proj"]})
+    assert (config.output, config.only, config.skip) == (str(Path("a") / "b"), ("*.mlp.*",), ("*.up_proj",))
+
+
+@pytest.mark.parametrize("name", ["heads", "target_params"])
+def test_an_amount_is_a_number_that_can_be(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name} '1000+' is impossible"):
+        create(**{name: 10**400})
+
+
+def test_a_record_may_have_options_that_are_unknown_here() -> None:
+    assert PruneConfig.recorded({"model": "m", "sparsity": "2:4", "later": 1}) == PruneConfig.create({"model": "m"} | WEIGHTS)
+
+
 def test_a_file_may_leave_to_flags_what_its_options_are_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: ./no/such\nround_to: 8\nlayer_score: loss\noverwrite: true\n")

@@ -268,10 +268,14 @@ DAMAGES: dict[str, tuple[Callable[[Record], object], str]] = {
     "nothing": (lambda record: record.clear(), "is no record of a run"),
     "sites": (damage(sites="none"), "sites should be a list"),
     "block": (lambda r: r["sites"][1].update(block=10**12), "sites[1].block should be 0 to 2"),
-    "shape": (lambda r: r["sites"][0].update(shape=[4]), "sites[0].shape should be 2 values"),
+    "shape": (lambda r: r["sites"][0].update(shape=[4]), "sites[0].shape should be a list of length 2"),
     "not a number": (lambda r: r["sites"][0].update(error=math.nan), "sites[0].error should be a finite number"),
     "huge": (lambda r: r["size"].update(bytes_before=10**400), "size.bytes_before should be a whole number"),
-    "perplexity": (lambda r: r["dense"].update(value=0), "dense.value should be more than 0"),
+    "perplexity": (lambda r: r["dense"].update(value=0), "dense.value should be a finite number > 0"),
+    "huge perplexity": (lambda r: r["dense"].update(value=10**400), "dense.value should be a finite number"),
+    "seconds": (lambda r: r["seconds"].update(solve=-1), "seconds[...] should be a finite number >= 0"),
+    "missing": (lambda r: r["sites"][0].pop("block"), "sites[0].block is missing"),
+    "amount": (lambda r: r["arguments"].update(heads=10**400), "heads '1000"),
     "option": (lambda r: r["arguments"].update(samples="many"), "samples must be a whole number"),
     "tensor": (lambda r: r["sites"][0].update(tensor="other.weight"), "holds no tensor other.weight"),
     "part": (lambda r: r["sites"][0].update(part="a:b"), "has no part"),
@@ -301,6 +305,16 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     inner = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
     for name, own in inner:
         yield from places(own, (*path, name))
+
+
+def test_what_another_version_wrote_besides_is_passed_over(folders: dict[str, Path], tmp_path: Path) -> None:
+    def extend(record: Record) -> None:
+        for part in (record, record["arguments"], record["model"], record["sites"][0], record["dense"]):
+            part["later"] = {"x": [None]}
+
+    folder = change(alone(folders["wanda"], tmp_path / "run"), extend)
+    (run,), (plain,) = read_runs([str(folder)]), read_runs([str(folders["wanda"])])
+    assert (run.config, run.record.sites, run.record.dense) == (plain.config, plain.record.sites, plain.record.dense)
 
 
 def refusal(file: Path) -> str:
@@ -365,7 +379,7 @@ def test_bad_input_is_one_line(folders: dict[str, Path], tmp_path: Path, capsys:
         ([run, "-o", tmp_path / "bench.html", "--overwrite", "--bench", tmp_path / "bench.json"], "made from"),
         ([folders["wanda"], "-o", folders["wanda"] / "r.html"], "a model lies in its folder"),
         ([run, "-o", out, "--bench", tmp_path / "other.json"], "is not what llmprune bench"),
-        ([run, "-o", out, "--bench", tmp_path / "zero.json"], "times above 0"),
+        ([run, "-o", out, "--bench", tmp_path / "zero.json"], "model[0].packed should be a finite number > 0"),
         ([run, folders["smaller"], "-o", out, "--bench", tmp_path / "bench.json"], "1 bench file for 2 runs"),
         (["-o", out], "required"),
         ([run, "--outptu", out], "did you mean --output"),

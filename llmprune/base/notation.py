@@ -70,7 +70,7 @@ class Amount:
     def parse(cls, what: str, text: str) -> Amount:
         """Raises: InputError: it is neither."""
         text = text.strip()
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)(%?)", text)
         if match:
             number, percent = float(match[1]), match[2]
             if percent and 0 < number < 100:
@@ -98,7 +98,7 @@ class Allowance:
     def parse(cls, text: str) -> Allowance:
         """Raises: InputError: it is none."""
         text = text.strip()
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([%KMB]?)", text.upper())
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)([%KMB]?)", text.upper())
         if not match or not float(match[1]):
             raise InputError(
                 f"target_params {text!r} is impossible: give a share to keep such as 75%, or a number such as 6.5B"

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+import msgspec
 
 from llmprune.base.errors import InputError, unknown
 from llmprune.base.notation import DTYPES, Allowance, Amount, read_sparsity, sparsity_text
@@ -19,6 +21,7 @@ _AMOUNTS = {
     **dict.fromkeys(("heads", "neurons", "layers"), "a share such as 25% or a count"),
     "target_params": "a share such as 75% or a number such as 6.5B",
 }
+_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", str: "text", tuple[str, ...]: "a list of text"}
 
 
 def _option(help: str, default: Any = dataclasses.MISSING, *, metavar: str | None = None) -> Any:
@@ -108,16 +111,14 @@ class PruneConfig:
     dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is float32 on CPU, else the checkpoint's", "auto")
 
     def __post_init__(self) -> None:
-        for name in ("samples", "seqlen", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} is impossible: give at least 1")
+        for name in ("samples", "seqlen", "batch_size", "round_to"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise InputError(f"{name} {number} is impossible: give at least 1")
         if self.sparsity is None and not self.structured:
             raise InputError(
                 "sparsity is required: pass --sparsity, --heads, --neurons, --layers or --target-params (in YAML, Python alike)"
             )
         self._check_roads()
-        if self.round_to is not None and self.round_to < 1:
-            raise InputError(f"round_to {self.round_to} is impossible: give at least 1")
         if self.seqlen < 2:
             raise InputError("seqlen 1 is impossible: a window needs a token to predict")
         for name, known in (("dtype", DTYPES), ("activations", PLACES), ("layer_score", LAYER_SCORES)):
@@ -168,20 +169,23 @@ class PruneConfig:
         Raises:
             InputError: a name is unknown (near matches are listed), a required one is missing, or a type is wrong.
         """
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        values = {}
-        for name, value in options.items():
-            if name not in known:
-                error = unknown("option", str(name), known)
-                raise InputError(f"{where}: {error}" if where else str(error))
-            values[name] = _typed(name, value, known[name].type, where)
-        for name, f in known.items():
-            if f.default is dataclasses.MISSING and name not in values:
-                raise InputError(f"{name} is required: pass --{name}, or {name}=... in Python or YAML")
+        kinds, values = get_type_hints(cls), {}
         try:
+            for name, value in options.items():
+                if name not in kinds:
+                    raise unknown("option", str(name), kinds)
+                values[name] = _typed(name, value, kinds[name], in_file=bool(where))
+            for f in dataclasses.fields(cls):
+                if f.default is dataclasses.MISSING and f.name not in values:
+                    raise InputError(f"{f.name} is required: pass --{f.name}, or {f.name}=... in Python or YAML")
             return cls(**values)
         except InputError as error:
             raise InputError(f"{where}: {error}" if where else str(error)) from None
+
+    @classmethod
+    def recorded(cls, arguments: Mapping[str, Any]) -> PruneConfig:
+        """As `create`, of the options in a run's record, without those that only another version has."""
+        return cls.create({name: value for name, value in arguments.items() if name in cls.__dataclass_fields__})
 
 
 def as_flags(options: Mapping[str, Any]) -> list[str]:
@@ -200,29 +204,26 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _typed(name: str, value: Any, kind: Any, where: str) -> Any:
-    """`value` as the field's type; annotations are strings here."""
-    at = f"{where}: " if where else ""
-    if name in _AMOUNTS and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = _number(name, value, at)
-    if kind.startswith("bool") and isinstance(value, bool):
-        return value
-    if kind.startswith("int") and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if value is None and "None" in kind:
-        return value
-    if kind.startswith("tuple"):
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
-            return tuple(items)
-    if kind.startswith("str") and isinstance(value, (str, Path)):
-        try:
-            return _text(name, str(value))
-        except InputError as error:
-            raise InputError(f"{at}{error}") from None
-    text = _AMOUNTS.get(name, "text" if kind.startswith("str") else "a list of text")
-    wanted = {"bool": "true or false", "int": "a whole number"}.get(kind.split(" ")[0], text)
-    raise InputError(f"{at}{name} must be {wanted}, not {value!r}")
+def _typed(name: str, value: Any, kind: Any, *, in_file: bool) -> Any:
+    """`value` as the type of its field. Raises: InputError: it is of another, or a text that means nothing."""
+    try:
+        typed = msgspec.convert(_as_meant(name, value, kind, in_file), kind)
+    except msgspec.ValidationError:
+        wanted = _AMOUNTS.get(name) or next(words for own, words in _WORDS.items() if kind in (own, own | None))
+        raise InputError(f"{name} must be {wanted}, not {value!r}") from None
+    return _text(name, typed) if isinstance(typed, str) else typed
+
+
+def _as_meant(name: str, value: Any, kind: Any, in_file: bool) -> Any:
+    """A number or a path as the text, and a single text as the tuple, that the field holds."""
+    if kind == tuple[str, ...]:
+        return (value,) if isinstance(value, str) else value
+    if name not in _AMOUNTS or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value) if isinstance(value, (str, Path)) else value
+    if name == "sparsity" and in_file and isinstance(value, int) and value >= 60:
+        hours, rest = divmod(value, 60)
+        raise InputError(f'YAML reads an unquoted N:M as the number {value}: quote it, sparsity: "{hours}:{rest}"')
+    return str(value)
 
 
 def _text(name: str, value: str) -> str:
@@ -236,11 +237,3 @@ def _text(name: str, value: str) -> str:
     if not value.strip() and name != "model":  # which a record may call anything
         raise InputError(f"{name} is empty: give it a value, or leave it out")
     return value
-
-
-def _number(name: str, value: float, at: str) -> str:
-    """A number where text is meant."""
-    if name == "sparsity" and isinstance(value, int) and at and value >= 60:
-        hours, rest = divmod(value, 60)
-        raise InputError(f'{at}YAML reads an unquoted N:M as the number {value}: quote it, sparsity: "{hours}:{rest}"')
-    return str(value)

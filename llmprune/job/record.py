@@ -8,13 +8,23 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from llmprune.base.files import SCHEMA
 
 COMPUTED = "computed from tensor sizes"  # the heading of what is not measured
 _PRUNING = ("forward", "statistics", "solve", "reconstruct", "write")
 _PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
+
+_INT, _FLOAT = 2**63 - 1, 1e300  # the largest that are read back, far from where sums overflow
+Count = Annotated[int, Meta(ge=0, le=_INT)]
+Size = Annotated[int, Meta(ge=1, le=_INT)]
+Number = Annotated[float, Meta(ge=-_FLOAT, le=_FLOAT)]
+Measure = Annotated[float, Meta(ge=0, le=_FLOAT)]
+Positive = Annotated[float, Meta(gt=0, le=_FLOAT)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 def relative(lost: float, whole: float) -> float | None:
@@ -47,15 +57,15 @@ class SiteRecord:
     name: str
     tensor: str
     part: str
-    block: int
+    block: Count
     pattern: str
-    shape: tuple[int, int]
+    shape: tuple[Size, Size]
     transposed: bool
-    sparsity: float
-    error: float | None
-    tokens: int
-    seconds: float
-    notes: Mapping[str, float]
+    sparsity: Share
+    error: Measure | None
+    tokens: Count
+    seconds: Measure
+    notes: Mapping[str, Number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +78,13 @@ class Reconstruction:
         nbytes: memory of the fitted copies and the optimiser's state.
     """
 
-    block: int
-    before: float
-    after: float
-    steps: int
-    rate: float
-    nbytes: int
-    seconds: float
+    block: Count
+    before: Measure
+    after: Measure
+    steps: Count
+    rate: Measure
+    nbytes: Count
+    seconds: Measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +98,13 @@ class Removal:
         error: relative squared error of what it puts out, on a sample of calibration tokens; None where that is nothing.
     """
 
-    block: int
+    block: Count
     kind: str
     site: str
-    count: int
-    kept: int
-    error: float | None
-    seconds: float
+    count: Size
+    kept: Count
+    error: Measure | None
+    seconds: Measure
 
 
 @dataclass(slots=True)
@@ -120,10 +130,10 @@ class RunRecord:
     skipped: dict[str, str] = field(default_factory=dict)
     dense: Perplexity | None = None
     pruned: Perplexity | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory: dict[str, int] = field(default_factory=dict)
-    phase_memory: dict[str, dict[str, int]] = field(default_factory=dict)
-    size: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, Measure] = field(default_factory=dict)
+    peak_memory: dict[str, Count] = field(default_factory=dict)
+    phase_memory: dict[str, dict[str, Count]] = field(default_factory=dict)
+    size: dict[str, Count] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> int:
@@ -155,7 +165,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> RunRecord:
-        """What `as_dict` made of a run that pruned no weights."""
+        """What `as_dict` made of a run that pruned no weights: as it is, for a perplexity may have been infinite."""
         names = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in saved.items() if name in names}
         for name in ("dense", "pruned"):
@@ -184,11 +194,11 @@ PERPLEXITY_OF = "token perplexity of "  # a text: what such a number is called
 class Perplexity:
     """exp of the mean loss over `tokens` predicted tokens, in `windows` windows of `length` tokens of `text`."""
 
-    value: float
+    value: Positive
     text: str
-    tokens: int
-    windows: int
-    length: int
+    tokens: Count
+    windows: Count
+    length: Count
 
 
 def excess_loss(dense: Perplexity, pruned: Perplexity) -> float:

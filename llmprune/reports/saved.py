@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, TypedDict, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from llmprune.base.errors import InputError, user_path
 from llmprune.base.files import INDEX, PACKED, RECORD, SCHEMA, SINGLE, read_json
 from llmprune.base.words import count
 from llmprune.job.options import PruneConfig
-from llmprune.job.record import RunRecord
+from llmprune.job.record import Count, Positive, RunRecord
 from llmprune.numerics.patterns import parse
 
-_BLOCKS, _LARGEST = 10_000, 1e300
-_WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "null"}
+T = TypeVar("T")
+_WORDS = {
+    "array": "a list", "object": "a mapping", "str": "text", "int": "a whole number", "float": "a finite number",
+    "bool": "true or false",
+}  # fmt: skip
+_Blocks = Annotated[int, Meta(ge=1, le=10_000)]
+_Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 _Model = TypedDict(
-    "_Model", {"name": str, "hub_id": "str | None", "commit": "str | None", "class": str, "parameters": int, "blocks": int}
+    "_Model",
+    {"name": str, "hub_id": "str | None", "commit": "str | None", "class": str, "parameters": Count, "blocks": _Blocks},
 )
 
 
@@ -32,49 +40,49 @@ class _Recipe(TypedDict):
 
 class _Calibration(TypedDict):
     text: str
-    samples: int
-    seqlen: int
-    tokens: int
-    seed: int
+    samples: Count
+    seqlen: Count
+    tokens: Count
+    seed: _Seed
 
 
 class _Compute(TypedDict):
     device: str
     dtype: str
-    processes: int
+    processes: Count
 
 
 class _Size(TypedDict):
-    bytes_before: int
-    bytes_after: int
+    bytes_before: Count
+    bytes_after: Count
 
 
 class _Weights(_Size):
-    nonzero_before: int
-    nonzero_after: int
+    nonzero_before: Count
+    nonzero_after: Count
 
 
 class _Structure(TypedDict):
-    removed_layers: list[int]
+    removed_layers: list[Count]
     architecture: str
-    before: dict[str, int]
-    after: dict[str, int]
+    before: dict[str, Count]
+    after: dict[str, Count]
 
 
 class _Expected(TypedDict):
-    activations: int
-    weights: int
-    solving: int
+    activations: Count
+    weights: Count
+    solving: Count
 
 
 class ModelTime(TypedDict):
     """A row of a bench about the whole model."""
 
     phase: str
-    batch: int
-    tokens: int
-    dense: float
-    packed: float
+    batch: Count
+    tokens: Count
+    dense: Positive
+    packed: Positive
 
 
 class Bench(TypedDict):
@@ -83,7 +91,7 @@ class Bench(TypedDict):
     device: str
     dtype: str
     date: str
-    weights: dict[str, int]
+    weights: dict[str, Count]
     model: list[ModelTime]
     advice: list[str]
 
@@ -149,17 +157,14 @@ def _read_run(file: Path, label: str) -> Saved:
     if saved["schema"] != SCHEMA:
         raise InputError(f"{file} has schema {saved['schema']!r:.40}; this llmprune reads {SCHEMA}")
     try:
-        record: RunRecord = _read(RunRecord, saved, "")
-        versions = _read(dict[str, str], _member(saved, "versions", ""), "versions")
-        _read_parts(record)
+        record = _read_record(saved)
         for pattern in dict.fromkeys(site.pattern for site in record.sites):
             parse(pattern)
-        known = {field.name for field in dataclasses.fields(PruneConfig)}
-        config = PruneConfig.create({name: value for name, value in record.arguments.items() if name in known})
+        config = PruneConfig.recorded(record.arguments)
     except (_Misfit, InputError) as error:
         raise InputError(f"{file} is no whole record of a run: {error}; prune again, or name another") from None
     weights = file.name == RECORD and any((file.parent / name).is_file() for name in (SINGLE, INDEX, PACKED))
-    return Saved(label, file, file.parent if weights else None, record, config, versions)
+    return Saved(label, file, file.parent if weights else None, record, config, saved["versions"])
 
 
 def read_bench(name: str) -> Bench:
@@ -170,100 +175,69 @@ def read_bench(name: str) -> Bench:
     """
     path = user_path(name, "bench")
     try:
-        bench: Bench = _read(Bench, read_json(path), "")
-        for number, one in enumerate(bench["model"]):
-            _require(min(one["dense"], one["packed"]) > 0, f"model[{number}]", "times above 0")
+        return _read(Bench, read_json(path))
     except _Misfit as error:
         raise InputError(f"{path} is not what llmprune bench --json writes: {error}") from None
-    return bench
 
 
-def _read_parts(record: RunRecord) -> None:
-    """Check what a record holds as plain mappings, and the ranges of numbers."""
-    parts = {"model": _Model, "recipe": _Recipe, "calibration": _Calibration, "compute": _Compute}
-    parts["size"] = _Weights if record.sites else _Size
-    parts |= {name: hint for name, hint in (("structure", _Structure), ("predicted", _Expected)) if getattr(record, name)}
+def _read_record(saved: Mapping[str, Any]) -> RunRecord:
+    """A record, with what it holds as plain mappings and the ranges of its numbers checked.
+
+    Raises:
+        _Misfit: something is missing, of another type or out of range.
+    """
+    names = ("versions", *(field.name for field in dataclasses.fields(RunRecord)))
+    if missing := [name for name in names if name not in saved]:
+        raise _Misfit(f"{missing[0]} is missing")
+    size, filled = _Weights if saved["sites"] else _Size, {"structure": _Structure, "predicted": _Expected}
+    parts = {"model": _Model, "recipe": _Recipe, "calibration": _Calibration, "compute": _Compute, "size": size}
+    parts |= {"versions": dict[str, str]} | {name: hint for name, hint in filled.items() if saved[name]}
     for name, hint in parts.items():
-        _read(hint, getattr(record, name), name)
-    if record.structure:
-        _require(record.structure["before"].keys() == record.structure["after"].keys(), "structure", "the same sizes twice")
-    for place, fits, wanted in _ranges(record):
-        _require(fits, place, wanted)
+        _read(hint, saved[name], name)
+    record = _read(RunRecord, saved)
+    for place, fits, wanted in _relations(record):
+        if not fits:
+            raise _Misfit(f"{place} should be {wanted}")
+    return record
 
 
-def _ranges(record: RunRecord) -> Iterator[tuple[str, bool, str]]:
+def _relations(record: RunRecord) -> Iterator[tuple[str, bool, str]]:
+    """Of numbers to one another: where, whether they are right, and what is."""
     blocks = record.model["blocks"]
-    yield "model.blocks", 0 < blocks <= _BLOCKS, f"1 to {_BLOCKS}"
-    for number, site in enumerate(record.sites):
-        yield f"sites[{number}].block", 0 <= site.block < blocks, f"0 to {blocks - 1}"
-        yield f"sites[{number}].shape", min(site.shape) > 0, "two sizes above 0"
-        yield f"sites[{number}].sparsity", 0 <= site.sparsity <= 1, "0 to 1"
-        yield f"sites[{number}].error", site.error is None or site.error >= 0, "0 or more"
+    for name in ("sites", "reconstructions", "removals"):
+        for number, one in enumerate(getattr(record, name)):
+            yield f"{name}[{number}].block", one.block < blocks, f"0 to {blocks - 1}"
     for number, fit in enumerate(record.reconstructions):
-        yield f"reconstructions[{number}].block", 0 <= fit.block < blocks, f"0 to {blocks - 1}"
-        yield f"reconstructions[{number}].after", 0 <= fit.after <= fit.before, "0 to what it was before"
+        yield f"reconstructions[{number}].after", fit.after <= fit.before, "0 to what it was before"
     for number, gone in enumerate(record.removals):
-        yield f"removals[{number}].block", 0 <= gone.block < blocks, f"0 to {blocks - 1}"
-        yield f"removals[{number}].kept", 0 <= gone.kept <= gone.count != 0, "0 to its count"
-        yield f"removals[{number}].error", gone.error is None or gone.error >= 0, "0 or more"
-    for name in ("dense", "pruned"):
-        measured = getattr(record, name)
-        yield f"{name}.value", measured is None or measured.value > 0, "more than 0"
+        yield f"removals[{number}].kept", gone.kept <= gone.count, "0 to its count"
     yield "dense", (record.dense is None) == (record.pruned is None), "measured where pruned is"
-    yield "seconds", min(record.seconds.values(), default=0.0) >= 0, "0 or more"
-    held = [peak for phase in record.phase_memory.values() for peak in phase.values()]
-    yield "phase_memory", min(held, default=0) >= 0, "0 or more"
+    before, after = (record.structure.get(name, {}) for name in ("before", "after"))
+    yield "structure", before.keys() == after.keys(), "the same sizes twice"
 
 
 class _Misfit(Exception):
     """A value is not what it should be; the message says where."""
 
 
-def _require(fits: bool, place: str, wanted: str) -> None:
-    if not fits:
-        raise _Misfit(f"{place} should be {wanted}")
-
-
-def _member(value: Any, name: str, place: str) -> Any:
-    if name not in value:
-        raise _Misfit(f"{place}.{name} is missing".lstrip("."))
-    return value[name]
-
-
-def _read(hint: Any, value: Any, place: str) -> Any:
+def _read(hint: type[T], value: Any, place: str = "") -> T:
     """`value`, from JSON, as the type `hint`.
 
     Raises:
         _Misfit: it is of another type.
     """
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, UnionType):
-        return None if value is None else _read(inner[0], value, place)
-    if hint in _WORDS:
-        return _plain(hint, value, place)
-    if origin in (list, tuple):
-        return _sequence(origin, inner, value, place)
-    _require(isinstance(value, dict), place or "it", "a mapping")
-    if origin in (dict, Mapping):
-        return {name: _read(inner[1], own, f"{place}.{name}") for name, own in value.items()}
-    hints = get_type_hints(hint)
-    fields = {name: _read(own, _member(value, name, place), f"{place}.{name}".lstrip(".")) for name, own in hints.items()}
-    return fields if is_typeddict(hint) else hint(**fields)
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        raise _Misfit(_plain(str(error), place)) from None
 
 
-def _plain(hint: type, value: Any, place: str) -> Any:
-    kinds = (int, float) if hint is float else (hint,)
-    fits = isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
-    if fits and hint in (int, float):
-        fits = abs(value) < (2**63 if hint is int else _LARGEST) and math.isfinite(value)
-    _require(fits, place[:80], _WORDS[hint])
-    return float(value) if hint is float else value
-
-
-def _sequence(kind: type, inner: tuple[Any, ...], value: Any, place: str) -> Any:
-    _require(isinstance(value, list), place, "a list")
-    wanted = inner * len(value) if kind is list else inner
-    _require(len(value) == len(wanted), place, count(len(wanted), "value"))
-    return kind(_read(own, one, f"{place}[{number}]") for number, (own, one) in enumerate(zip(wanted, value, strict=True)))
+def _plain(error: str, place: str) -> str:
+    """What msgspec says of a value in `place`, such as "Expected `int`, got `str` - at `$.name`", in a user's words."""
+    said, _, path = error.partition(" - at `$")
+    place = (place + path.rstrip("`")).lstrip(".")
+    if missing := re.search("missing required field `(.*)`", said):
+        return f"{place}.{missing[1]} is missing".lstrip(".")
+    wanted = re.match("Expected `(.*?)`([^,]*)", said)
+    kinds, bound = wanted.groups() if wanted else ("float", "")  # a whole number that is too large for one
+    return f"{place} should be {' or '.join(_WORDS.get(kind, kind) for kind in kinds.split(' | '))}{bound}"

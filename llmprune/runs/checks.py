@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,7 @@ def finished(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:
         arguments = record.get("arguments")
         if not isinstance(arguments, dict):
             return None
-        known = {field.name for field in fields(PruneConfig)}
-        earlier = PruneConfig.create({name: value for name, value in arguments.items() if name in known})
+        earlier = PruneConfig.recorded(arguments)
     except InputError:
         return None
     whole = {path.name for path in output.iterdir()} == {RECORD, *(name.partition("/")[0] for name in files)}
