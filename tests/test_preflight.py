@@ -26,7 +26,6 @@ from llmprune.job.options import PruneConfig
 from llmprune.job.recipes import choose_recipe
 from llmprune.models.discover import find_blocks
 from llmprune.runs import preflight
-from llmprune.stream import mapped
 from llmprune.stream.activations import Activations
 from llmprune.stream.mapped import MappedTensors
 from llmprune.stream.source import ModelSource
@@ -159,16 +158,33 @@ def test_too_little_memory_is_told(free: int, mapped: bool, words: str | None, m
 
 
 def test_mapped_tensors_are_a_list(tmp_path: Path) -> None:
-    expected = [torch.randn(2, 3), torch.randn(7).bfloat16(), torch.randn(1, 5, 4)]
+    expected = [torch.randn(2, 3), torch.randn(7).bfloat16(), torch.randn(1, 5, 4), torch.randn(3, 4).T]
     held = MappedTensors(tmp_path, expected)
     copy = held.copy()
     held[1] = torch.ones(7, dtype=torch.bfloat16)
-    assert [torch.equal(a, b) for a, b in zip(held, expected, strict=True)] == [True, False, True]
+    assert [torch.equal(a, b) for a, b in zip(held, expected, strict=True)] == [True, False, True, True]
     assert all(torch.equal(a, b) for a, b in zip(copy, expected, strict=True))
     assert held[1].sum() == 7
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="--activations memory"):
         held[0] = torch.zeros(3, 2)
+    with pytest.raises(InputError, match=r"turns torch.float32 \[2, 3\] into torch.float64 \[2, 3\]"):
+        held[0] = torch.zeros(2, 3, dtype=torch.float64)
+    for change in (lambda: held.insert(0, expected[0]), lambda: held.pop()):
+        with pytest.raises(TypeError, match="stay where they are"):
+            change()
+
+
+def test_what_is_changed_in_a_mapped_tensor_is_changed_in_the_list(tmp_path: Path) -> None:
+    """And what is set in the list is seen in a tensor that was taken out before, which outlives the list."""
+    held = MappedTensors(tmp_path, [torch.zeros(5), torch.zeros(5000)])
+    held[1].add_(2)
+    assert held[1].sum() == 10_000
+    taken = held[0]
+    held[0] = torch.full((5,), 3.0)
+    held.append(torch.ones(9))
+    del held
+    assert taken.tolist() == [3.0] * 5
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts Linux's own descriptors")
@@ -200,24 +216,16 @@ def test_the_same_result_with_activations_on_disk(family: str, saved, tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"source", "memory", "disk"}
 
 
-@pytest.mark.parametrize("answer", [errno.EOPNOTSUPP, errno.EINVAL, None])
-def test_mapped_tensors_need_no_help_of_the_system(answer: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on macOS, or on a file system that reserves no room."""
+def test_a_disk_that_is_full_later_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on file systems that write elsewhere what replaces something."""
+    held = MappedTensors(tmp_path, [torch.zeros(100)])
 
-    def refuse(*_: object) -> None:
-        raise OSError(answer, "not here")
+    def refuse(file: int, data: memoryview, at: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if answer is None:
-        monkeypatch.delattr(os, "posix_fallocate")
-        monkeypatch.setattr(mapped, "_UNUSED", None)
-    else:
-        monkeypatch.setattr(os, "posix_fallocate", refuse)
-    expected = [torch.randn(2, 3), torch.randn(7).bfloat16(), torch.randn(3, 4).T]
-    held = MappedTensors(tmp_path, expected)
-    held[1] = expected[1] + 1
-    assert torch.equal(held[0], expected[0])
-    assert torch.equal(held[1], expected[1] + 1)
-    assert torch.equal(held[2], expected[2])
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(MachineError, match="no room for the activations in"):
+        held[0] = torch.ones(100)
 
 
 def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from llmprune.base.words import count
 from llmprune.data.documents import SEPARATOR, evaluation_protocol, load_documents
 
 Given: TypeAlias = Tensor | Mapping[str, Any] | Sequence[Any]  # calibration samples that the caller tokenised
+IGNORED = -100  # the label of what is not predicted; cross_entropy's own default
 _ENOUGH = 4  # calibration windows are drawn from this many times the tokens needed, where there are as many
 
 
@@ -71,6 +72,18 @@ class Windows:
     def tokens(self) -> int:
         """Real tokens."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
+
+def next_token_labels(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The tokens of one window that its others predict, (length - 1,), from the model's inputs for it, (1, length).
+
+    Padding is not predicted and predicts nothing: its labels are `IGNORED`.
+    """
+    labels = inputs["input_ids"][0, 1:]
+    if "attention_mask" not in inputs:
+        return labels
+    real = inputs["attention_mask"][0].bool()
+    return labels.masked_fill(~(real[1:] & real[:-1]), IGNORED)
 
 
 def calibration_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, seqlen: int, seed: int) -> Windows:

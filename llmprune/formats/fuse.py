@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from llmprune.formats.kernels.reference import Packed
 from llmprune.formats.layer import Sparse24Linear, replace_module
+from llmprune.models.families import ATTENTION, FEED_FORWARD
 
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_TOGETHER = dict.fromkeys(row.producers for row in (*ATTENTION, *FEED_FORWARD) if len(row.producers) > 1)
 
 
 class Fused(nn.Module):

@@ -15,12 +15,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmprune.base.processes import Ranks
-from llmprune.data.windows import Windows
+from llmprune.data.windows import IGNORED, Windows, next_token_labels
 from llmprune.job.record import Perplexity
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
-
-_IGNORED = -100  # cross_entropy's own default
 
 
 @torch.no_grad()
@@ -48,19 +46,11 @@ def streamed_perplexity(
 def _measure(windows: Windows, logits: Callable[[dict[str, Tensor]], Tensor], device: torch.device, ranks: Ranks) -> Perplexity:
     loss, predicted = torch.zeros((), dtype=torch.float64), 0
     for inputs in windows.batches(1, device):  # logits are large: one window at a time
-        labels = _labels(inputs)
-        loss += functional.cross_entropy(logits(inputs)[0, :-1].float(), labels, reduction="sum").double().cpu()
-        predicted += int((labels != _IGNORED).sum())
+        labels = next_token_labels(inputs)
+        each = functional.cross_entropy(logits(inputs)[0, :-1].float(), labels, reduction="sum", ignore_index=IGNORED)
+        loss += each.double().cpu()
+        predicted += int((labels != IGNORED).sum())
     total, tokens, count = ranks.totals(float(loss), predicted, len(windows.ids))
     mean = total / tokens
     value = math.exp(mean) if mean < 700 else math.inf
     return Perplexity(value, windows.text, int(tokens), int(count), windows.ids.shape[1])
-
-
-def _labels(inputs: dict[str, Tensor]) -> Tensor:
-    """The tokens of a window that its others predict, (length - 1,): padding is not predicted and predicts nothing."""
-    labels = inputs["input_ids"][0, 1:]
-    if "attention_mask" not in inputs:
-        return labels
-    real = inputs["attention_mask"][0].bool()
-    return labels.masked_fill(~(real[1:] & real[:-1]), _IGNORED)

@@ -1,4 +1,4 @@
-"""Find the decoder blocks of a model and the prunable matrices of a block, without knowing the family."""
+"""Find the decoder blocks of a model and the prunable matrices of a block; only routers are known by name."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from llmprune.base.errors import InputError
 from llmprune.models.experts import expert_sites, is_experts
+from llmprune.models.families import ROUTERS
 from llmprune.models.sites import Block, Site
 
-_ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})  # they choose experts; small, and never pruned
+_ROUTERS = frozenset(row.name for row in ROUTERS)  # they choose experts; small, and never pruned
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,53 +16,54 @@ from torch.nn import functional
 from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from llmprune.models.families import EXPERTS, EXPERTS_PER_TOKEN, FusedExperts
 from llmprune.models.sites import INNER, OUTER, Part, Site, show
 
 Experts = Any  # an nn.Module with the attributes that transformers' `use_experts_implementation` gives it
 _FORWARD = "llmprune"
 _ALL = "_llmprune_all_tokens"
-_CHOSEN = ("num_experts_per_tok", "top_k_experts")  # what configurations call how many experts a token is sent to
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` holds experts that `observable` can run."""
     if not hasattr(module, "_is_expert_parallel") or module.has_post_expert_norm:
         return False
-    return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in (_first(module), "down_proj"))
+    names = _names(module)
+    return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in (names.first, names.last))
 
 
 def experts_per_token(config: PretrainedConfig) -> int | None:
     """How many experts of a layer a token is sent to, by the model's configuration; None where it does not say."""
-    named = (getattr(config.get_text_config(), name, None) for name in _CHOSEN)
+    named = (getattr(config.get_text_config(), row.name, None) for row in EXPERTS_PER_TOKEN)
     return next((count for count in named if isinstance(count, int)), None)
 
 
 def expert_sites(name: str, module: Experts, storage: dict[str, torch.dtype]) -> list[Site]:
     """The matrices of the experts `module`, called `name` in full; `storage`: dtype on disk by the parameter's own name."""
     sites = []
-    first = _first(module)
+    names = _names(module)
     for expert in range(module.num_experts):
-        for matrix, parameter, part in _matrices(module, first, expert):
-            pool = f"{name}.{INNER if parameter == 'down_proj' else OUTER}"
+        for matrix, parameter, part in _matrices(module, names, expert):
+            pool = f"{name}.{INNER if parameter == names.last else OUTER}"
             full = f"{name}.{parameter}"
             sites.append(Site(f"{name}.{expert}.{matrix}", module, full, module.is_transposed, storage[parameter], part, pool))
     return sites
 
 
-def _first(module: Experts) -> str:
-    return "gate_up_proj" if module.has_gate else "up_proj"
+def _names(module: Experts) -> FusedExperts:
+    return next(row for row in EXPERTS if (len(row.matrices) > 1) == module.has_gate)
 
 
-def _matrices(module: Experts, first: str, expert: int) -> Iterator[tuple[str, str, Part]]:
+def _matrices(module: Experts, names: FusedExperts, expert: int) -> Iterator[tuple[str, str, Part]]:
     """Each matrix of one expert: its name, its parameter, and the part of it that it is."""
     if not module.has_gate:
-        yield "up_proj", first, (expert,)
+        yield names.matrices[0], names.first, (expert,)
     else:
-        rows = module.get_parameter(first).shape[2 if module.is_transposed else 1] // 2
+        rows = module.get_parameter(names.first).shape[2 if module.is_transposed else 1] // 2
         halves = (slice(0, rows), slice(rows, 2 * rows)) if module.is_concatenated else (slice(0, None, 2), slice(1, None, 2))
-        for matrix, half in zip(("gate_proj", "up_proj"), halves, strict=True):
-            yield matrix, first, (expert, slice(None), half) if module.is_transposed else (expert, half)
-    yield "down_proj", "down_proj", (expert,)
+        for matrix, half in zip(names.matrices, halves, strict=True):
+            yield matrix, names.first, (expert, slice(None), half) if module.is_transposed else (expert, half)
+    yield names.last, names.last, (expert,)
 
 
 @contextmanager
@@ -83,17 +84,17 @@ def observable(model: nn.Module, *, all_tokens: bool = False) -> Iterator[None]:
 
 def _forward(self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """hidden_states (tokens, width); top_k_index, top_k_weights (tokens, k). An expert that no token chose runs on none."""
-    out = torch.zeros_like(hidden_states)
+    out, names = torch.zeros_like(hidden_states), _names(self)
     everyone = torch.arange(len(hidden_states), device=hidden_states.device) if getattr(self, _ALL) else None
     for expert in range(self.num_experts):
         choice, chosen = torch.where((top_k_index == expert).T)
         tokens = chosen if everyone is None else everyone
         x = hidden_states[tokens]
         show(self, (expert, OUTER), x, tokens)
-        inner = _linear(self, _first(self), expert, x)
+        inner = _linear(self, names.first, expert, x)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         show(self, (expert, INNER), inner, tokens)
-        y = _linear(self, "down_proj", expert, inner if everyone is None else inner[chosen])
+        y = _linear(self, names.last, expert, inner if everyone is None else inner[chosen])
         out.index_add_(0, chosen, (y * top_k_weights[chosen, choice, None]).to(out.dtype))
     return out
 

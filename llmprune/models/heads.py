@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
+from llmprune.models.families import HEAD_WIDTH, QUERY_HEADS, VALUE_HEADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,8 @@ class Heads:
     def of(cls, config: PretrainedConfig) -> Heads:
         """Raises: InputError: the configuration does not say."""
         text = config.get_text_config()
-        query = getattr(text, "num_attention_heads", None)
+        query = getattr(text, QUERY_HEADS.name, None)
         if not query:
-            raise InputError(
-                f"the configuration of {config.model_type} has no num_attention_heads: its heads cannot be removed"
-            )
-        width = getattr(text, "head_dim", None) or text.hidden_size // query
-        return cls(query, getattr(text, "num_key_value_heads", None) or query, width)
+            raise InputError(f"the configuration of {config.model_type} has no {QUERY_HEADS.name}: its heads cannot be removed")
+        width = getattr(text, HEAD_WIDTH.name, None) or text.hidden_size // query
+        return cls(query, getattr(text, VALUE_HEADS.name, None) or query, width)

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
 from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.families import LEFT_OVER
 from llmprune.models.sites import Part
 
 
@@ -81,7 +82,8 @@ def _place(disk: str, source: str, converters: Sequence[WeightConverter], checkp
 
 
 def _compare(model: PreTrainedModel, state: dict[str, Tensor], found: dict[str, list[Piece]], checkpoint: Checkpoint) -> None:
-    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()] + [re.compile(r"rotary_emb\.inv_freq$")]
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *(row.name for row in LEFT_OVER)]
+    ignored = [re.compile(pattern) for pattern in patterns]
     tied = model.all_tied_weights_keys.items()
     there = {name for pair in tied if any(one in found for one in pair) for name in pair}  # of tied tensors one is enough
     missing = [name for name in state if name not in found and name not in there]

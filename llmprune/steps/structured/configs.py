@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from transformers import MistralConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from llmprune.base.errors import InputError, reason
 from llmprune.base.notation import Amount
+from llmprune.models.families import HEAD_WIDTH, IMPLIED_WIDTH, LAYER_LISTS, QUERY_HEADS, STRICTER, VALUE_HEADS, WIDTHS
 from llmprune.models.heads import Heads
 from llmprune.models.skeleton import FOREIGN
-
-_WIDTHS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
 
 def kept_neurons(amount: Amount, count: int, multiple: int) -> int:
@@ -78,8 +77,8 @@ def smaller_config(
 ) -> PretrainedConfig:
     """The configuration of the smaller model.
 
-    A Llama refuses a number of heads that does not divide its width. Without biases it is a Mistral without a sliding
-    window, the same mathematics, and that has no such rule.
+    A family that refuses a number of heads that does not divide its width becomes the one that computes the same, if there
+    is one in `models/families.py`.
 
     Raises:
         InputError: transformers would not load it.
@@ -91,20 +90,22 @@ def smaller_config(
     """
     smaller = copy.deepcopy(config)
     text = smaller.get_text_config()
-    if heads is not None and text.hidden_size % heads.query and text.model_type == "llama":
-        if text.attention_bias or text.mlp_bias:
-            raise InputError("a Llama with biases loads only with a number of heads that divides its width: remove other heads")
-        values = {
-            k: v for k, v in text.to_dict().items() if k not in ("model_type", "architectures", "attention_bias", "mlp_bias")
-        }
-        smaller = text = MistralConfig(**values, sliding_window=None)
+    strict = next((row for row in STRICTER if row.model_type == text.model_type), None)
+    if heads is not None and text.hidden_size % heads.query and strict is not None:
+        if any(getattr(text, name) for name in strict.biases):
+            raise InputError(
+                f"{strict.title} with biases loads only with a number of heads that divides its width: remove other heads"
+            )
+        own = {"model_type", "architectures", *strict.biases}
+        values = {name: value for name, value in text.to_dict().items() if name not in own}
+        smaller = text = AutoConfig.for_model(strict.equal, **values, **dict(strict.settings))
     try:
         for name, value in sizes_in(text, neurons, heads).items():
             setattr(text, name, value)
         if layers is not None:
-            for name in ("layer_types", "no_rope_layers"):
-                if isinstance(own := getattr(text, name, None), list):
-                    setattr(text, name, [own[i] for i in layers])
+            for row in LAYER_LISTS:
+                if isinstance(each := getattr(text, row.name, None), list):
+                    setattr(text, row.name, [each[i] for i in layers])
             text.num_hidden_layers = len(layers)
         type(text).from_dict(text.to_dict())  # what a change of attributes does not check
     except FOREIGN as error:
@@ -117,10 +118,10 @@ def sizes_in(text: PretrainedConfig, neurons: tuple[int, int] | None, heads: Hea
     found: dict[str, int] = {}
     if neurons is not None:
         before, after = neurons
-        names = [name for name in _WIDTHS if getattr(text, name, None) == before]
-        found |= dict.fromkeys(names or ["n_inner"], after)  # GPT-2's, None where it is four times the width
+        names = [row.name for row in WIDTHS if getattr(text, row.name, None) == before]
+        found |= dict.fromkeys(names or [IMPLIED_WIDTH.name], after)
     if heads is not None:
-        found |= {"num_attention_heads": heads.query, "num_key_value_heads": heads.value, "head_dim": heads.width}
+        found |= {QUERY_HEADS.name: heads.query, VALUE_HEADS.name: heads.value, HEAD_WIDTH.name: heads.width}
     return found
 
 

@@ -1,6 +1,6 @@
 """Which matrices of a block are coupled: rows of some make what columns of another read.
 
-Found by the names that transformers give them. Neurons: gate and up make what down reads, in each expert too. Heads:
+Found by the names in `models/families.py`. Neurons: gate and up make what down reads, in each expert too. Heads:
 q, k and v make what o reads; only where they are separate matrices, since all models that load with fewer heads than
 their width asks for have them so.
 """
@@ -12,20 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmprune.base.errors import InputError
+from llmprune.models.families import ATTENTION, FEED_FORWARD
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
 
 Kind = Literal["neurons", "heads"]
-
-_NEURONS = (
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("w1", "w3"), "w2"),
-    (("up_proj",), "down_proj"),
-    (("fc1",), "fc2"),
-    (("c_fc",), "c_proj"),
-    (("dense_h_to_4h",), "dense_4h_to_h"),
-)
-_OUT = ("o_proj", "out_proj", "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +46,8 @@ def neurons(block: Block) -> list[Group]:
     """
     found = [group for sites in _siblings(block).values() for group in _feed_forward(sites)]
     if not found:
-        raise InputError(f"found no neurons to remove in {block.name}: looked for {', '.join(last for _, last in _NEURONS)}")
+        looked = ", ".join(row.consumer for row in FEED_FORWARD)
+        raise InputError(f"found no neurons to remove in {block.name}: looked for {looked}")
     return found
 
 
@@ -67,10 +59,10 @@ def heads(block: Block, layout: Heads, *, whole: bool) -> Group:
         InputError: it is laid out in a way that is not known.
     """
     for sites in _siblings(block).values():
-        out = next((sites[name] for name in _OUT if name in sites), None)
-        if out is None or not {"q_proj", "k_proj", "v_proj"} <= sites.keys():
+        row = next((row for row in ATTENTION if {*row.producers, row.consumer} <= sites.keys()), None)
+        if row is None:
             continue
-        q, k, v = (sites[name] for name in ("q_proj", "k_proj", "v_proj"))
+        out, (q, k, v) = sites[row.consumer], (sites[name] for name in row.producers)
         if (q.rows, k.rows, v.rows, out.columns) == tuple(
             count * layout.width for count in (layout.query, layout.value, layout.value, layout.query)
         ):
@@ -90,10 +82,9 @@ def _siblings(block: Block) -> dict[str, dict[str, Site]]:
 
 
 def _feed_forward(sites: dict[str, Site]) -> Iterator[Group]:
-    for firsts, last in _NEURONS:
-        if last in sites and all(name in sites for name in firsts):
-            producers = [sites[name] for name in firsts]
-            count = sites[last].columns
-            if all(site.rows == count for site in producers):
-                yield Group("neurons", sites[last], producers, count)
+    for row in FEED_FORWARD:
+        if {*row.producers, row.consumer} <= sites.keys():
+            producers, consumer = [sites[name] for name in row.producers], sites[row.consumer]
+            if all(site.rows == consumer.columns for site in producers):
+                yield Group("neurons", consumer, producers, consumer.columns)
                 return

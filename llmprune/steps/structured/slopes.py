@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmprune.base.processes import Ranks
-from llmprune.data.windows import Windows
+from llmprune.data.windows import IGNORED, Windows, next_token_labels
 from llmprune.models.sites import Block, Site
 from llmprune.stream.activations import Activations, Hidden
 from llmprune.stream.capture import head
@@ -36,13 +36,10 @@ def loss_gradients(
 
 def _gradient(model: PreTrainedModel, blocks: Sequence[nn.Module], output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     output = output.detach().requires_grad_()
-    labels = inputs["input_ids"][0, 1:]
-    if "attention_mask" in inputs:
-        real = inputs["attention_mask"][0].bool()
-        labels = labels.masked_fill(~(real[1:] & real[:-1]), -100)
+    labels = next_token_labels(inputs)
     with torch.enable_grad():
         logits = head(model, blocks, output, **inputs)
-        loss = functional.cross_entropy(logits[0, :-1].float(), labels, reduction="sum", ignore_index=-100)
+        loss = functional.cross_entropy(logits[0, :-1].float(), labels, reduction="sum", ignore_index=IGNORED)
         return torch.autograd.grad(loss, output)[0]
 
 
