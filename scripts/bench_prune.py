@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,9 +41,11 @@ from llmprune.report.record import versions
 from llmprune.words import count
 
 
-def run_command(*arguments: str, launcher: Sequence[str] = (), threads: int | None = None) -> dict[str, Any]:
+def run_command(
+    *arguments: str, launcher: Sequence[str] = (), threads: int | None = None, keep: Path | None = None
+) -> dict[str, Any]:
     """Run llmprune in a process of its own, in an empty folder; returns its record, the wall seconds of the whole process and
-    what it printed.
+    what it printed. `keep` is where the folder that it wrote is copied.
     """
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     with tempfile.TemporaryDirectory() as scratch:
@@ -51,11 +54,13 @@ def run_command(*arguments: str, launcher: Sequence[str] = (), threads: int | No
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env, cwd=scratch)
         wall = time.perf_counter() - start
         (record,) = Path(scratch).glob("*/llmprune.json")
+        if keep:
+            shutil.copytree(record.parent, keep)
         return {"wall_seconds": wall, "printed": done.stdout, **json.loads(record.read_text())}
 
 
-def bench_job() -> dict[str, Any]:
-    record = run_command("--model", "llama", "--sparsity", "2:4")
+def bench_job(keep: Path | None = None) -> dict[str, Any]:
+    record = run_command("--model", "llama", "--sparsity", "2:4", keep=keep)
     return {
         "printed": record["printed"],
         "wall_seconds": record["wall_seconds"],
@@ -155,16 +160,16 @@ def bench_processes(sizes: tuple[int, ...] = (1, 2), repeats: int = 3) -> dict[s
     return {"rows": rows}
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"job": bench_job, "memory": bench_memory, "processes": bench_processes}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"job": bench_job, "memory": bench_memory, "processes": bench_processes}
 
 
-def measure(part: str) -> dict[str, Any]:
+def measure(part: str, **options: Any) -> dict[str, Any]:
     """What a part measures, after when and where."""
     return {
         "date": date.today().isoformat(),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "load_before": os.getloadavg()[0]},
         "versions": versions(),
-        **PARTS[part](),
+        **PARTS[part](**options),
     }
 
 
@@ -186,12 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="what to measure (default: all)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where to put the folder that the main job writes")
     args = parser.parse_args()
     parts = args.parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     known = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
-    results = known | {part: measure(part) for part in parts}
+    results = known | {part: measure(part, **({"keep": args.keep} if part == "job" else {})) for part in parts}
     show(results)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")
