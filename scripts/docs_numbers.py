@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from compare_peers import share
 from compare_peers import table as peers_table
 from compare_structured import table as structured_table
 
@@ -76,7 +77,7 @@ def selling() -> str:
     order = sorted(lost, key=lambda method: (method in PRESETS, -lost[method]))
     beside = {(c["tool"], c["method"], c["pattern"]): c for c in peers["cells"]}
     lines = [
-        f"| method | {' | '.join(patterns)} | seconds, 2:4 | seconds, 2:4, side by side |",
+        f"| method | {' | '.join(f'excess loss, {p}' for p in patterns)} | seconds, 2:4 | side by side: seconds, 2:4 |",
         f"|---|{'---:|' * (len(patterns) + 2)}",
     ]
     for method in order:
@@ -100,8 +101,15 @@ def _sold_how(own: Any, peers: dict[str, Any], cells: list[dict[str, Any]]) -> l
         f"Excess loss in nats a token, ln(perplexity / dense perplexity of {dense:.2f}), on held-out text: mean ± standard",
         f"deviation of three calibration draws ({dates(shown)}). Float32, one CPU thread; seconds are the pruning's own.",
         f"The llm-compressor rows and the last column are another measurement ({peers['date']}): both tools, turn about, on",
-        "the same tokens of one draw. Only seconds of the same column compare.",
+        f"the same tokens of one draw ([its losses of both](docs/methods.md#beside-llm-compressor)).{_rounded(peers)} Only seconds of",
+        "the same column compare.",
     ]
+
+
+def _rounded(peers: dict[str, Any]) -> str:
+    """Which cells of llm-compressor's hold fewer zeros than were asked for."""
+    cells = [c for c in peers["cells"] if c["pattern"] in SOLD and "zeros" in c and c["zeros"] < share(c["pattern"]) - 1e-3]
+    return "".join(f" Of its {c['method']} at {c['pattern']}, {c['zeros']:.1%} are zeros." for c in cells)
 
 
 def methods() -> str:
