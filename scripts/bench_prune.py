@@ -1,8 +1,12 @@
 """Measure the main job and the memory of streaming; print a table and write JSON.
 
-    python scripts/bench_prune.py [job] [memory] [processes] [--output eval/results/NAME.json]
+    python scripts/bench_prune.py [job] [memory] [processes] [--output eval/results/bench_prune.json]
 
-job:     `llmprune --model llama --sparsity 2:4` as a process of its own: wall seconds, seconds by phase, peak memory.
+Parts that the output file has and that are not asked for stay as they are; each says when and where it was measured, and how
+busy the machine was before it.
+
+job:     `llmprune --model llama --sparsity 2:4` as a process of its own: what it prints, wall seconds of the whole process,
+         seconds by phase, peak memory. The documentation's quick start is written from it.
 memory:  a synthetic checkpoint of 8 blocks and one of 32, turn about, each time pruned by SparseGPT in a process of its
          own: peak resident memory, median of three.
 processes: a synthetic checkpoint of 2 blocks pruned by `fast` to 2:4 in one process and in two, one thread each, turn about:
@@ -15,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,25 +41,28 @@ from llmprune.job.record import versions
 from llmprune.models.resolve import BUNDLED
 
 
-def run_command(*arguments: str, launcher: Sequence[str] = (), threads: int | None = None) -> dict[str, Any]:
-    """Run llmprune in a process of its own; returns its record and the wall seconds of the whole process."""
+def run_command(
+    *arguments: str, launcher: Sequence[str] = (), threads: int | None = None, keep: Path | None = None
+) -> dict[str, Any]:
+    """Run llmprune in a process of its own, in an empty folder; returns its record, the wall seconds of the whole process and
+    what it printed. `keep` is where the folder that it wrote is copied.
+    """
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "out"
+        command = [sys.executable, *launcher, "-m", "llmprune", *arguments]
         start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, *launcher, "-m", "llmprune", *arguments, "--output", str(output)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env=env,
-        )
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env, cwd=scratch)
         wall = time.perf_counter() - start
-        return {"wall_seconds": wall, **json.loads((output / "llmprune.json").read_text())}
+        (record,) = Path(scratch).glob("*/llmprune.json")
+        if keep:
+            shutil.copytree(record.parent, keep)
+        return {"wall_seconds": wall, "printed": done.stdout, **json.loads(record.read_text())}
 
 
-def bench_job() -> dict[str, Any]:
-    record = run_command("--model", "llama", "--sparsity", "2:4")
+def bench_job(keep: Path | None = None) -> dict[str, Any]:
+    record = run_command("--model", "llama", "--sparsity", "2:4", keep=keep)
     return {
+        "printed": record["printed"],
         "wall_seconds": record["wall_seconds"],
         "seconds": record["seconds"],
         "peak_memory_bytes": record["peak_memory"]["process"],
@@ -110,7 +118,7 @@ def random_bf16(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (0.02 * torch.randn(*shape, generator=generator)).to(torch.bfloat16)
 
 
-def bench_memory(depths: tuple[int, ...] = (8, 32), repeats: int = 3) -> list[dict[str, Any]]:
+def bench_memory(depths: tuple[int, ...] = (8, 32), repeats: int = 3) -> dict[str, Any]:
     settings = ["--method", "sparsegpt", "--calibration", "pydoc", "--samples", "8", "--seqlen", "256"]
     runs: dict[int, list[dict[str, Any]]] = {blocks: [] for blocks in depths}
     with tempfile.TemporaryDirectory() as scratch:
@@ -120,7 +128,7 @@ def bench_memory(depths: tuple[int, ...] = (8, 32), repeats: int = 3) -> list[di
         for blocks in depths * repeats:
             runs[blocks].append(run_command("--model", f"{scratch}/{blocks}", "--sparsity", "2:4", *settings))
     peaks = {blocks: [record["peak_memory"]["process"] for record in runs[blocks]] for blocks in depths}
-    return [
+    rows = [
         {
             "blocks": blocks,
             "checkpoint_bytes": runs[blocks][0]["size"]["bytes_before"],
@@ -129,9 +137,10 @@ def bench_memory(depths: tuple[int, ...] = (8, 32), repeats: int = 3) -> list[di
         }
         for blocks in depths
     ]
+    return {"rows": rows}
 
 
-def bench_processes(sizes: tuple[int, ...] = (1, 2), repeats: int = 3) -> list[dict[str, Any]]:
+def bench_processes(sizes: tuple[int, ...] = (1, 2), repeats: int = 3) -> dict[str, Any]:
     settings = ["--quality", "fast", "--calibration", "pydoc", "--samples", "16", "--seqlen", "512"]
     runs: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     with tempfile.TemporaryDirectory() as scratch:
@@ -140,7 +149,7 @@ def bench_processes(sizes: tuple[int, ...] = (1, 2), repeats: int = 3) -> list[d
             launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(size)]
             arguments = ["--model", scratch, "--sparsity", "2:4", *settings]
             runs[size].append(run_command(*arguments, launcher=launcher, threads=1)["seconds"])
-    return [
+    rows = [
         {
             "processes": size,
             "collect_seconds": statistics.median(run["forward"] + run["statistics"] for run in runs[size]),
@@ -148,20 +157,31 @@ def bench_processes(sizes: tuple[int, ...] = (1, 2), repeats: int = 3) -> list[d
         }
         for size in sizes
     ]
+    return {"rows": rows}
 
 
-PARTS: dict[str, Callable[[], Any]] = {"job": bench_job, "memory": bench_memory, "processes": bench_processes}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"job": bench_job, "memory": bench_memory, "processes": bench_processes}
+
+
+def measure(part: str, **options: Any) -> dict[str, Any]:
+    """What a part measures, after when and where."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "load_before": os.getloadavg()[0]},
+        "versions": versions(),
+        **PARTS[part](**options),
+    }
 
 
 def show(results: dict[str, Any]) -> None:
     if job := results.get("job"):
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in job["seconds"].items())
         print(f"main job: {job['wall_seconds']:.1f} s ({phases}), peak {job['peak_memory_bytes'] / 2**20:.0f} MiB")
-    for row in results.get("memory", []):
+    for row in results.get("memory", {}).get("rows", []):
         size, peak = row["checkpoint_bytes"] / 2**20, row["peak_memory_bytes"] / 2**20
         each = ", ".join(f"{peak / 2**20:.0f}" for peak in row["peaks_bytes"])
         print(f"streaming {count(row['blocks'], 'block')} ({size:.0f} MiB): peak {peak:.0f} MiB, median of {each}")
-    for row in results.get("processes", []):
+    for row in results.get("processes", {}).get("rows", []):
         print(
             f"{count(row['processes'], 'process')}: collect {row['collect_seconds']:.1f} s, solve {row['solve_seconds']:.1f} s"
         )
@@ -171,16 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="what to measure (default: all)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where to put the folder that the main job writes")
     args = parser.parse_args()
     parts = args.parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    results: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "versions": versions(),
-    }
-    results |= {part: PARTS[part]() for part in parts}
+    known = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+    results = known | {part: measure(part, **({"keep": args.keep} if part == "job" else {})) for part in parts}
     show(results)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")

@@ -5,7 +5,8 @@
 Makes a virtual environment for llm-compressor (from PyPI) in --environment and keeps it there. Each cell is a process of
 its own: it loads the model in float32, prunes it, and saves it; seconds are those of the pruning call, peak memory that of
 the process. Perplexity of all is then measured by the same code, on held-out text that no calibration saw. That both pruned
-the same matrices is checked.
+the same matrices is checked. Cells that the output file has with the same settings are kept, so that it can be stopped and run
+again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from llmprune.models.resolve import resolve
 from llmprune.runs.compare import dense_perplexity, evaluation, load_float32
 
 PEER, TORCH = "llmcompressor==0.14.0.1", "torch==2.13.0"
-METHODS, PATTERNS = ("wanda", "sparsegpt"), ("2:4", "50%")
+METHODS, PATTERNS = ("wanda", "sparsegpt"), ("2:4", "50%", "60%")
 
 _COMMON = """
 import json, resource, sys, time
@@ -64,7 +65,9 @@ from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 kind = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
 structure = {"mask_structure": pattern} if ":" in pattern else {}
-recipe = kind(sparsity=0.5, targets=["Linear"], ignore=["re:.*lm_head"], **structure)
+kept, _, of = pattern.partition(":")
+share = 1 - int(kept) / int(of) if of else float(pattern.rstrip("%")) / 100
+recipe = kind(sparsity=share, targets=["Linear"], ignore=["re:.*lm_head"], **structure)
 rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
 start = time.perf_counter()
 oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids),
@@ -95,14 +98,23 @@ def run(python: Path, code: str, arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def same_task(model: PreTrainedModel, tool: str) -> None:
-    """Half of the weights of the blocks' linear layers are zero, and none elsewhere: else the two do not compare."""
+def share(pattern: str) -> float:
+    """The fraction of zeros that a pattern asks for."""
+    kept, _, of = pattern.partition(":")
+    return 1 - int(kept) / int(of) if of else float(pattern.rstrip("%")) / 100
+
+
+def same_task(model: PreTrainedModel, tool: str, pattern: str) -> float:
+    """The share of zeros among the weights of the blocks' linear layers: the pattern's, and none elsewhere, else the two do not
+    compare. A share of each row may be rounded down to whole weights, as llm-compressor's Wanda does.
+    """
     blocks = [module for block in find_blocks(model).values() for module in block.modules() if isinstance(module, nn.Linear)]
     inside = 1 - sum(int(own.weight.count_nonzero()) for own in blocks) / sum(own.weight.numel() for own in blocks)
     embeddings = model.get_parameter("model.embed_tokens.weight")
     outside = 1 - int(embeddings.count_nonzero()) / embeddings.numel()
-    if abs(inside - 0.5) > 1e-3 or outside > 1e-3:
+    if abs(inside - share(pattern)) > 4e-3 or outside > 1e-3:
         raise SystemExit(f"{tool} left {inside:.1%} zeros in the blocks and {outside:.1%} in the embeddings: not comparable")
+    return inside
 
 
 def table(result: dict[str, Any]) -> str:
@@ -115,15 +127,26 @@ def table(result: dict[str, Any]) -> str:
         f"{count(result['windows'], 'evaluation window')}; float32, "
         f"{count(result['threads'], 'CPU thread')}, {result['date']}.",
         "",
-        "| pattern | method | tool | perplexity | excess loss | seconds | peak memory |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| pattern | method | tool | zeros | perplexity | excess loss | seconds | peak memory |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for cell in result["cells"]:
+        zeros = f"{cell['zeros']:.1%}" if "zeros" in cell else ""
         lines.append(
-            f"| {cell['pattern']} | {cell['method']} | {cell['tool']} {cell['version']} | {cell['perplexity']:.2f} | "
+            f"| {cell['pattern']} | {cell['method']} | {cell['tool']} {cell['version']} | {zeros} | {cell['perplexity']:.2f} | "
             f"{cell['excess_loss']:.4f} | {cell['seconds']:.1f} | {cell['peak_memory_bytes'] / 2**20:,.0f} MiB |"
         )
     return "\n".join(lines) + "\n"
+
+
+def known(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of an earlier run with these settings."""
+    if not output.exists():
+        return []
+    found = json.loads(output.read_text())
+    if differing := [name for name, value in settings.items() if name != "date" and found[name] != value]:
+        raise SystemExit(f"{output} was measured with other {', '.join(differing)}: choose another file")
+    return found["cells"]
 
 
 def main() -> None:
@@ -142,22 +165,25 @@ def main() -> None:
     dense = dense_perplexity(folder, args.windows)
     result: dict[str, Any] = {
         "date": date.today().isoformat(), "versions": versions(), "model": args.model, "dense": dense.value,
-        "samples": args.samples, "length": args.length, "windows": args.windows, "threads": args.threads, "cells": [],
+        "samples": args.samples, "length": args.length, "windows": args.windows, "threads": args.threads,
     }  # fmt: skip
+    result["cells"] = known(args.output, result)
+    done = {(cell["pattern"], cell["method"], cell["tool"]) for cell in result["cells"]}
     with tempfile.TemporaryDirectory() as scratch:
         tokens, saved = Path(scratch) / "tokens.safetensors", Path(scratch) / "model.safetensors"
         save_file({"ids": windows.ids.contiguous()}, tokens)
         for pattern in PATTERNS:
             for method in METHODS:
                 for tool, python, code in (("llmprune", Path(sys.executable), _OURS), ("llm-compressor", peer, _THEIRS)):
+                    if (pattern, method, tool) in done:
+                        continue
                     arguments = [str(folder), str(tokens), method, pattern, str(args.threads), str(saved)]
                     cell = {"pattern": pattern, "method": method, "tool": tool, **run(python, code, arguments)}
                     model = load_float32(folder)
                     with torch.no_grad():
                         model.load_state_dict(load_file(saved))
-                    same_task(model, tool)
-                    found = perplexity(model, text)
-                    cell |= {"perplexity": found.value, "excess_loss": excess_loss(dense, found)}
+                    zeros, found = same_task(model, tool, pattern), perplexity(model, text)
+                    cell |= {"zeros": zeros, "perplexity": found.value, "excess_loss": excess_loss(dense, found)}
                     result["cells"].append(cell)
                     args.output.write_text(json.dumps(result, indent=1) + "\n")
                     print(json.dumps(cell), flush=True)
