@@ -99,8 +99,8 @@ def _sold_how(own: Any, peers: dict[str, Any], cells: list[dict[str, Any]]) -> l
         f"Excess loss in nats a token, ln(perplexity / dense perplexity of {dense:.2f}), on held-out text: mean ± standard",
         f"deviation of three calibration draws ({dates(shown)}). Float32, one CPU thread; seconds are the pruning's own.",
         f"The llm-compressor rows and the last column are another measurement ({peers['date']}): both tools, turn about, on",
-        f"the same tokens of one draw ([its losses of both](docs/methods.md#beside-llm-compressor)).{_rounded(peers)} Only seconds of",
-        "the same column compare.",
+        "the same tokens of one draw ([its losses of both](docs/methods.md#beside-llm-compressor))."
+        f"{_rounded(peers)} Only seconds of the same column compare.",
     ]
 
 
@@ -154,8 +154,8 @@ def structured_speed() -> str:
         if row["removed"]:
             speeds = [f"{row[what]['times_dense']:.2f}x" for what in ("prefill", "decode")]
             lines.append(f"| {row['removed']:.0%} | {' | '.join(speeds)} | {row['ideal']:.2f}x |")
-    size = found["rows"][0]["parameters"] / 1e6
-    how = f"A random Llama of {size:.0f}M parameters, float32, {found['machine']['threads']} CPU cores, {found['date']}."
+    millions = found["rows"][0]["parameters"] / 1e6
+    how = f"A random Llama of {millions:.0f}M parameters, float32, {found['machine']['threads']} CPU cores, {found['date']}."
     return "\n".join(["", *lines, "", how, ""])
 
 
@@ -178,7 +178,7 @@ def _solvers() -> list[tuple[str, str]]:
     found, rows = read("bench_solvers"), []
     for solver in ("sparsegpt", "alps", "refit"):
         own = [row for row in found["rows"] if row["solver"] == solver and "plain_seconds" in row]
-        squares = [r for size in (1024, 2048) for r in own if r["shape"] == [size, size] and r["pattern"] == "2:4"]
+        squares = [r for side in (1024, 2048) for r in own if r["shape"] == [side, side] and r["pattern"] == "2:4"]
         times = ", ".join(f"{r['seconds']:.2f} s against {r['plain_seconds']:.2f}" for r in squares)
         ratio, same = [row["ratio"] for row in own], max(abs(r["error"] / r["plain_error"] - 1) for r in own)
         what = (
@@ -203,8 +203,8 @@ def _blocks() -> tuple[str, str]:
     seconds, tenth = found["seconds_by_block"], found["blocks"] // 10
     first, last = (median(part) for part in (seconds[:tenth], seconds[-tenth:]))
     what = (
-        f"streaming {found['blocks']} blocks of width {found['hidden']} ({size(found['checkpoint_bytes'])}) through Wanda: peak "
-        "memory beyond that of a process that has imported llmprune; seconds a block, median of the first and of the last "
+        f"streaming {found['blocks']} blocks of width {found['hidden']} ({size(found['checkpoint_bytes'])}) through Wanda: "
+        "peak memory beyond that of a process that has imported llmprune; seconds a block, median of the first and of the last "
         f"tenth; one core, {found['date']}"
     )
     return what, f"{size(found['peak_bytes'] - found['loaded_bytes'])}; {first:.1f} and {last:.1f}"
