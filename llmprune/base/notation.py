@@ -1,10 +1,12 @@
-"""What users write for how much: a sparsity, an amount to remove, a budget of parameters; and names of dtypes. No torch."""
+"""What users write: how much (a sparsity, an amount to remove, a budget of parameters), dtypes, one name or several."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from llmprune.base.errors import InputError
 
@@ -119,3 +121,8 @@ class Allowance:
         if left >= whole:
             raise InputError(f"target_params {self.text} leaves all of the {whole:,} parameters: ask for fewer")
         return left
+
+
+def listed(names: str | Path | Iterable[str | Path]) -> list[str]:
+    """One name, or several, as a list."""
+    return [str(names)] if isinstance(names, (str, Path)) else [str(name) for name in names]

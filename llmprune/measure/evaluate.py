@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmprune.base.errors import InputError, plain_errors, user_path
 from llmprune.base.files import RECORD, read_json
 from llmprune.base.hardware import pick_device, pick_dtype
+from llmprune.base.notation import listed
 from llmprune.base.words import count
 from llmprune.data.windows import Windows, evaluation_windows
 from llmprune.formats.loading import load
@@ -76,8 +77,8 @@ class Evaluation:
 def evaluate(
     model: str | Path,
     *,
-    texts: Sequence[str] = (),
-    tasks: Sequence[str] = (),
+    texts: str | Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     baseline: str | Path | None = None,
     task_path: str | Path | None = None,
     limit: int | None = None,
@@ -104,7 +105,8 @@ def evaluate(
     Raises:
         InputError: a text, task or model cannot be loaded, in one line.
     """
-    texts = list(texts) or ([] if tasks else ["pydoc"])
+    tasks = listed(tasks)
+    texts = listed(texts) or ([] if tasks else ["pydoc"])
     tell = tell or (lambda text: None)
     for name, value in {"batch_size": batch_size, "windows": windows, "limit": limit, "seqlen": seqlen - 1}.items():
         if value is not None and value < 1:

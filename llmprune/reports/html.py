@@ -10,6 +10,7 @@ from typing import Any
 
 from llmprune.base.errors import InputError, user_path
 from llmprune.base.files import file_to_write, write_whole
+from llmprune.base.notation import listed
 from llmprune.base.words import count
 from llmprune.reports.page import MOST, content
 from llmprune.reports.saved import read_runs
@@ -18,7 +19,11 @@ _TEMPLATE = "template.html.jinja"
 
 
 def report(
-    runs: Sequence[str], output: str | Path = "report.html", *, benches: Sequence[str] = (), overwrite: bool = False
+    runs: str | Path | Sequence[str | Path],
+    output: str | Path = "report.html",
+    *,
+    benches: str | Path | Sequence[str | Path] = (),
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a page about a run, or several side by side, and beside it all that it says as JSON, which is returned.
 
@@ -31,11 +36,12 @@ def report(
     Raises:
         InputError: a run or bench is damaged, or the page cannot be written; nothing has been.
     """
+    names, measured = listed(runs), listed(benches)
     target = file_to_write(str(output))
-    if len(runs) > MOST:
-        raise InputError(f"{count(len(runs), 'run')}: too many to tell apart on one page, name at most {MOST}")
-    found = read_runs(runs, benches)
-    inputs = [one.file for one in found] + [user_path(name, "bench") for name in benches]
+    if not 0 < len(names) <= MOST:
+        raise InputError(f"{count(len(names), 'run')} on one page: name one or more, and at most {MOST} to tell them apart")
+    found = read_runs(names, measured)
+    inputs = [one.file for one in found] + [user_path(name, "bench") for name in measured]
     twin = check_target(target, inputs, overwrite=overwrite)
     page = content(found)
     write_whole({twin: as_json(page), target: render(page, twin.name)})

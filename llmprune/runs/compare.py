@@ -14,14 +14,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.base.errors import InputError, plain_errors
-from llmprune.base.files import read_json, sha256, write_whole
+from llmprune.base.files import file_to_write, read_json, sha256, write_whole
 from llmprune.base.hardware import device_name, pick_device, restart_peak_memory
+from llmprune.base.notation import listed
 from llmprune.data.windows import Windows, evaluation_windows
 from llmprune.job.recipes import QUALITIES
 from llmprune.job.record import Perplexity, excess_loss, versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
-from llmprune.models.resolve import resolve
+from llmprune.models.resolve import resolve, spelled
 from llmprune.models.skeleton import load_config, load_model, load_tokenizer
 from llmprune.numerics.patterns import parse
 from llmprune.reports.comparison import PATTERNS, Cells, listing
@@ -32,11 +33,11 @@ CHOICES = (*METHODS.names(), *QUALITIES)
 
 
 def compare(
-    models: Sequence[str],
-    output: Path,
+    models: str | Path | Sequence[str | Path],
+    output: str | Path,
     *,
-    methods: Sequence[str] = CHOICES,
-    patterns: Sequence[str] = PATTERNS,
+    methods: str | Sequence[str] = CHOICES,
+    patterns: str | Sequence[str] = PATTERNS,
     seeds: int = 1,
     text: str = "pydoc",
     samples: int = 128,
@@ -60,19 +61,21 @@ def compare(
         InputError: a name is unknown, a model or text cannot be loaded, or the file is another's: of other settings, versions
             or weights, or from another device.
     """
+    output, methods = file_to_write(str(output)), listed(methods)
     for method in methods:
         if method not in QUALITIES:
             METHODS.get(method)
     for name, value in {"windows": windows, "seeds": seeds}.items():
         if value is not None and value < 1:
             raise InputError(f"{name} {value} is impossible: give at least 1")
-    names = [str(parse(pattern)) for pattern in patterns]
+    names = [str(parse(pattern)) for pattern in listed(patterns)]
+    called = [spelled(models)] if isinstance(models, (str, Path)) else [spelled(model) for model in models]
     with plain_errors():
         settings = {
             "text": text, "samples": samples, "seqlen": seqlen, "windows": windows, "dtype": "float32",
             "device": device_name(pick_device(device)), "threads": torch.get_num_threads(), "versions": versions(),
         }  # fmt: skip
-        checkpoints = {model: digest(resolve(model).path) for model in models}
+        checkpoints = {model: digest(resolve(model).path) for model in called}
         cells = _known(output, settings, checkpoints)
         done = {(cell["checkpoint"], cell["sparsity"], cell["method"], cell["seed"]) for cell in cells}
         for model, checkpoint in checkpoints.items():
