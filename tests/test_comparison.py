@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -136,9 +134,3 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("pattern", "share"), [("2:4", 0.5), ("50%", 0.5), ("1:4", 0.75), ("62.5%", 0.625)])
 def test_shares_of_patterns(pattern: str, share: float) -> None:
     assert _share(pattern) == share
-
-
-def test_the_tables_of_the_readme_are_generated() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "readme_tables.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, "up to date")

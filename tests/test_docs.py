@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "eval").rglob("*.md"))]
 FENCED = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
-REASON = re.compile(r"not run: .*\b(Hub|network|GPU|GPUs|port|browser|installs packages|test suite)\b")
+REASON = re.compile(r"not run: .*\b(Hub|network|GPU|GPUs|port|browser|installs packages|test suite|excerpt)\b")
 
 
 class Block(NamedTuple):
