@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "measure": {"base", "models", "data", "stream", "formats", "job"},
     "output": {"base", "numerics", "models", "data", "formats", "cost", "job"},
     "reports": {"base", "numerics", "models", "formats", "cost", "job", "output"},
-    "steps": {"models", "data", "stream", "job", "output"},
+    "steps": {"base", "models", "data", "stream", "job", "output"},
     "steps/weights": {"base", "numerics", "models", "data", "solvers", "stream", "job", "measure", "output", "steps"},
     "steps/structured": {
         *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "output", "steps/weights"),

@@ -13,7 +13,7 @@ from conftest import tiny_model, tokens
 from rich.console import Console as RichConsole
 from test_families import EXPERTS
 from test_resume import weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llmprune
 from llmprune.base.errors import InputError
@@ -28,6 +28,7 @@ from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
 from llmprune.models.experts import observable
 from llmprune.models.heads import Heads
+from llmprune.models.resolve import BUNDLED
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.output import resume
 from llmprune.output.verify import verify
@@ -379,6 +380,45 @@ def test_half_a_smaller_model_is_begun_anew(options: dict, saved, tmp_path: Path
     assert (tmp_path / ".out.partial").is_dir()
     llmprune.prune(source, output=out, **WEIGHTS)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+class KillInSecond(Notes):
+    """When the second block has lost something."""
+
+    def removed(self, removal: object) -> None:
+        if removal.block == 1:
+            raise Killed
+
+
+RESUMED = {
+    "structure": SMALLER | {"eval_text": "pydoc", "calibration": "pydoc", "samples": 6, "seqlen": 24},
+    "by layer": SMALLER | {"heads": "50%", "per_layer": True},
+    "a backward pass": SMALLER | {"score": "gradient", "layers": "1", "refit": False},
+    "both": BOTH,
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_half_a_smaller_model_goes_on(family: str, options: dict, saved, tmp_path: Path) -> None:
+    """From a bfloat16 checkpoint computed in float32, so that a lost rounding would show; to the last bit."""
+    if family == "gpt2" and "heads" in options:
+        pytest.skip("a GPT-2 with fewer heads does not load")
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    source, out = saved(model_of(family, vocab_size=len(tokenizer)).to(torch.bfloat16)), tmp_path / "out"
+    tokenizer.save_pretrained(source)
+    whole = llmprune.prune(source, output=tmp_path / "whole", **options).record
+    with pytest.raises(Killed):
+        llmprune.prune(source, output=out, progress=KillInSecond(), **options)
+    notes = Notes()
+    record = llmprune.prune(source, output=out, progress=notes, **options).record
+    assert any(note.startswith("going on after block 1") for note in notes.notes)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert [(one.block, one.site, one.error) for one in record.removals] == [
+        (one.block, one.site, one.error) for one in whole.removals
+    ]
+    assert (record.structure, record.dense, record.pruned) == (whole.structure, whole.dense, whole.pruned)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "out"}
 
 
 def test_layers_without_padding_in_their_loss(saved, tmp_path: Path) -> None:

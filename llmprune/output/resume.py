@@ -29,18 +29,23 @@ _AGAIN = "pass --restart to begin anew"
 class Manifest:
     """The finished blocks of the run in `folder`, in order.
 
+    Args:
+        run: where the folder is that of a step on the way, the manifest of the whole run, which then counts as begun, too.
+
     Attributes:
         blocks: of each finished block, what `commit` was given.
+        known: what the blocks have in common (JSON), kept with the first one.
         folder: where the shards are.
 
     Raises:
         InputError: the folder holds another run's blocks, or a manifest or shard that is not whole.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.folder, self._path = folder, folder / MANIFEST
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], run: Manifest | None = None) -> None:
+        self.folder, self._path, self._run = folder, folder / MANIFEST, run
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self.blocks: list[dict[str, Any]] = []
+        self.known: dict[str, Any] = {}
         self._shards: dict[str, str] = {}
         if self._path.exists():
             self._read()
@@ -56,7 +61,7 @@ class Manifest:
         if changed := [key for key in was | self._fingerprint if was.get(key) != self._fingerprint.get(key)]:
             what = ", ".join(f"{key} {was.get(key)} (now {self._fingerprint.get(key)})" for key in changed[:3])
             raise InputError(f"{self.folder} holds an unfinished run with other settings: {what}; repeat them, or {_AGAIN}")
-        self.blocks, self._shards = saved["blocks"], saved["shards"]
+        self.blocks, self.known, self._shards = saved["blocks"], saved["known"], saved["shards"]
         for file, expected in self._shards.items():
             path = self.folder / file
             if not path.is_file() or sha256(path) != expected:
@@ -71,8 +76,15 @@ class Manifest:
         """Count what comes before the first block as finished."""
         self._save(self._shards, self.blocks)
 
+    def on_the_way(self, folder: Path) -> Manifest:
+        """Of a step that comes before the last one and writes `folder`."""
+        return Manifest(folder, self._fingerprint, self)
+
     def _save(self, shards: dict[str, str], blocks: list[dict[str, Any]]) -> None:
-        saved = json.loads(json.dumps({"fingerprint": self._fingerprint, "shards": shards, "blocks": blocks}))
+        if self._run is not None:
+            self._run.begin()
+        content = {"fingerprint": self._fingerprint, "known": self.known, "shards": shards, "blocks": blocks}
+        saved = json.loads(json.dumps(content))
         draft = self._path.with_suffix(".draft")
         draft.write_text(json.dumps({"sum": _sum(saved), **saved}), encoding="utf-8")
         fsync(draft)
@@ -90,7 +102,7 @@ def continued(output: Path, fingerprint: Mapping[str, Any], restart: bool, tell:
     """A hidden folder beside `output` to fill and publish, with what an earlier run of the same fingerprint finished in it.
 
     On an error or ^C it stays, if a block is finished. `restart` empties it first; `tell` hears what a user should know. The
-    smaller model that the run makes on its way, in `between_folder`, stays and goes with it.
+    folder of a step on the way, `between_folder`, stays and goes with it.
 
     Raises:
         InputError: another run works in it, or it cannot be continued.
@@ -109,8 +121,9 @@ def continued(output: Path, fingerprint: Mapping[str, Any], restart: bool, tell:
         except SafetensorError as error:
             raise MachineError(f"cannot write the weights beside {output}: {reason(error)}") from None
         finally:
-            if partial.exists() and manifest.blocks:
-                tell(f"finished: {count(len(manifest.blocks), 'block')}; the same command goes on from there")
+            if (partial / MANIFEST).exists():
+                done = count(len(manifest.blocks), "block") if manifest.blocks else "the smaller model, in part or whole"
+                tell(f"finished: {done}; the same command goes on from there")
             else:
                 for folder in (partial, smaller):
                     shutil.rmtree(folder, ignore_errors=True)

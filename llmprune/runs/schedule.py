@@ -98,15 +98,19 @@ class Begun:
         """Write the step's folder whole, unless an earlier run has; returns its record, which starts where `earlier` does.
 
         Args:
-            manifest: of the unfinished output, on the process that writes.
+            manifest: of the run's unfinished output, on the process that writes.
         """
         job, into, record = self.stage.job, self.stage.into, self.record
         if not self.stage.last and job.ranks.agree((into / RECORD).is_file()):
             job.progress.note("the smaller model is there from an earlier run")
             return RunRecord.read(read_json(into / RECORD))
-        if manifest:
+        own = manifest
+        if manifest and not self.stage.last:
             into.mkdir(mode=0o700, exist_ok=True)
-        self.step.run(self.texts, record, into, manifest)
+            own = manifest.on_the_way(into)
+            if own.blocks:
+                job.progress.note(f"going on after block {len(own.blocks)} of the smaller model, which an earlier run finished")
+        self.step.run(self.texts, record, into, own)
         if earlier:
             record.follow(earlier)
         if manifest:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmprune.base.clock import Clock
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
 from llmprune.job.record import RunRecord
 from llmprune.models.names import Names
+from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
-from llmprune.stream.engine import Source
+from llmprune.output.shards import ShardWriter
+from llmprune.stream.engine import Sink, Source
 from llmprune.stream.source import CheckpointSource
 
 
@@ -88,7 +91,37 @@ class Step(Protocol):
         """Write the model's new folder, all but its card and record, and fill in `record`.
 
         Args:
-            manifest: of the run's unfinished output, on the process that writes; None: nothing is written. What an earlier run
-                finished is in `into`.
+            manifest: of `into`, on the process that writes; None: nothing is written. It has what an earlier run finished.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What came of the blocks that an earlier run finished, where they are, and where to commit those that come."""
+
+    finished: Sequence[Mapping[str, Any]]
+    writer: ShardWriter
+    manifest: Manifest | None
+
+    def has(self, block: Block) -> bool:
+        return block.index < len(self.finished)
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """A `Sink` that keeps each block, unless an earlier run did, and commits what came of it, as `report` says."""
+
+    sink: Sink
+    clock: Clock
+    report: Callable[[Block], Mapping[str, Any]]
+    resume: Resume | None
+
+    def put(self, block: Block) -> None:
+        if self.resume and self.resume.has(block):
+            return
+        with self.clock("write"):
+            self.sink.put(block)
+            if self.resume and self.resume.manifest:
+                report = {**self.report(block), "seconds": self.clock.seconds}
+                self.resume.manifest.commit(self.resume.writer.shard(block), report)

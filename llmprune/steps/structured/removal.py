@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,7 @@ class SmallerBlocks:
         tell: hears of every removal.
         removals: what was removed, in order.
         slopes: for a score that has `backward`, by site name.
+        finished: what came of the blocks that an earlier run has made, for `restore` to fill.
     """
 
     source: Source
@@ -103,11 +105,27 @@ class SmallerBlocks:
     tell: Callable[[Removal], None]
     removals: list[Removal]
     slopes: Mapping[str, Tensor]
+    finished: Sequence[Mapping[str, Any]]
+    restore: Callable[[Block], None]
 
     def blocks(self) -> Iterator[Block]:
         for block in self.source.blocks():
-            yield self._shrink(block)
+            yield self._repeat(block) if block.index < len(self.finished) else self._shrink(block)
             self.target.release(block.index)
+
+    def report(self, block: Block) -> dict[str, Any]:
+        """What came of a block, for `finished`."""
+        return {"removals": [asdict(one) for one in self.removals if one.block == block.index]}
+
+    def _repeat(self, block: Block) -> Block:
+        """The smaller block as an earlier run has made it."""
+        if self.dense is not None:
+            with self.clock("forward"):
+                self.dense.advance(block)
+        smaller = self.target.empty(block.index)
+        self.restore(smaller)
+        self.removals += [Removal(**one) for one in self.finished[block.index]["removals"]]
+        return smaller
 
     def _shrink(self, block: Block) -> Block:
         reference = block.copy() if self.dense is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,11 +17,13 @@ from llmprune.job.job import Job
 from llmprune.job.record import Perplexity, Removal, RunRecord
 from llmprune.models.experts import observable
 from llmprune.models.extras import copy_extras
+from llmprune.models.heads import Heads
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.models.target import Target
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import NoSink, ShardWriter
+from llmprune.steps.base import Keeper, Resume
 from llmprune.steps.structured.budget import Budget
 from llmprune.steps.structured.removal import Sizes, SmallerBlocks
 from llmprune.steps.structured.scores import SCORES
@@ -35,12 +37,37 @@ from llmprune.stream.source import CheckpointSource
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What stays: the layers, by number, the sizes of each, the model to fill; and what the score needs."""
+    """What stays, and what the dense model has shown.
+
+    Attributes:
+        layers: by number; `sizes` of each.
+        dense: the dense model's perplexity, where a text to evaluate on is named.
+        influence: of each layer of the dense model.
+        slopes: what a score with `backward` needs, by site name.
+    """
 
     layers: list[int]
     sizes: list[Sizes]
-    target: Target
+    dense: Perplexity | None
+    influence: list[float]
     slopes: Mapping[str, Tensor]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, without `slopes`."""
+        dense = asdict(self.dense) if self.dense else None
+        return {
+            "layers": self.layers,
+            "sizes": [asdict(own) for own in self.sizes],
+            "dense": dense,
+            "influence": self.influence,
+        }
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> Decision:
+        """What `as_dict` made."""
+        sizes = [Sizes(**{**own, "layout": Heads(**own["layout"]) if own["layout"] else None}) for own in saved["sizes"]]
+        dense = Perplexity(**saved["dense"]) if saved["dense"] else None
+        return cls(saved["layers"], sizes, dense, saved["influence"], {})
 
 
 class RemoveStructure:
@@ -72,18 +99,29 @@ class RemoveStructure:
         return self._dense(texts).probed(self._sizing.probes) if self._sizing.probes else 0
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
-        """Nothing of it can be gone on with: an unfinished one starts again."""
-        scouted = self.scout(texts)
-        decision = self._decide(texts, scouted)
-        writer = ShardWriter(decision.target, into, set(decision.target.names)) if manifest else None
-        record.dense, record.pruned = scouted.dense, self._stream(texts, decision, writer or NoSink())
+        job = self._job
+        finished, known = job.ranks.agree((manifest.blocks, manifest.known) if manifest else ([], {}))
+        if finished:
+            job.clock.add(finished[-1]["seconds"])
+        recall = finished and not self._backward()  # else the slopes are needed again
+        decision = Decision.read(known) if recall else self._decide(texts, self.scout(texts))
+        target = self._builder.target(decision.layers, decision.sizes)
+        writer = ShardWriter(target, into, set(target.names))
+        if manifest:
+            manifest.known = decision.as_dict()
+        record.dense = decision.dense
+        record.pruned = self._stream(texts, decision, target, Resume(finished, writer, manifest))
         record.removals = self.removals
-        record.structure = structure(decision, scouted, self._skeleton)
-        record.peak_memory = self._job.clock.peaks()
-        if writer:
-            with self._job.clock("write"):
+        record.structure = structure(decision, target, self._skeleton)
+        record.peak_memory = job.clock.peaks()
+        if manifest:
+            with job.clock("write"):
                 writer.finish()
-                self._write_extras(decision.target, into)
+                self._write_extras(target, into)
+
+    def _backward(self) -> bool:
+        """Whether the score needs a backward pass."""
+        return getattr(SCORES.get(self._job.config.score), "backward", False)
 
     def _dense(self, texts: Texts) -> Scout:
         return Scout(self._job, self._skeleton, texts, self._scratch)
@@ -97,15 +135,13 @@ class RemoveStructure:
 
     def scout(self, texts: Texts) -> Scouted:
         """Run the dense model."""
-        backward = getattr(SCORES.get(self._job.config.score), "backward", False)
-        return self._dense(texts).look(
-            Ask(self._sizing.ways, self._sizing.watched, self._sizing.drops, self._sizing.consumers if backward else None)
-        )
+        consumers = self._sizing.consumers if self._backward() else None
+        return self._dense(texts).look(Ask(self._sizing.ways, self._sizing.watched, self._sizing.drops, consumers))
 
     def _decide(self, texts: Texts, scouted: Scouted) -> Decision:
         """What stays."""
         layers, sizes = self._job.ranks.agree(self._sizing.decide(scouted, self._leaving(texts, scouted)))
-        return Decision(layers, sizes, self._builder.target(layers, sizes), scouted.slopes)
+        return Decision(layers, sizes, scouted.dense, scouted.influence, scouted.slopes)
 
     def _leaving(self, texts: Texts, scouted: Scouted) -> Iterator[int]:
         """Layers by block influence, or by what the loss becomes without them and those before; the least first."""
@@ -118,15 +154,15 @@ class RemoveStructure:
             layers.remove(layer)
             yield layer
 
-    def _stream(self, texts: Texts, decision: Decision, sink: Sink) -> Perplexity | None:
-        """Put the smaller model's blocks into `sink`; returns its perplexity, where a text to evaluate on is named."""
+    def _stream(self, texts: Texts, decision: Decision, target: Target, resume: Resume) -> Perplexity | None:
+        """Write the smaller model's blocks; returns its perplexity, where a text to evaluate on is named."""
         job, scout = self._job, self._dense(texts)
         feed = scout.record(texts.calibration, decision.layers)
         evaluated = scout.record(texts.evaluation, decision.layers) if texts.evaluation else None
         refit = job.config.refit is not False
         blocks = SmallerBlocks(
             CheckpointSource(self._skeleton, decision.layers),
-            decision.target,
+            target,
             decision.sizes,
             job.config.score,
             refit,
@@ -138,10 +174,18 @@ class RemoveStructure:
             job.progress.removed,
             self.removals,
             decision.slopes,
+            resume.finished,
+            resume.writer.restore,
         )
+        sink: Sink = resume.writer if resume.manifest else NoSink()
+
+        def visit(block: Block) -> None:
+            if resume.has(block):
+                job.progress.repeated(0)
+
         job.progress.start(len(decision.layers), 0)
-        with scout.observable(), observable(decision.target.model, all_tokens=job.config.all_experts):
-            stream(blocks, _Feeds(job, feed, evaluated), _Timed(job, sink), lambda block: None)
+        with scout.observable(), observable(target.model, all_tokens=job.config.all_experts):
+            stream(blocks, _Feeds(job, feed, evaluated), Keeper(sink, job.clock, blocks.report, resume), visit)
         if evaluated is None or texts.evaluation is None:
             return None
         return scout.perplexity(evaluated, texts.evaluation)
@@ -164,26 +208,16 @@ class _Feeds:
         self.job.progress.block(block.index)
 
 
-@dataclass(frozen=True, slots=True)
-class _Timed:
-    job: Job
-    sink: Sink
-
-    def put(self, block: Block) -> None:
-        with self.job.clock("write"):
-            self.sink.put(block)
-
-
-def structure(decision: Decision, scouted: Scouted, source: Skeleton) -> dict[str, Any]:
+def structure(decision: Decision, target: Target, source: Skeleton) -> dict[str, Any]:
     """For the record: what was removed, and what that made smaller."""
     gone = sorted(set(range(len(source.blocks))) - set(decision.layers))
     return {
         "removed_layers": gone,
-        "block_influence": scouted.influence,
+        "block_influence": decision.influence,
         "whole_groups_of_heads": decision.sizes[0].whole if decision.sizes[0].heads else None,
         "per_layer": [{"heads": own.heads, "neurons": own.neurons} for own in decision.sizes],
-        "architecture": type(decision.target.model).__name__,
+        "architecture": type(target.model).__name__,
         "before": footprint(source.model, source.describe()),
-        "after": footprint(decision.target.model, decision.target.describe()),
-        "differ_by_layer": decision.target.config.get_text_config().is_heterogeneous,
+        "after": footprint(target.model, target.describe()),
+        "differ_by_layer": target.config.get_text_config().is_heterogeneous,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmprune.base.clock import Clock
 from llmprune.base.errors import InputError
@@ -21,7 +20,7 @@ from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import NoSink, ShardWriter
-from llmprune.steps.base import Work
+from llmprune.steps.base import Keeper, Resume, Work
 from llmprune.steps.weights.reconstruct import check_batches
 from llmprune.steps.weights.selection import Selection, select_sites
 from llmprune.steps.weights.visitor import WeightPruner
@@ -59,18 +58,6 @@ class PruneWeights:
         if manifest:
             with job.clock("write"):
                 writer.finish()
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """What came of the blocks that an earlier run finished, where they are, and where to commit those that come."""
-
-    finished: Sequence[Mapping[str, Any]]
-    writer: ShardWriter
-    manifest: Manifest | None
-
-    def has(self, block: Block) -> bool:
-        return block.index < len(self.finished)
 
 
 def prune_weights(
@@ -122,9 +109,8 @@ def prune_weights(
 
     job.progress.start(len(blocks), len(selection.patterns))
     with observable(work.model, all_tokens=job.config.all_experts):
-        stream(
-            work.source, _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock), _Keeper(sink, clock, pruner, resume), visit
-        )
+        feeds = _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock)
+        stream(work.source, feeds, Keeper(sink, clock, pruner.report, resume), visit)
     _note_thin_experts(pruner.records, job.progress)
     if not pruner.records:
         raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
@@ -165,22 +151,3 @@ class _Feeds:
             with self.clock("evaluate"):
                 self.evaluation.advance(block)
         self.progress.block(block.index)
-
-
-@dataclass(frozen=True, slots=True)
-class _Keeper:
-    """Keeps each block, unless an earlier run did, and commits what came of it."""
-
-    sink: Sink
-    clock: Clock
-    pruner: WeightPruner
-    resume: Resume | None
-
-    def put(self, block: Block) -> None:
-        if self.resume and self.resume.has(block):
-            return
-        with self.clock("write"):
-            self.sink.put(block)
-            if self.resume and self.resume.manifest:
-                report = self.pruner.report(block) | {"seconds": self.clock.seconds}
-                self.resume.manifest.commit(self.resume.writer.shard(block), report)
