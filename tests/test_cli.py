@@ -219,6 +219,7 @@ BAD = {
     "flag": ([*MODEL, "--sparsty", "2:4"], "did you mean --sparsity"),
     "flag with value": ([*MODEL, "--sparsity", "2:4", "--seqlne=3"], "did you mean --seqlen"),
     "command": (["verfy", "x"], "unknown command 'verfy'; did you mean verify"),
+    "command at the end": (["--model", "llama", "verify"], "'verify' is a command, which comes first: llmprune verify"),
     "no model": (["--sparsity", "2:4"], "model is required: pass --model"),
     "no sparsity": (MODEL, "sparsity is required"),
     "samples": ([*MODEL, "--sparsity", "2:4", "--samples", "0"], "samples 0 is impossible"),

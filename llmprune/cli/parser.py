@@ -29,6 +29,8 @@ class Parser(argparse.ArgumentParser):
             flags = [string for action in self._actions for string in action.option_strings]
             if rest[0].startswith("-"):
                 raise unknown("flag", rest[0].split("=")[0], flags)
+            if rest[0] in COMMANDS.names():
+                raise InputError(f"{rest[0]!r} is a command, which comes first: llmprune {rest[0]} ...")
             if self.prog == "llmprune":
                 raise unknown("command", rest[0], COMMANDS.names())
             raise InputError(f"unexpected argument {rest[0]!r}; see {self.prog} --help")

@@ -61,7 +61,7 @@ class Manifest:
         if changed := [key for key in was | self._fingerprint if was.get(key) != self._fingerprint.get(key)]:
             what = ", ".join(f"{key} {was.get(key)} (now {self._fingerprint.get(key)})" for key in changed[:3])
             raise InputError(f"{self.folder} holds an unfinished run with other settings: {what}; repeat them, or {_AGAIN}")
-        self.blocks, self.known, self._shards = saved["blocks"], saved["known"], saved["shards"]
+        self.blocks, self.known, self._shards = saved["blocks"], saved.get("known", {}), saved["shards"]
         for file, expected in self._shards.items():
             path = self.folder / file
             if not path.is_file() or sha256(path) != expected:
