@@ -13,8 +13,7 @@ from llmprune.job.options import PruneConfig
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
 from llmprune.steps.structured.allocate import Layer, Part, Shape, shapes_that_save
-from llmprune.steps.structured.groups import heads, neurons
-from llmprune.steps.structured.removal import Sizes
+from llmprune.steps.structured.groups import Sizes, heads, neurons
 from llmprune.steps.structured.scouting import Scouted
 from llmprune.steps.structured.sizing import Builder, Watched, multiple, widths
 

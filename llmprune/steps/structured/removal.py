@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,57 +15,17 @@ from llmprune.base.clock import Clock
 from llmprune.base.errors import InputError
 from llmprune.base.processes import Ranks
 from llmprune.job.record import Removal, relative
-from llmprune.models.heads import Heads
-from llmprune.models.sites import Block, Site, Stage
+from llmprune.models.sites import Block, Stage
 from llmprune.models.target import Target
 from llmprune.numerics.linalg import kept_least_squares
 from llmprune.numerics.stats import SAMPLE_TOKENS, CrossGram, Gram, InputSample
-from llmprune.steps.structured.groups import Group, heads, neurons
+from llmprune.steps.structured.cutting import bias_name, bias_of, cut_block, members
+from llmprune.steps.structured.groups import Group, Sizes
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scores.base import Coupled
 from llmprune.steps.weights.observing import Observed, blend_experts
 from llmprune.stream.activations import Activations, PairedDense
 from llmprune.stream.engine import Source
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What stays in each block; None: all.
-
-    Attributes:
-        heads: how many query heads of `layout` stay; `whole`: groups of them go, with their keys and values.
-    """
-
-    neurons: int | None
-    heads: int | None
-    layout: Heads | None
-    whole: bool
-
-    def any(self) -> bool:
-        """Whether heads or neurons are removed."""
-        return self.neurons is not None or self.heads is not None
-
-    def left(self) -> Heads | None:
-        """The layout of heads that stays."""
-        if self.layout is None or self.heads is None:
-            return None
-        value = self.heads * self.layout.value // self.layout.query if self.whole else self.layout.value
-        return replace(self.layout, query=self.heads, value=value)
-
-    def steps(self, block: Block) -> list[list[Group]]:
-        """What to remove from together, heads first: what they lose, the neurons see."""
-        steps: list[list[Group]] = []
-        if self.layout is not None and self.heads is not None:
-            steps.append([heads(block, self.layout, whole=self.whole)])
-        if self.neurons is not None:
-            steps.append(neurons(block))
-        return steps
-
-    def stay(self, group: Group) -> int:
-        """How many parts of `group` stay."""
-        if group.kind == "neurons" or self.layout is None:
-            return self.neurons or group.count
-        return (self.heads or group.count) * group.count // self.layout.query
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +111,7 @@ class SmallerBlocks:
                     rows[site.name] = members(kept, group.count, site.rows)
         if not steps and self.dense is not None and reference is not None:
             self.dense.advance(reference)
-        return _cut(block, rows, columns, self.target)
+        return cut_block(block, rows, columns, self.target)
 
     def _observe(self, stage: Stage, device: torch.device) -> Observed:
         return observe(stage, device, self.tokens, self.clock, corrected=self.dense is not None)
@@ -167,8 +127,8 @@ class SmallerBlocks:
                 self.ranks.of(0, tensor)  # all processes must keep the same
             site.write(found.weight)
             if found.shift is not None:
-                bias = _bias_of(block, site)
-                bias.copy_((bias.float() + found.shift).to(block.storage[f"{block.name}.{_bias(site, block)}"]))
+                bias = bias_of(block, site)
+                bias.copy_((bias.float() + found.shift).to(block.storage[f"{block.name}.{bias_name(site, block)}"]))
             lost, whole = self.ranks.totals(*seen.sample.errors(dense, site.weight.float(), found.shift))
         error, seconds = relative(lost, whole), time.perf_counter() - start
         counts = group.count * group.each, stay * group.each
@@ -244,7 +204,7 @@ def without(block: Block, groups: Sequence[Group], found: Sequence[Removed]) -> 
     """The block as if what was found had been removed."""
     sites = [group.consumer for group in groups]
     weights = [site.weight.clone() for site in sites]
-    biases = [(_bias_of(block, site), one.shift) for site, one in zip(sites, found, strict=True) if one.shift is not None]
+    biases = [(bias_of(block, site), one.shift) for site, one in zip(sites, found, strict=True) if one.shift is not None]
     kept = [bias.clone() for bias, _ in biases]
     try:
         for site, one in zip(sites, found, strict=True):
@@ -257,66 +217,3 @@ def without(block: Block, groups: Sequence[Group], found: Sequence[Removed]) -> 
             site.weight.copy_(weight)
         for (bias, _), value in zip(biases, kept, strict=True):
             bias.copy_(value)
-
-
-def check_fit(block: Block, smaller: Block, sizes: Sizes) -> None:
-    """The block that transformers build must have the sizes that it is to have.
-
-    Raises:
-        InputError: it has others.
-    """
-    rows: dict[str, int] = {}
-    columns: dict[str, int] = {}
-    for group in (group for step in sizes.steps(block) for group in step):
-        stay = sizes.stay(group)
-        columns[group.consumer.name] = group.consumer.columns * stay // group.count
-        rows |= {site.name: site.rows * stay // group.count for site in group.producers}
-    for old, new in zip(block.sites, smaller.sites, strict=True):
-        wanted = (rows.get(old.name, old.rows), columns.get(old.name, old.columns))
-        if (new.rows, new.columns) != wanted:
-            raise InputError(
-                f"transformers do not load {block.name.rpartition('.')[0]} of that size: the configuration has no number that "
-                f"makes {old.name} {wanted[0]} x {wanted[1]}"
-            )
-    biases = {_bias(site, block): rows[site.name] for site in block.sites if site.name in rows and not site.part}
-    own = {site.parameter for site in block.sites}
-    for path, parameter in block.module.named_parameters():
-        shape, built = list(parameter.shape), list(smaller.module.get_parameter(path).shape)
-        if f"{block.name}.{path}" not in own and built != ([biases[path]] if path in biases else shape):
-            raise InputError(f"{block.name}.{path} of {shape} has no place in a smaller block, which would have {built}")
-
-
-def _cut(block: Block, rows: dict[str, Tensor], columns: dict[str, Tensor], target: Target) -> Block:
-    """The target's block with what stays of this one."""
-    found = target.empty(block.index)
-    biases = {_bias(site, block): rows[site.name] for site in block.sites if site.name in rows and not site.part}
-    for path, parameter in block.module.named_parameters():
-        if any(site.parameter == f"{block.name}.{path}" for site in block.sites):
-            continue
-        value = parameter.data[biases[path]] if path in biases else parameter.data
-        _put(f"{block.name}.{path}", value, found.module.get_parameter(path).data)
-    for old, new in zip(block.sites, found.sites, strict=True):
-        weight = old.weight[rows[old.name]] if old.name in rows else old.weight
-        _put(old.name, weight[:, columns[old.name]] if old.name in columns else weight, new.weight)
-    return found
-
-
-def _put(name: str, value: Tensor, into: Tensor) -> None:
-    if value.shape != into.shape:
-        raise InputError(
-            f"{name} of {list(value.shape)} does not fit a smaller block's {list(into.shape)}: it cannot be removed from"
-        )
-    into.copy_(value)
-
-
-def _bias_of(block: Block, site: Site) -> Tensor:
-    return block.module.get_parameter(_bias(site, block)).data
-
-
-def _bias(site: Site, block: Block) -> str:
-    return site.parameter.removeprefix(f"{block.name}.").rpartition(".")[0] + ".bias"
-
-
-def members(kept: Tensor, count: int, size: int) -> Tensor:
-    """The rows or columns, of `size`, that belong to the parts `kept` of `count`."""
-    return torch.arange(size, device=kept.device).view(count, -1)[kept].flatten()

@@ -27,8 +27,8 @@ from llmprune.steps.structured.configs import (
     uneven_config,
     ways_to_keep_heads,
 )
-from llmprune.steps.structured.groups import neurons
-from llmprune.steps.structured.removal import Sizes, check_fit
+from llmprune.steps.structured.cutting import check_fit
+from llmprune.steps.structured.groups import Sizes, neurons
 from llmprune.steps.structured.scouting import Scouted, Watched
 
 _WIDE, _ROUND, _ROUND_TINY = 1024, 64, 8  # neurons from which multiples of 64 stay; else of 8

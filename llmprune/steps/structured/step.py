@@ -25,7 +25,8 @@ from llmprune.output.resume import Manifest
 from llmprune.output.shards import NoSink, ShardWriter
 from llmprune.steps.base import Keeper, Resume
 from llmprune.steps.structured.budget import Budget
-from llmprune.steps.structured.removal import Sizes, SmallerBlocks
+from llmprune.steps.structured.groups import Sizes
+from llmprune.steps.structured.removal import SmallerBlocks
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scouting import Ask, Scout, Scouted
 from llmprune.steps.structured.sizing import Amounts, Builder
