@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "steps": {"base", "models", "data", "stream", "job", "output"},
     "steps/weights": {"base", "numerics", "models", "data", "solvers", "stream", "job", "measure", "output", "steps"},
     "steps/structured": {
-        *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "output", "steps/weights"),
+        *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "output"),
+        *("steps", "steps/weights"),
     },
     "runs": {
         *("base", "numerics", "models", "data", "solvers", "stream", "cost", "job", "measure", "output", "reports"),
