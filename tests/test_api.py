@@ -14,6 +14,7 @@ from llmprune.base.errors import InputError
 from llmprune.runs.compare import compare
 
 ROOT = Path(llmprune.__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 VERBS = sorted(set(api.__all__) - {"Result"})
 
 
@@ -22,7 +23,7 @@ def test_every_verb_is_public_documented_and_no_room() -> None:
     for verb in VERBS:
         assert callable(getattr(llmprune, verb)), verb
         assert f"| `{verb}`" in str(api.__doc__) or f"`{verb}` |" in str(api.__doc__), verb
-        assert f"llmprune.{verb}(" in (ROOT.parent / "docs" / "python.md").read_text(), verb
+        assert f"llmprune.{verb}(" in (DOCS / "python.md").read_text(), verb
     rooms = {path.stem for path in ROOT.iterdir()}
     assert rooms.isdisjoint(VERBS), "a submodule would take the verb's place when it is imported"
 

@@ -59,7 +59,7 @@ class Decision:
         return {
             "layers": self.layers,
             "sizes": [asdict(own) for own in self.sizes],
-            "dense": dense,
+            "perplexity": dense,
             "influence": self.influence,
         }
 
@@ -67,7 +67,7 @@ class Decision:
     def read(cls, saved: Mapping[str, Any]) -> Decision:
         """What `as_dict` made."""
         sizes = [Sizes(**{**own, "layout": Heads(**own["layout"]) if own["layout"] else None}) for own in saved["sizes"]]
-        dense = Perplexity(**saved["dense"]) if saved["dense"] else None
+        dense = Perplexity(**saved["perplexity"]) if saved["perplexity"] else None
         return cls(saved["layers"], sizes, dense, saved["influence"], {})
 
 
