@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TEXT = "my-text.txt"  # a file of the reader's own; here, what every run is evaluated on
+TEXT = "my-text.txt"  # a file of the reader's own; here, what runs calibrate and are evaluated on
 # What is asked for where an example says nothing, so that examples can be what a reader would type and still take a second:
 # fewer and shorter windows for calibration and evaluation, fewer sizes to time.
 QUICK = {
-    "prune": {"--samples": "8", "--seqlen": "64", "--eval-text": TEXT},
-    "compare": {"--samples": "8", "--seqlen": "64", "--windows": "4"},
+    "prune": {"--samples": "8", "--seqlen": "64", "--calibration": TEXT, "--eval-text": TEXT},
+    "compare": {"--samples": "8", "--seqlen": "64", "--windows": "4", "--text": TEXT},
     "eval": {"--windows": "4", "--seqlen": "128"},
     "bench": {"--tokens": "1", "--batches": "1", "--length": "8"},
 }
@@ -42,7 +42,7 @@ def quick_prune(prune: Any) -> Any:
     """`llmprune.prune` with the same choices, where it reads its calibration text itself."""
 
     def quicker(model: Any, **options: Any) -> Any:
-        chosen = {} if "calibration" in options else {"samples": 8, "seqlen": 64, "eval_text": TEXT}
+        chosen = {} if "calibration" in options else {"samples": 8, "seqlen": 64, "calibration": TEXT, "eval_text": TEXT}
         return prune(model, **(chosen | options))
 
     return quicker
