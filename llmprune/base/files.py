@@ -121,6 +121,6 @@ def file_to_write(text: str) -> Path:
         raise InputError(f"cannot write {text}: its folder does not exist")
     if path.is_dir():
         raise InputError(f"cannot write {text}: it is a folder")
-    if any((path.resolve().parent / name).is_file() for name in ("config.json", "llmprune.json")):
+    if any((path.resolve().parent / name).is_file() for name in ("config.json", RECORD)):
         raise InputError(f"cannot write {text}: a model lies in its folder, which stays as it is; choose another")
     return path

@@ -40,13 +40,6 @@ class Layout(Protocol):
         ...
 
 
-class NoSink:
-    """A `Sink` that keeps nothing: the model in memory is the result."""
-
-    def put(self, block: Block) -> None:
-        pass
-
-
 class ShardWriter:
     """A `Sink`: one safetensors shard a block, further ones for what is outside the blocks, then the index.
 

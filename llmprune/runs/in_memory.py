@@ -20,7 +20,6 @@ from llmprune.models.discover import find_blocks
 from llmprune.models.names import Names, locate, match_names
 from llmprune.models.resolve import ModelFolder
 from llmprune.models.sites import part_text, read_part
-from llmprune.output.shards import NoSink
 from llmprune.output.write import write_record
 from llmprune.runs.announce import announce, claim_output
 from llmprune.runs.texts import choose_texts
@@ -70,7 +69,7 @@ def prune_in_memory(
         predicted={},
     )
     with _evaluating(model):
-        prune_weights(job, work, selection, texts, NoSink(), record, set())
+        prune_weights(job, work, selection, texts, record, set())
     if output is not None and job.ranks.first:
         with published(output, overwrite=job.config.overwrite) as partial, job.clock("write"):
             model.save_pretrained(partial)

@@ -15,13 +15,15 @@ from transformers import PreTrainedModel
 from llmprune.base.clock import Clock
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
+from llmprune.job.progress import Progress
 from llmprune.job.record import RunRecord
 from llmprune.models.names import Names
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.stream.engine import Sink, Source
+from llmprune.stream.activations import Activations
+from llmprune.stream.engine import Source
 from llmprune.stream.source import CheckpointSource
 
 
@@ -107,12 +109,20 @@ class Resume:
     def has(self, block: Block) -> bool:
         return block.index < len(self.finished)
 
+    @classmethod
+    def of(cls, job: Job, manifest: Manifest | None, writer: ShardWriter) -> Resume:
+        """What all processes agree on; counts the time that the earlier run took."""
+        finished = job.ranks.agree(manifest.blocks if manifest else [])
+        if finished:
+            job.clock.add(finished[-1]["seconds"])
+        return cls(finished, writer, manifest)
+
 
 @dataclass(frozen=True, slots=True)
 class Keeper:
-    """A `Sink` that keeps each block, unless an earlier run did, and commits what came of it, as `report` says."""
+    """A `Sink` that writes each block, unless an earlier run did, and commits what came of it, as `report` says. On a process
+    that does not write, or of a model in memory, it keeps nothing."""
 
-    sink: Sink
     clock: Clock
     report: Callable[[Block], Mapping[str, Any]]
     resume: Resume | None
@@ -121,7 +131,27 @@ class Keeper:
         if self.resume and self.resume.has(block):
             return
         with self.clock("write"):
-            self.sink.put(block)
             if self.resume and self.resume.manifest:
+                self.resume.writer.put(block)
                 report = {**self.report(block), "seconds": self.clock.seconds}
                 self.resume.manifest.commit(self.resume.writer.shard(block), report)
+
+
+@dataclass(frozen=True, slots=True)
+class Feeds:
+    """A `Feed` that advances the calibration stream, up to the inputs of block `last`, and the evaluation stream, if any."""
+
+    calibration: Activations
+    evaluation: Activations | None
+    last: int
+    progress: Progress
+    clock: Clock
+
+    def advance(self, block: Block) -> None:
+        if block.index < self.last:
+            with self.clock("forward"):
+                self.calibration.advance(block)
+        if self.evaluation is not None:
+            with self.clock("evaluate"):
+                self.evaluation.advance(block)
+        self.progress.block(block.index)

@@ -22,8 +22,8 @@ from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.models.target import Target
 from llmprune.output.resume import Manifest
-from llmprune.output.shards import NoSink, ShardWriter
-from llmprune.steps.base import Keeper, Resume
+from llmprune.output.shards import ShardWriter
+from llmprune.steps.base import Feeds, Keeper, Resume
 from llmprune.steps.structured.budget import Budget
 from llmprune.steps.structured.groups import Sizes
 from llmprune.steps.structured.removal import SmallerBlocks
@@ -31,8 +31,7 @@ from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scouting import Ask, Scout, Scouted
 from llmprune.steps.structured.sizing import Amounts, Builder
 from llmprune.steps.weights.selection import select_sites
-from llmprune.stream.activations import Activations
-from llmprune.stream.engine import Sink, stream
+from llmprune.stream.engine import stream
 from llmprune.stream.source import CheckpointSource
 
 
@@ -101,17 +100,15 @@ class RemoveStructure:
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job = self._job
-        finished, known = job.ranks.agree((manifest.blocks, manifest.known) if manifest else ([], {}))
-        if finished:
-            job.clock.add(finished[-1]["seconds"])
-        recall = finished and not self._backward()  # else the slopes are needed again
+        known = job.ranks.agree(manifest.known if manifest else {})
+        recall = known and not self._backward()  # else the slopes are needed again
         decision = Decision.read(known) if recall else self._decide(texts, self.scout(texts))
         target = self._builder.target(decision.layers, decision.sizes)
         writer = ShardWriter(target, into, set(target.names))
         if manifest:
             manifest.known = decision.as_dict()
         record.dense = decision.dense
-        record.pruned = self._stream(texts, decision, target, Resume(finished, writer, manifest))
+        record.pruned = self._stream(texts, decision, target, Resume.of(job, manifest, writer))
         record.removals = self.removals
         record.structure = structure(decision, target, self._skeleton)
         record.peak_memory = job.clock.peaks()
@@ -178,7 +175,6 @@ class RemoveStructure:
             resume.finished,
             resume.writer.restore,
         )
-        sink: Sink = resume.writer if resume.manifest else NoSink()
 
         def visit(block: Block) -> None:
             if resume.has(block):
@@ -186,27 +182,11 @@ class RemoveStructure:
 
         job.progress.start(len(decision.layers), 0)
         with scout.observable(), observable(target.model, all_tokens=job.config.all_experts):
-            stream(blocks, _Feeds(job, feed, evaluated), Keeper(sink, job.clock, blocks.report, resume), visit)
+            feeds = Feeds(feed, evaluated, len(decision.layers), job.progress, job.clock)
+            stream(blocks, feeds, Keeper(job.clock, blocks.report, resume), visit)
         if evaluated is None or texts.evaluation is None:
             return None
         return scout.perplexity(evaluated, texts.evaluation)
-
-
-@dataclass(frozen=True, slots=True)
-class _Feeds:
-    """Moves the calibration and evaluation streams on."""
-
-    job: Job
-    calibration: Activations
-    evaluation: Activations | None
-
-    def advance(self, block: Block) -> None:
-        with self.job.clock("forward"):
-            self.calibration.advance(block)
-        if self.evaluation is not None:
-            with self.job.clock("evaluate"):
-                self.evaluation.advance(block)
-        self.job.progress.block(block.index)
 
 
 def structure(decision: Decision, target: Target, source: Skeleton) -> dict[str, Any]:

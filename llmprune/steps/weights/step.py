@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from llmprune.base.clock import Clock
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
 from llmprune.data.windows import Texts, Windows
@@ -19,13 +17,13 @@ from llmprune.models.extras import copy_extras
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
-from llmprune.output.shards import NoSink, ShardWriter
-from llmprune.steps.base import Keeper, Resume, Work
+from llmprune.output.shards import ShardWriter
+from llmprune.steps.base import Feeds, Keeper, Resume, Work
 from llmprune.steps.weights.reconstruct import check_batches
 from llmprune.steps.weights.selection import Selection, select_sites
 from llmprune.steps.weights.visitor import WeightPruner
 from llmprune.stream.activations import Activations
-from llmprune.stream.engine import Sink, stream
+from llmprune.stream.engine import stream
 
 
 class PruneWeights:
@@ -47,14 +45,11 @@ class PruneWeights:
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, edited = self._job, set[str]()
-        finished = job.ranks.agree(manifest.blocks if manifest else [])
-        if finished:
-            job.clock.add(finished[-1]["seconds"])
+        writer = ShardWriter(self._skeleton, into, edited)
+        resume = Resume.of(job, manifest, writer)
         if manifest:
             copy_extras(self._skeleton.checkpoint.folder, into)
-        writer = ShardWriter(self._skeleton, into, edited)
-        resume = Resume(finished, writer, manifest)
-        prune_weights(job, self._work, self._selection, texts, writer if manifest else NoSink(), record, edited, resume)
+        prune_weights(job, self._work, self._selection, texts, record, edited, resume)
         if manifest:
             with job.clock("write"):
                 writer.finish()
@@ -65,7 +60,6 @@ def prune_weights(
     work: Work,
     selection: Selection,
     texts: Texts,
-    sink: Sink,
     record: RunRecord,
     edited: set[str],
     resume: Resume | None = None,
@@ -109,8 +103,8 @@ def prune_weights(
 
     job.progress.start(len(blocks), len(selection.patterns))
     with observable(work.model, all_tokens=job.config.all_experts):
-        feeds = _Feeds(feed, pruned, len(blocks) - 1, job.progress, clock)
-        stream(work.source, feeds, Keeper(sink, clock, pruner.report, resume), visit)
+        feeds = Feeds(feed, pruned, len(blocks) - 1, job.progress, clock)
+        stream(work.source, feeds, Keeper(clock, pruner.report, resume), visit)
     _note_thin_experts(pruner.records, job.progress)
     if not pruner.records:
         raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
@@ -131,23 +125,3 @@ def _note_thin_experts(records: Sequence[SiteRecord], progress: Progress) -> Non
             f"with fewer tokens than inputs ({least.name}: {least.tokens}), {count(len(thin), 'expert matrix')} must lean on "
             "all experts' statistics; more --samples or --all-experts give each its own"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Feeds:
-    """Advances the calibration stream, up to the inputs of the `last` block, and the pruned evaluation stream, if any."""
-
-    calibration: Activations
-    evaluation: Activations | None
-    last: int
-    progress: Progress
-    clock: Clock
-
-    def advance(self, block: Block) -> None:
-        if block.index < self.last:
-            with self.clock("forward"):
-                self.calibration.advance(block)
-        if self.evaluation is not None:
-            with self.clock("evaluate"):
-                self.evaluation.advance(block)
-        self.progress.block(block.index)
