@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from llmprune.models.sites import Block
 from llmprune.output.verify import verify
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
+from llmprune.stream.tapes import Tapes
+
+CPU = torch.device("cpu")
 
 _OLD = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 DENSE: dict[str, dict] = FAMILIES | {
@@ -111,6 +115,27 @@ def test_replay_is_bit_exact(model: PreTrainedModel) -> None:
     if any(is_experts(module) for module in model.modules()):
         model.set_experts_implementation("eager")
     assert torch.equal(head(model, blocks, feed.hidden[0], input_ids=ids), model(ids).logits)
+
+
+def test_going_on_in_the_middle_of_a_block_changes_no_bit(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage by stage, in both streams: the same weights as when every stage runs the block from its beginning."""
+    other = copy.deepcopy(model)
+    options = {"sparsity": "2:4", "method": "sparsegpt", "target": "corrected", "calibration": tokens(5, 16), "batch_size": 2}
+    llmprune.prune(model, **options)
+    monkeypatch.setattr(Tapes, "find", lambda *_: None)
+    llmprune.prune(other, **options)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@torch.no_grad()
+def test_every_block_can_be_run_in_pieces(model: PreTrainedModel) -> None:
+    feed = Activations.record(model, list(find_blocks(model).values()), Windows(tokens(3, 12), "t"), batch=2, device=CPU)
+    with observable(model):
+        for block in describe(model):
+            for index in (0, 1):
+                assert feed._tape(block, index) is not None
+            feed.advance(block)
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", "50%"])

@@ -58,7 +58,8 @@ def test_activations_are_counted_exactly(options: dict, streams: int) -> None:
         Activations.record(model, blocks, Windows(tokens(count, 24), "t"), batch=4, device=torch.device("cpu"))
         for count in [6] * streams + [4, 4]
     ]
-    assert needs(**options).activations == sum(hidden.nbytes for one in each for hidden in one.hidden)
+    kept = streams * 6 * 24 * 48 * 4  # in the middle of a block, stage by stage: at most what down is fed
+    assert needs(**options).activations == sum(hidden.nbytes for one in each for hidden in one.hidden) + kept
 
 
 def test_more_work_needs_more() -> None:

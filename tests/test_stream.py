@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model, tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel
 
 import llmprune
@@ -20,7 +21,7 @@ from llmprune.numerics.patterns import NM, Stacked, parse
 from llmprune.numerics.stats import CrossGram, Gram
 from llmprune.solvers import METHODS
 from llmprune.steps.weights.observing import CORRECTION
-from llmprune.stream.activations import Activations
+from llmprune.stream.activations import KEPT, Activations
 from llmprune.stream.capture import Recorder, head
 from llmprune.stream.source import ModelSource
 
@@ -95,6 +96,46 @@ def test_stages_group_what_shares_an_input(family: str) -> None:
         stages = [sorted(site.name.rsplit(".", 1)[-1] for site in stage) for stage in feed.stages(block)]
         assert stages == [sorted(stage) for stage in STAGES.get(family, STAGES["llama"])]
         feed.advance(block)
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications with matrices that are parameters."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.memory = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default and args[1].untyped_storage().data_ptr() in self.memory:
+            self.count += args[0].numel() * args[1].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "annealed"])
+def test_no_stage_is_computed_again(method: str) -> None:
+    """At most 1.6 passes a block, of which gate and up are nearly all that is more than one, and a batch to look at stages."""
+    model, ids = tiny_model("llama"), tokens(32, 12)
+    blocks = sum(p.numel() for block in find_blocks(model).values() for p in block.parameters() if p.ndim > 1)
+    with Products(model) as products:
+        llmprune.prune(model, sparsity="2:4", method=method, calibration=ids, batch_size=2, true_sequential=True)
+    assert blocks < products.count / ids.numel() < 1.6 * blocks
+
+
+def test_what_is_kept_is_bounded_and_goes_with_the_block() -> None:
+    model = tiny_model("llama")
+    feed, block = activations(model, Windows(tokens(4, 12), "t")), blocks_of(model)[0]
+
+    class Count:
+        def add(self, x: Tensor, dense: Tensor | None) -> None: ...
+
+    for stage in feed.stages(block):
+        feed.collect(block, [stage], lambda stage, device: Count())
+        held = [sum(tensor.nbytes for tensor in place.shelf) for place in feed._held._places.values()]
+        assert all(nbytes <= KEPT * feed.hidden[0].nbytes for nbytes in held)
+    assert held == [feed.hidden[0].nbytes] * 2  # the residual before gate and up, of each batch
+    feed.advance(block)
+    assert not feed._held._places
 
 
 @torch.no_grad()

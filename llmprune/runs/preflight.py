@@ -30,6 +30,7 @@ from llmprune.output.resume import partial_folder
 from llmprune.solvers import METHODS
 from llmprune.steps.base import Work
 from llmprune.steps.weights.reconstruct import PASSES
+from llmprune.stream.activations import KEPT
 
 # memory, in tensors of the size that is named
 _SOLVER = 6  # a weight in float32: what the hungriest solver holds at once
@@ -41,7 +42,7 @@ _ERRORS = 3  # the outputs of the sample that errors are measured on
 _FILES = 1.02  # of the checkpoint: headers, tokenizer, record
 
 # time, in products
-_STAGES = 2  # of the tokens with a block's weights, a stream: a stage's forward ends where the stage is reached
+_STAGES = 2  # of the tokens with a block's weights, a stream, at most: 1.5 where a block is gone through stage by stage
 _BACKWARD = 3  # of a step of the fit, in forwards
 _REFIT = 20  # of a weight with its Gram; a method says its own
 _INVERSES = 6  # of a Gram's size, a matrix
@@ -54,7 +55,8 @@ class Needs:
 
     Attributes:
         start: bytes that the process holds already.
-        activations: bytes of the hidden states of all texts, in the pruned model and, where needed, in the dense one.
+        activations: bytes of the hidden states of all texts, in the pruned model and, where needed, in the dense one, and of
+            what is kept of the calibration tokens in the middle of a block.
         weights: bytes of the largest block, as read and as written, with its copy where the dense model runs beside, or what
             embeddings and head, which are there before anything is solved, take beyond `solving`; and what a forward makes.
         solving: bytes of a stage's statistics and samples, or of a block's where it is solved in one pass, and of what a
@@ -102,6 +104,7 @@ def estimate(
     chosen = None if all_experts else experts_per_token(model)
     by_block = [matrices(block.sites, chosen) for block in blocks]
     every = [matrix for own in by_block for matrix in own]
+    held = max((one.columns for one in every if one.columns <= KEPT * config.hidden_size), default=0) * recipe.true_sequential
     head = config.vocab_size * config.hidden_size
     widest = max((max(one.rows, one.columns) for one in every), default=config.hidden_size)
     made = max(_FORWARD * batch * length * widest * dtype.itemsize, 3 * length * config.vocab_size * 4 if evaluated else 0)
@@ -115,7 +118,10 @@ def estimate(
     solving += max((_solving(one, recipe) for one in every), default=0)
     return Needs(
         start=psutil.Process().memory_info().rss,
-        activations=int((streams * tokens + 2 * evaluated + probed / processes) * config.hidden_size * dtype.itemsize),
+        activations=int(
+            ((streams * tokens + 2 * evaluated + probed / processes) * config.hidden_size + streams * tokens * held)
+            * dtype.itemsize
+        ),
         weights=max(2 * head * dtype.itemsize - solving, inside) + made,
         solving=solving,
         output=int(_FILES * checkpoint),

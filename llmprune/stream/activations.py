@@ -5,9 +5,8 @@ They rest on the host, in memory or in a mapped file, and visit the compute devi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -20,8 +19,14 @@ from llmprune.base.errors import InputError
 from llmprune.data.windows import Windows
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.stream.capture import Call, Recorder
+from llmprune.stream.held import Held
 from llmprune.stream.mapped import MappedTensors
+from llmprune.stream.tape import HIDDEN, Tape, Values, given
+from llmprune.stream.tapes import Batch, Tapes
 from llmprune.stream.transfer import Ahead, to_host
+from llmprune.stream.watching import Look, StageReached, gain, hooked, same_memory
+
+KEPT = 2  # of what batches have come to in the middle of a block, at most so many times their hidden states are kept
 
 
 class Accumulator(Protocol):
@@ -41,9 +46,18 @@ class Activations:
         hidden: one (batch, tokens, width) tensor a batch, the inputs of the next block.
     """
 
-    def __init__(self, hidden: Hidden, calls: list[list[Call]], real: list[Tensor | None], device: torch.device) -> None:
-        self.hidden, self._calls, self._real, self._device = hidden, calls, real, device
-        self._ahead = Ahead(device)
+    def __init__(
+        self,
+        hidden: Hidden,
+        calls: list[list[Call]],
+        real: list[Tensor | None],
+        device: torch.device,
+        folder: Path | None = None,
+        tapes: Tapes | None = None,
+    ) -> None:
+        self.hidden, self._calls, self._real, self._device, self._folder = hidden, calls, real, device, folder
+        self._ahead, self._tapes, self._held = Ahead(device), tapes or Tapes(), Held(folder)
+        self._module: nn.Module | None = None  # of the block that batches are in the middle of
 
     @classmethod
     def record(
@@ -69,14 +83,16 @@ class Activations:
             hidden.append(to_host(first))
             calls.append(called if layers is None else [called[layer] for layer in layers])
             real.append(None if mask is None else mask.bool().flatten())
-        return cls(hidden, calls, real, device)
+        return cls(hidden, calls, real, device, folder)
 
     def fork(self) -> Activations:
         """The same hidden states, to go another way from here."""
-        return Activations(self.hidden.copy(), self._calls, self._real, self._device)
+        return Activations(self.hidden.copy(), self._calls, self._real, self._device, self._folder, self._tapes)
 
     def advance(self, block: Block, see: Callable[[Tensor, Tensor], None] | None = None) -> None:
         """Replace the hidden states by the block's outputs for them; `see(before, after)` is shown those of real tokens.
+
+        What `collect` has kept of the same block is gone on from.
 
         Raises:
             InputError: an output is not finite.
@@ -86,9 +102,22 @@ class Activations:
             self._advance(block, index)
             if see is not None and before is not None:
                 see(before, self.real_tokens(self.hidden[index], index))
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what `collect` has kept: the block has changed before where that came to."""
+        self._module = None
+        self._held.clear()
 
     def _advance(self, block: Block, index: int) -> None:
-        out = self.call(block, index, block.module)
+        tape = self._tape(block, index) if self._module is block.module else None
+        if tape is None:
+            return self._put_out(block, index, self.call(block, index, block.module))
+        values = self._values(block, index, tape, position := self._held.position(index, tape))
+        tape.run(block.module, values, position, len(tape))
+        self._put_out(block, index, values[tape.output])
+
+    def _put_out(self, block: Block, index: int, out: Tensor) -> None:
         if not bool(torch.isfinite(out).all()):
             raise InputError(f"{block.name} puts out NaN or infinity on calibration batch {index}; try --dtype float32")
         self.hidden[index] = to_host(out)
@@ -103,12 +132,12 @@ class Activations:
         def see(site: Site, x: Tensor, tokens: Tensor | None) -> None:
             if any(site is known for _, sites in seen for known in sites):
                 return  # it runs twice; its first input decides the order
-            if seen and _same_memory(seen[-1][0], x):
+            if seen and same_memory(seen[-1][0], x):
                 seen[-1][1].append(site)
             else:
                 seen.append((x, [site]))
 
-        with _hooked(block.sites, see):
+        with hooked(block.sites, see):
             self.call(block, 0, block.module)
         return [sites for _, sites in seen]
 
@@ -119,14 +148,14 @@ class Activations:
 
         def see(site: Site, x: Tensor, tokens: Tensor | None) -> None:
             for out, norm in reversed(norms):
-                if _same_memory(out, x):
-                    found[site.name] = _gain(norm, x)
+                if same_memory(out, x):
+                    found[site.name] = gain(norm, x)
                     return
 
         own = [module for module in block.module.modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 1]
         handles = [norm.register_forward_hook(lambda norm, _, out: norms.append((out, norm))) for norm in own]
         try:
-            with _hooked(sites, see):
+            with hooked(sites, see):
                 self.call(block, 0, block.module)
         finally:
             for handle in handles:
@@ -142,8 +171,9 @@ class Activations:
     ) -> list[A]:
         """One accumulator a stage, fed with all real tokens that reach the stage's input.
 
-        `make(stage, device)` builds one. A batch's forward ends as soon as the last stage has been reached. `paired`
-        gives the accumulators dense inputs.
+        `make(stage, device)` builds one. A batch's forward ends as soon as the last stage has been reached, and goes on the
+        next time from before the first, if that is for a later stage of the same block: in between, no weights may change but
+        those that come after. `paired` gives the accumulators dense inputs.
         """
         found = [make(stage, self._device) for stage in stages]
         names = [stage[0].name for stage in stages]
@@ -168,13 +198,53 @@ class Activations:
         def look(site: Site, x: Tensor, tokens: Tensor | None) -> None:
             see(site.name, self.real_tokens(x, index, tokens))
             if site.name == names[-1] and not advance:
-                raise _StageReached
+                raise StageReached
 
-        with _hooked([site for site in block.sites if site.name in names], look), suppress(_StageReached):
+        if self._module is not block.module:
+            self.forget()
+            self._module = block.module
+        sites = {site.name: site for site in block.sites if site.name in names}
+        tape = self._tape(block, index)
+        with hooked([*sites.values()], look), suppress(StageReached):
+            out = self._in_pieces(tape, block, index, sites, look) if tape else self.call(block, index, block.module)
             if advance:
-                self._advance(block, index)
-            else:
-                self.call(block, index, block.module)
+                self._put_out(block, index, out)
+
+    def _in_pieces(self, tape: Tape, block: Block, index: int, sites: Mapping[str, Site], look: Look) -> Tensor:
+        """What the block puts out for one batch, from where that has come to; keeps what is needed to go on from before the
+        first of `sites`. Shows what reaches those that `tape` knows; a module that it runs as it is shows its own.
+        """
+        uses = [use for use in tape.uses if use.site in sites]
+        known = self._held.position(index, tape)
+        position = known if known <= uses[0].position else 0
+        values = self._values(block, index, tape, position)
+        here, nbytes = tape.rest(uses[0].position)
+        if here > position and nbytes <= KEPT * self.hidden[index].nbytes:
+            tape.run(block.module, values, position, here)
+            self._held.put(index, tape, here, values)
+            position = here
+        for use in uses:
+            tape.run(block.module, values, position, use.position)
+            position = use.position
+            if use.value is not None:
+                look(sites[use.site], values[use.value], None)
+        tape.run(block.module, values, position, len(tape))
+        return values[tape.output]
+
+    def _tape(self, block: Block, index: int) -> Tape | None:
+        def batch(number: int) -> Batch:
+            return self._calls[number][block.index], self.hidden[number]
+
+        return self._tapes.find(block, batch(index), lambda: [batch(number) for number in range(len(self.hidden))])
+
+    def _values(self, block: Block, index: int, tape: Tape, position: int) -> Values:
+        """All that `tape` needs from `position` on, which is where the batch has come to, or the beginning."""
+        values = given(self._calls[index][block.index])
+        if position:
+            values |= self._held.take(index, self._device)
+        if tape.needs_hidden(position):
+            values[HIDDEN] = self._ahead.take(self.hidden, index)
+        return values
 
     def real_tokens(self, x: Tensor, index: int, tokens: Tensor | None = None) -> Tensor:
         """The rows of `x` (..., width) of batch `index` that are no padding, (tokens, width).
@@ -199,7 +269,7 @@ class Activations:
         """
         hidden = self.hidden[index].to(self._device).detach().requires_grad_()
         seen: list[tuple[str, Tensor]] = []
-        with torch.enable_grad(), _hooked(sites, lambda site, x, tokens: seen.append((site.name, x))):
+        with torch.enable_grad(), hooked(sites, lambda site, x, tokens: seen.append((site.name, x))):
             out = self._calls[index][block.index].run(block.module, hidden)
             into, *others = torch.autograd.grad(
                 out, [hidden, *(x for _, x in seen)], gradient.to(self._device), allow_unused=True
@@ -227,29 +297,3 @@ class PairedDense:
     stream: Activations
     block: Block
     advance: bool
-
-
-class _StageReached(Exception):
-    """Leaves a block's forward once all that was asked for has been counted."""
-
-
-@contextmanager
-def _hooked(sites: Sequence[Site], see: Callable[[Site, Tensor, Tensor | None], None]) -> Iterator[None]:
-    """Call `see(site, input, tokens)` before each of the sites is used; see `Site.watch`."""
-    handles = [site.watch(functools.partial(see, site)) for site in sites]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _gain(norm: nn.Module, like: Tensor) -> Tensor:
-    """What a norm multiplies by: half of what it makes of alternating ones, less what it makes of their opposite."""
-    ones = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
-    ones[1::2] = -1
-    return ((norm(ones[None]) - norm(-ones[None]))[0] / 2 * ones).float()
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())

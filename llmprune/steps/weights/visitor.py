@@ -199,6 +199,7 @@ class WeightPruner:
         )
 
     def _reconstruct(self, block: Block, masks: Mapping[str, Tensor], dense: Activations) -> None:
+        self.feed.forget()  # the fit changes all of the block
         with self.clock("reconstruct"):
             result, changed = reconstruct(block, masks, self.feed, dense.hidden, self.ranks)
         self.edited.update(changed)

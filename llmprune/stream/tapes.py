@@ -1,0 +1,62 @@
+"""Tapes of the block that is under way, one for each signature of inputs, each kind proven before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.models.sites import Block
+from llmprune.stream.capture import Call
+from llmprune.stream.tape import HIDDEN, Tape, Values, given, signature
+from llmprune.stream.taping import record
+
+Batch = tuple[Call, Tensor]  # how a block is called, and its hidden states
+
+
+class Tapes:
+    """Shared by all streams of a model: a block and its dense copy do the same."""
+
+    def __init__(self) -> None:
+        self._block = -1
+        self._found: dict[Any, Tape | None] = {}
+        self._proven: dict[Any, bool] = {}
+
+    def find(self, block: Block, batch: Batch, others: Callable[[], list[Batch]]) -> Tape | None:
+        """The tape for `batch`; None where the block cannot be run in pieces.
+
+        Args:
+            others: batches; one of the same signature proves that a tape holds for others than it was recorded on.
+        """
+        if self._block != block.index:
+            self._block, self._found = block.index, {}
+        key = signature(*batch)
+        if key is not None and key not in self._found:
+            tape = record(block, *batch)
+            if tape is not None and (kind := (key, tape.kind())) not in self._proven:
+                alike = [other for other in others() if signature(*other) == key]
+                self._proven[kind] = _proves(tape, block.module, alike[-1])
+            self._found[key] = tape if tape is not None and self._proven[kind] else None
+        return self._found.get(key)
+
+
+def start(batch: Batch) -> Values:
+    """All that a block is given."""
+    call, hidden = batch
+    return given(call) | {HIDDEN: hidden}
+
+
+def _proves(tape: Tape, module: nn.Module, batch: Batch) -> bool:
+    """Whether going through the block in pieces, between which only what is live is kept, gives what the block gives."""
+    call, hidden = batch
+    values, position = start(batch), 0
+    for use in tape.uses:
+        here, _ = tape.rest(use.position)
+        if here > position:
+            tape.run(module, values, position, here)
+            live = {name: values[name].clone() for name in tape.live(here)}
+            values, position = start(batch) | live, here
+    tape.run(module, values, position, len(tape))
+    return torch.equal(values[tape.output], call.run(module, hidden))
