@@ -42,7 +42,7 @@ _ERRORS = 3  # the outputs of the sample that errors are measured on
 _FILES = 1.02  # of the checkpoint: headers, tokenizer, record
 
 # time, in products
-_STAGES = 2  # of the tokens with a block's weights, a stream, at most: 1.5 where a block is gone through stage by stage
+_STAGES = 2  # of the tokens with a block's weights, a stream, at most
 _BACKWARD = 3  # of a step of the fit, in forwards
 _REFIT = 20  # of a weight with its Gram; a method says its own
 _INVERSES = 6  # of a Gram's size, a matrix

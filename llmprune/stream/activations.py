@@ -56,7 +56,7 @@ class Activations:
         tapes: Tapes | None = None,
     ) -> None:
         self.hidden, self._calls, self._real, self._device, self._folder = hidden, calls, real, device, folder
-        self._ahead, self._tapes, self._held = Ahead(device), tapes or Tapes(), Held(folder)
+        self._ahead, self._tapes, self._held = Ahead(device), tapes or Tapes(device), Held(folder)
         self._module: nn.Module | None = None  # of the block that batches are in the middle of
 
     @classmethod
@@ -121,6 +121,7 @@ class Activations:
         if not bool(torch.isfinite(out).all()):
             raise InputError(f"{block.name} puts out NaN or infinity on calibration batch {index}; try --dtype float32")
         self.hidden[index] = to_host(out)
+        self._held.drop(index)
 
     def stages(self, block: Block) -> list[Stage]:
         """The block's sites in the order they run, those that read the same input together (q, k and v; gate and up).
@@ -235,7 +236,7 @@ class Activations:
         def batch(number: int) -> Batch:
             return self._calls[number][block.index], self.hidden[number]
 
-        return self._tapes.find(block, batch(index), lambda: [batch(number) for number in range(len(self.hidden))])
+        return self._tapes.find(block, batch(index), map(batch, reversed(range(len(self.hidden)))))
 
     def _values(self, block: Block, index: int, tape: Tape, position: int) -> Values:
         """All that `tape` needs from `position` on, which is where the batch has come to, or the beginning."""

@@ -75,7 +75,7 @@ class Recorder:
                 raise _Recorded
             return first.as_subclass(_Passed)
 
-        with _forwards_replaced(blocks, take):
+        with forwards_replaced(blocks, take):
             try:
                 model(**inputs, use_cache=False)
             except _Recorded:
@@ -106,15 +106,17 @@ def head(model: PreTrainedModel, blocks: Sequence[nn.Module], output: Tensor, **
         passed = output if index == len(blocks) - 1 else args[0] if args else kwargs[_HIDDEN]
         return passed.as_subclass(_Passed)
 
-    with _forwards_replaced(blocks, give):
+    with forwards_replaced(blocks, give):
         return model(**inputs, use_cache=False, return_dict=True).logits
 
 
 @contextmanager
-def _forwards_replaced(
-    blocks: Sequence[nn.Module], forward: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]
+def forwards_replaced(
+    blocks: Sequence[nn.Module], forward: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 ) -> Iterator[None]:
-    def bind(index: int) -> Callable[..., Tensor]:
+    """Have modules call `forward` with their number, arguments and keyword arguments instead of their own."""
+
+    def bind(index: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: forward(index, args, kwargs)
 
     own = [block.__dict__.get("forward") for block in blocks]  # a hook may have put one on the instance

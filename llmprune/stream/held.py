@@ -65,6 +65,10 @@ class Held:
         names = place.tape.live(place.position)
         return {name: place.shelf[slot].to(device) for name, slot in zip(names, place.slots, strict=True)}
 
+    def drop(self, index: int) -> None:
+        """Let go of what a batch has come to, if anything is kept."""
+        self._places.pop(index, None)
+
     def clear(self) -> None:
         """Let go of all, but for the room in the file."""
         self._places.clear()

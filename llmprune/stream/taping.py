@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llmprune.models.sites import Block, Site
-from llmprune.stream.capture import Call
+from llmprune.stream.capture import Call, forwards_replaced
 from llmprune.stream.tape import HIDDEN, Made, Operation, Ref, Tape, Use, given, results
 
 
@@ -30,13 +30,13 @@ def record(block: Block, call: Call, hidden: Tensor) -> Tape | None:
         try:
             with recorder.watching(block.sites), recorder:
                 out = call.run(block.module, hidden)
-            return Tape(recorder.operations, recorder.uses, recorder.made, recorder.name(out))
         except _Depends as problem:
             if not problem.path or problem.path in whole:
                 return None
             whole.add(problem.path)
-        except KeyError:  # what the block returns is no result of a recorded operation
-            return None
+        else:
+            output = recorder.name(out)  # None: what the block returns is no result of a recorded operation
+            return Tape(recorder.operations, recorder.uses, recorder.made, output) if output is not None else None
 
 
 class _Depends(Exception):
@@ -63,8 +63,8 @@ class _Recorder(TorchDispatchMode):
             self._names[tensor] = name
         self._names[hidden] = HIDDEN
 
-    def name(self, tensor: Tensor) -> str:
-        return self._names[tensor]
+    def name(self, tensor: Tensor) -> str | None:
+        return self._names.get(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,11 +107,17 @@ class _Recorder(TorchDispatchMode):
     @contextmanager
     def watching(self, sites: Sequence[Site]) -> Iterator[None]:
         """Follow which module is running, and the uses of sites."""
+        paths = sorted(self._whole)
+        modules = [self._module.get_submodule(path) for path in paths]
+        runs = [functools.partial(self._run_whole, module.forward) for module in modules]
+
+        def write(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._write(paths[index], runs[index], args, kwargs, True)
+
         with ExitStack() as stack:
+            stack.enter_context(forwards_replaced(modules, write))
             for path, module in self._module.named_modules():
-                if path in self._whole:
-                    stack.enter_context(self._as_one(path, module))
-                elif path:
+                if path and path not in self._whole:
                     stack.callback(module.register_forward_pre_hook(functools.partial(self._enter, path)).remove)
                     stack.callback(module.register_forward_hook(self._leave).remove)
             for site in sites:
@@ -130,28 +136,12 @@ class _Recorder(TorchDispatchMode):
             raise _Depends("")
         self.uses.append(Use(site, len(self.operations), value))
 
-    @contextmanager
-    def _as_one(self, path: str, module: nn.Module) -> Iterator[None]:
-        own, forward = module.__dict__.get("forward"), module.forward
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self._inside = True
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._inside = False
-
-        def write(*args: Any, **kwargs: Any) -> Any:
-            return self._write(path, run, args, kwargs, True)
-
-        module.forward = write
+    def _run_whole(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._inside = True
         try:
-            yield
+            return forward(*args, **kwargs)
         finally:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
+            self._inside = False
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
