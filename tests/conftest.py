@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from llmprune.base import hardware
 from llmprune.models.resolve import BUNDLED
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -72,6 +73,14 @@ def exact_refit(w: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> torch.T
         target = (x.double() @ w[row].double())[:, None]
         fitted[row, kept] = torch.linalg.lstsq(x[:, kept].double(), target).solution[:, 0]
     return fitted
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _slow_bfloat16() -> Iterator[None]:
+    """No test's `auto` depends on the machine: float32 is as if measured to be faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "bfloat16_products", lambda: 0.5)
+        yield
 
 
 @pytest.fixture(params=list(FAMILIES))

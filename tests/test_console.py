@@ -13,6 +13,7 @@ from conftest import tiny_model, tokens
 from rich.console import Console as RichConsole
 
 import llmprune
+from llmprune.base import hardware
 from llmprune.cli.console import Console
 from llmprune.cli.main import main
 from llmprune.job.record import COMPUTED, Perplexity, RunRecord
@@ -36,7 +37,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunRecord]:
 
 def evaluated(record: RunRecord, text: str = "pydoc") -> RunRecord:
     """As if perplexity had been measured."""
-    found = Perplexity(text=text, value=12.5, tokens=150, windows=238, length=512)
+    found = Perplexity(text=text, value=12.5, tokens=150, windows=238, length=512, dtype="float32")
     return replace(record, dense=found, pruned=found)
 
 
@@ -97,7 +98,7 @@ def test_the_table_fits_a_terminal_and_is_whole_elsewhere(name: str, text: str, 
     narrow, whole = tables
     assert max(map(len, narrow)) <= 80
     assert len({len(line) for line in whole}) == 1
-    assert any(f"│ perplexity ({text}, 238 windows x 512 tokens) " in line for line in whole)
+    assert any(f"│ perplexity ({text}, 238 windows x 512 tokens, float32) " in line for line in whole)
     labels = [line.split("│")[1].strip() for line in whole if line.startswith("│")]
     together = "".join("".join(line.split("│")[1].split()) for line in narrow if line.startswith("│"))
     assert together == "".join("".join(label.split()) for label in labels)
@@ -113,6 +114,8 @@ def test_what_is_computed_is_not_said_to_be_measured(records: dict[str, RunRecor
     assert {"loss, nats a token more", "pruning time / time of its forward passes"} <= set(labels[:at])
     measured, _, computed = model_card(record, "out").partition(f"\n\n| {COMPUTED} | |\n")
     assert "| measured in this run | |" in measured
+    assert "| token perplexity before (pydoc, 238 windows of 512 tokens, float32) | 12.500 |" in measured
+    assert "token perplexity, 238 windows of 512 tokens, float32" in measured
     assert not [size for size in sizes if size in measured]
     assert all(f"| {size}, before and after | " in computed for size in sizes)
     assert "| measured in this run | |" not in model_card(records["structure"], "out")
@@ -120,6 +123,27 @@ def test_what_is_computed_is_not_said_to_be_measured(records: dict[str, RunRecor
     llmprune.prune(tmp_path / "source", neurons="50%", calibration=tokens(2, 8), output=tmp_path / "out")
     rows = content(read_runs([str(tmp_path / "out")]))["runs"][0]["sizes"]["rows"]
     assert [row[0]["text"] for row in rows] == [*sizes, "weight bytes"]
+
+
+@pytest.mark.parametrize(("asked", "speed", "words"), [
+    ("auto", 4.42, "bfloat16 on cpu (stored so, and its products are 4.4x as fast as float32's here)"),
+    ("auto", 0.6, "float32 on cpu (bfloat16 products are 0.6x as fast here)"),
+    ("bfloat16", 0.6, "bfloat16 on cpu"),
+])  # fmt: skip
+def test_the_header_says_which_dtype_and_why(
+    asked: str, speed: float, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the table which it was measured in."""
+    monkeypatch.setattr(hardware, "bfloat16_products", lambda: speed)
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(" ".join(str(n) for n in range(3000)))
+    run = ["--model", "llama", "--calibration", "text.txt", "--samples", "2", "--seqlen", "64", "--eval-text", "text.txt"]
+    assert main([*run, "--sparsity", "2:4", "--method", "magnitude", "--dtype", asked, "--output", "out"]) == 0
+    shown, dtype = capsys.readouterr().out, words.split()[0]
+    assert f"\ncompute      {words}\n" in shown
+    assert re.search(rf"│ perplexity \(text.txt, \d+ windows x 64 tokens, {dtype}\) ", shown)
+    record = read_runs(["out"])[0].record
+    assert words == record.compute["dtype"] + " on cpu" + (f" ({record.compute['why']})" if record.compute["why"] else "")
 
 
 def test_a_run_without_evaluation_ends_with_the_command_that_evaluates(

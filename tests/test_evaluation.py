@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
+from llmprune.base import hardware
 from llmprune.base.errors import InputError
 from llmprune.cli.main import main
 from llmprune.measure.evaluate import Score, evaluate
@@ -74,7 +75,19 @@ def test_token_perplexity_is_that_of_the_papers(pruned: Path) -> None:
     with torch.no_grad():
         loss = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in ids]).mean()
     assert score.value == pytest.approx(math.exp(loss), rel=1e-4)
-    assert score.protocol == "2 windows x 64 tokens"
+    assert score.protocol == "2 windows x 64 tokens, float32"
+
+
+def test_a_baseline_is_measured_in_the_model_s_dtype(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is stored in: what is computed in two would not compare."""
+    monkeypatch.setattr(hardware, "bfloat16_products", lambda: 4.0)
+    AutoModelForCausalLM.from_pretrained(resolve("llama").path, dtype=torch.float32).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(resolve("llama").path).save_pretrained(tmp_path / "wide")
+    found = evaluate(pruned, baseline=tmp_path / "wide", **QUICK | {"dtype": "auto"})
+    narrow, wide = (evaluate("llama", **QUICK | {"dtype": dtype}).scores[0] for dtype in ("auto", "float32"))
+    assert found.baseline_scores == [narrow]
+    assert narrow.protocol == "2 windows x 64 tokens, bfloat16"
+    assert narrow.value != wide.value
 
 
 def test_our_tasks_are_deterministic_and_fair() -> None:

@@ -49,6 +49,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import llmprune
+from llmprune.base import hardware
 from llmprune.base.errors import InputError
 from llmprune.cli.console import Progress
 from test_ranks import CASES, OPTIONS, SMALLER
@@ -67,9 +68,11 @@ class Ends(Progress):
 source, out, how = sys.argv[2:5]
 if len(sys.argv) > 6:  # one group for several runs: between two, a process could join the old one's store
     torch.distributed.init_process_group("gloo")
+hardware.bfloat16_products = lambda: 4.0 if os.environ["RANK"] == "0" else 0.5
 try:
     for name in sys.argv[5:]:
-        llmprune.prune(source, output=f"{out}/{name}", progress=Ends(how), **OPTIONS, **(CASES | SMALLER)[name])
+        found = llmprune.prune(source, output=f"{out}/{name}", progress=Ends(how), **OPTIONS, **(CASES | SMALLER)[name])
+        print(found.record.compute["dtype"], found.record.compute["why"], sep=": ", file=sys.stderr)
 except InputError as error:
     sys.exit(f"error: {error}")
 """
@@ -183,6 +186,15 @@ def test_every_process_adds_its_own_windows(saved, tmp_path: Path, monkeypatch: 
     assert {site.tokens for site in one.sites} == {WINDOWS.numel()}
 
 
+def test_the_first_process_chooses_the_dtype(saved, tmp_path: Path) -> None:
+    """Where others measure other speeds."""
+    source = saved(tiny_model("llama").to(torch.bfloat16))
+    chosen = "bfloat16: stored so, and its products are 4.0x as fast as float32's here"
+    assert [
+        (code, said.strip().splitlines()[-1]) for code, said in finish(start(2, source, tmp_path / "out", "lives", "wanda"))
+    ] == [(0, chosen)] * 2
+
+
 def test_a_process_that_dies_ends_the_run_and_it_goes_on_later(saved, tmp_path: Path) -> None:
     source = saved(tiny_model("llama"))
     together(2, source, tmp_path / "whole", "lives", "balanced")
@@ -224,7 +236,7 @@ def test_the_command_under_a_launcher(tmp_path: Path) -> None:
     """The bundled model: the same perplexity to three digits, shown once; a mistake is told once."""
     (tmp_path / "text.txt").write_text("\n\n".join(documents("evaluation"))[:40_000])
     run = ["-m", "llmprune", "--model", "llama", "--sparsity", "2:4", "--samples", "16", "--seqlen", "128"]
-    run += ["--method", "wanda", "--eval-text", "text.txt"]
+    run += ["--method", "wanda", "--eval-text", "text.txt", "--dtype", "float32"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -98,6 +98,25 @@ def cells(value: Any) -> Iterator[Record]:
             yield from cells(own)
 
 
+def test_records_of_earlier_versions_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They name neither the dtype of a perplexity nor why one was computed in."""
+    found = {"value": 10.0, "text": "pydoc", "tokens": 63, "windows": 1, "length": 64}
+
+    def measured(**more: str) -> Callable[[Record], object]:
+        def edit(record: Record) -> None:
+            record["dense"] = record["pruned"] = found | more
+            if not more:
+                del record["compute"]["why"]
+
+        return edit
+
+    pages = [
+        content(read_runs([str(change(alone(folders["wanda"], tmp_path / name), edit))]))["runs"][0]["protocol"]
+        for name, edit in {"old": measured(), "new": measured(dtype="bfloat16")}.items()
+    ]
+    assert pages == ["1 window of 64 tokens of pydoc", "1 window of 64 tokens of pydoc, bfloat16"]
+
+
 def test_numbers_are_the_records(folders: dict[str, Path], tmp_path: Path) -> None:
     assert report(folders["wanda"], "-o", tmp_path / "r.html") == 0
     shown, twin = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "r.json").read_text())

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
-from llmprune.base.errors import InputError, reason
+from llmprune.base.errors import InputError, reason, unknown
+from llmprune.base.notation import DTYPES
 
+FASTER = 1.5  # how much faster bfloat16 products must be to be chosen: between close speeds the choice would change by chance
+_MEASURED = 0.03  # seconds that finding out takes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -41,10 +47,65 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def pick_dtype(name: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
-    """The compute dtype called `name`; `auto` is float32 on the CPU, else the checkpoint's."""
-    chosen = getattr(torch, name) if name != "auto" else torch.float32 if device.type == "cpu" else config.dtype
-    return chosen if isinstance(chosen, torch.dtype) else torch.float32
+class Dtype(NamedTuple):
+    """A dtype to compute in, and why `auto` chose it, in words; nothing where the user did."""
+
+    dtype: torch.dtype
+    why: str
+
+
+def pick_dtype(name: str, device: torch.device, config: PretrainedConfig) -> Dtype:
+    """The compute dtype called `name`; `auto` is the checkpoint's, but on a CPU float32, or bfloat16 where the checkpoint is
+    stored so and this CPU's products in it are measured to be faster.
+
+    A float16 checkpoint is computed in float32 on a CPU: bfloat16, with 8 bits of mantissa against 11, would round its weights.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    if name != "auto":
+        return Dtype(getattr(torch, name), "")
+    stored = stored_dtype(config)
+    if device.type != "cpu" or stored == torch.float32:
+        return Dtype(stored, "stored so")
+    if stored != torch.bfloat16:
+        return Dtype(torch.float32, f"stored in {dtype_name(stored)}")
+    speed = bfloat16_products()
+    if speed >= FASTER:
+        return Dtype(stored, f"stored so, and its products are {speed:.1f}x as fast as float32's here")
+    return Dtype(torch.float32, f"bfloat16 products are {speed:.1f}x as fast here")
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The checkpoint's; float32 where its configuration names none."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def bfloat16_products() -> float:
+    """How many times as fast as float32 ones this CPU's products of matrices are in bfloat16, measured once: the best of what
+    fits into 30 ms, on one thread, since the waits of several for each other say nothing of the dtype.
+    """
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    threads, end = torch.get_num_threads(), time.perf_counter() + _MEASURED
+    torch.set_num_threads(1)
+    try:
+        while math.inf in best.values() or time.perf_counter() < end:
+            for dtype in best:
+                a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+                start = time.perf_counter()
+                a @ b
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def operations_per_second(device: torch.device, dtype: torch.dtype) -> float:

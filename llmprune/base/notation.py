@@ -11,6 +11,7 @@ from pathlib import Path
 from llmprune.base.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # to compute in
+AUTO_DTYPE = "the checkpoint's; on a CPU float32, or bfloat16 where stored so and measured to be faster"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _FORMS = "give 0.5, 50% or N:M such as 2:4"
 

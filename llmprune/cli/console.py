@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -64,7 +65,7 @@ class Console(Progress):
             what: asked,
             "method": f"{record.recipe['text']}{order if arguments['sparsity'] else ''}",
             "calibration": f"{text['text']}, {count(text['samples'], 'window')} x {text['seqlen']} tokens, seed {text['seed']}",
-            "compute": f"{record.compute['dtype']} on {record.compute['device']}{_shared(record.compute['processes'])}",
+            "compute": _compute(record.compute),
             **({"needs": record.predicted["text"]} if record.predicted else {}),
         }.items():
             self._line(f"{title:<{_TITLE}}{value}", _TITLE)
@@ -184,8 +185,9 @@ def _table(record: RunRecord) -> Table:
 def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     """What is measured, before and after."""
     if record.dense and record.pruned:
-        protocol = f"{escape(record.pruned.text)}, {count(record.pruned.windows, 'window')} x {record.pruned.length} tokens"
-        yield f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{record.pruned.value:.3f}"
+        found = record.pruned
+        protocol = f"{escape(found.text)}, {count(found.windows, 'window')} x {found.length} tokens{found.computed()}"
+        yield f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{found.value:.3f}"
         yield "loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}"
     if record.sites:
         asked = str(record.arguments["sparsity"])
@@ -226,8 +228,11 @@ def _next_steps(output: Path, *, own: bool) -> str:
     return f"  {command_line('llmprune', 'verify', output)}\n  {command_line('python', '-c', load)}"
 
 
-def _shared(processes: int) -> str:
-    return f", {count(processes, 'process')}" if processes > 1 else ""
+def _compute(how: Mapping[str, Any]) -> str:
+    """In which dtype, why, where, and in how many processes."""
+    shared = f", {count(how['processes'], 'process')}" if how["processes"] > 1 else ""
+    why = f" ({how['why']})" if how["why"] else ""
+    return f"{how['dtype']} on {how['device']}{shared}{why}"
 
 
 def _removals(gone: Sequence[Removal]) -> str:

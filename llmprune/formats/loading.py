@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmprune.base.errors import InputError, plain_errors, unknown
-from llmprune.base.hardware import pick_device, pick_dtype
+from llmprune.base.hardware import pick_device, stored_dtype
 from llmprune.base.notation import DTYPES
 from llmprune.formats.fuse import fuse
 from llmprune.formats.kernels.reference import arrange, compress, violation
@@ -124,7 +124,7 @@ def load(
 
     Args:
         device: `auto` is CUDA where there is one, else the CPU.
-        dtype: `auto` is the checkpoint's own.
+        dtype: `auto` is the checkpoint's own, on every device.
         dense: leave or make all layers dense.
         check: compare a packed folder's weights with the sums in its `packed.json`, which reads them once more: a quarter
             to a third of the time that loading takes otherwise, on one CPU core.
@@ -135,14 +135,14 @@ def load(
     with plain_errors("free some, or load on another device"):
         folder = resolve(spelled(model))
         config, where = load_config(folder.path), pick_device(device)
-        compute = _dtype(dtype, where, config)
+        compute = _dtype(dtype, config)
         packed = load_packed(folder.path, config, where, compute, dense=dense, check=check)
         return packed if packed is not None else load_model(folder.path, config, where, compute)
 
 
-def _dtype(name: str | torch.dtype, device: torch.device, config: PretrainedConfig) -> torch.dtype:
+def _dtype(name: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:
     if isinstance(name, torch.dtype):
         return name
     if name not in DTYPES:
         raise unknown("dtype", name, DTYPES)
-    return config.dtype if name == "auto" and isinstance(config.dtype, torch.dtype) else pick_dtype(name, device, config)
+    return stored_dtype(config) if name == "auto" else getattr(torch, name)

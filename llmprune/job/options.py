@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from llmprune.base.errors import InputError, unknown
-from llmprune.base.notation import DTYPES, Allowance, Amount, read_sparsity, sparsity_text
+from llmprune.base.notation import AUTO_DTYPE, DTYPES, Allowance, Amount, read_sparsity, sparsity_text
 
 PLACES = ("memory", "disk")
 LAYER_SCORES = ("influence", "loss")
@@ -108,7 +108,7 @@ class PruneConfig:
         "push the output folder to this repository on the Hub, too; `llmprune push` can do so later", None, metavar="USER/NAME"
     )
     device: str = _option("auto, cpu, cuda, cuda:1, ... (default: %(default)s)", "auto")
-    dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is float32 on CPU, else the checkpoint's", "auto")
+    dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is {AUTO_DTYPE}", "auto")
 
     def __post_init__(self) -> None:
         for name in ("samples", "seqlen", "batch_size", "round_to"):

@@ -192,13 +192,22 @@ PERPLEXITY_OF = "token perplexity of "  # a text: what such a number is called
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """exp of the mean loss over `tokens` predicted tokens, in `windows` windows of `length` tokens of `text`."""
+    """exp of the mean loss over `tokens` predicted tokens, in `windows` windows of `length` tokens of `text`.
+
+    Attributes:
+        dtype: the model computed in, such as `bfloat16`; empty in records of earlier versions.
+    """
 
     value: Positive
     text: str
     tokens: Count
     windows: Count
     length: Count
+    dtype: str = ""
+
+    def computed(self) -> str:
+        """The dtype, as it follows the windows where those are named."""
+        return f", {self.dtype}" if self.dtype else ""
 
 
 def excess_loss(dense: Perplexity, pruned: Perplexity) -> float:

@@ -99,7 +99,8 @@ def evaluate(
         baseline: a model to put beside it.
         limit: documents a task; fewshot: examples before each; batch_size: for tasks; seed: of examples and draws.
         seqlen: tokens a window, capped at the model's positions; windows: at most so many, the first ones.
-        dtype: `auto` is float32 on the CPU, else the checkpoint's own.
+        dtype: of the model and of its baseline, whose numbers are to compare; `auto` is the model's checkpoint's, but on a
+            CPU float32, or bfloat16 where the checkpoint is stored so and this CPU is measured to be faster in it.
         tell: hears what is being measured.
 
     Raises:
@@ -116,8 +117,10 @@ def evaluate(
     with torch.no_grad(), plain_errors("lower --batch-size or --seqlen"):
         harness = Tasks(tasks, None if task_path is None else user_path(task_path, "task path")) if tasks else None
         subjects = [_Subject.find(one, texts, seqlen, windows) for one in (model, baseline) if one is not None]
+        where = pick_device(device)
+        compute = pick_dtype(dtype, where, load_config(subjects[0].folder.path)).dtype
         options = {"batch_size": batch_size, "limit": limit, "fewshot": fewshot, "seed": seed}
-        scores, *others = (one.measure(harness, options, device, dtype, tell) for one in subjects)
+        scores, *others = (one.measure(harness, options, where, compute, tell) for one in subjects)
         settings = {"seqlen": seqlen, "windows": windows, "device": device, "dtype": dtype, **options}
         other, hub_id = (None, None) if baseline is None else (subjects[1].name, subjects[1].folder.hub_id)
         result = Evaluation(subjects[0].name, scores, other, hub_id, others[0] if others else None, settings)
@@ -142,11 +145,16 @@ class _Subject:
         return cls(str(model), folder, tokenizer, cut)
 
     def measure(
-        self, harness: Tasks | None, options: Mapping[str, Any], device: str, dtype: str, tell: Callable[[str], None]
+        self,
+        harness: Tasks | None,
+        options: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        tell: Callable[[str], None],
     ) -> list[Score]:
         """Load the model, measure it on all texts and tasks, and let go of it."""
         tell(f"{self.name}{self.folder.shadowed}: loading")
-        loaded, found = _load(self.folder.path, device, dtype), []
+        loaded, found = load(self.folder.path, device=str(device), dtype=dtype), []
         for text in self.texts:
             tell(f"{self.name}: token perplexity of {text.text}")
             found.append(_perplexity(loaded, text))
@@ -165,15 +173,9 @@ def _windows(text: str, folder: Path, tokenizer: PreTrainedTokenizerBase, seqlen
     return Windows(windows.ids[:most], windows.text)
 
 
-def _load(folder: Path, device: str, dtype: str) -> PreTrainedModel:
-    where = pick_device(device)
-    auto = pick_dtype("auto", where, load_config(folder))
-    return load(folder, device=device, dtype=dtype if dtype != "auto" else auto)
-
-
 def _perplexity(model: PreTrainedModel, windows: Windows) -> Score:
     found = perplexity(model, windows)
-    protocol = f"{count(found.windows, 'window')} x {found.length} tokens"
+    protocol = f"{count(found.windows, 'window')} x {found.length} tokens{found.computed()}"
     return Score(f"{PERPLEXITY_OF}{windows.text}", protocol, found.value, None, False)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from llmprune.base.hardware import dtype_name
 from llmprune.base.processes import Ranks
 from llmprune.data.windows import IGNORED, Windows, next_token_labels
 from llmprune.job.record import Perplexity
@@ -24,7 +25,9 @@ from llmprune.stream.capture import head
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Windows) -> Perplexity:
     """Perplexity of a whole model in memory."""
-    return _measure(windows, lambda inputs: model(**inputs, use_cache=False, return_dict=True).logits, model.device, Ranks())
+    return _measure(
+        model, windows, lambda inputs: model(**inputs, use_cache=False, return_dict=True).logits, model.device, Ranks()
+    )
 
 
 @torch.no_grad()
@@ -40,10 +43,12 @@ def streamed_perplexity(
     this process's share of the text.
     """
     outputs = iter(row for hidden in last.hidden for row in hidden.split(1))
-    return _measure(windows, lambda inputs: head(model, blocks, next(outputs).to(device), **inputs), device, ranks)
+    return _measure(model, windows, lambda inputs: head(model, blocks, next(outputs).to(device), **inputs), device, ranks)
 
 
-def _measure(windows: Windows, logits: Callable[[dict[str, Tensor]], Tensor], device: torch.device, ranks: Ranks) -> Perplexity:
+def _measure(
+    model: PreTrainedModel, windows: Windows, logits: Callable[[dict[str, Tensor]], Tensor], device: torch.device, ranks: Ranks
+) -> Perplexity:
     loss, predicted = torch.zeros((), dtype=torch.float64), 0
     for inputs in windows.batches(1, device):  # logits are large: one window at a time
         labels = next_token_labels(inputs)
@@ -53,4 +58,4 @@ def _measure(windows: Windows, logits: Callable[[dict[str, Tensor]], Tensor], de
     total, tokens, count = ranks.totals(float(loss), predicted, len(windows.ids))
     mean = total / tokens
     value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, windows.text, int(tokens), int(count), windows.ids.shape[1])
+    return Perplexity(value, windows.text, int(tokens), int(count), windows.ids.shape[1], dtype_name(model.dtype))

@@ -72,7 +72,7 @@ def _result(found: Perplexity, whose: str) -> EvalResult:
         dataset_name=found.text,
         metric_type="perplexity",
         metric_value=found.value,
-        metric_name=f"token perplexity{whose}, {count(found.windows, 'window')} of {found.length} tokens",
+        metric_name=f"token perplexity{whose}, {count(found.windows, 'window')} of {found.length} tokens{found.computed()}",
     )
 
 
@@ -99,10 +99,11 @@ def _numbers(record: RunRecord) -> list[str]:
         share = f"{record.zeros() / record.weights():.4%} of {count(record.weights(), 'weight')}"
         measured += [("pruned matrices", f"{len(record.sites)}"), ("zeros in them", share)]
     if record.dense and record.pruned:
-        protocol = f"{record.pruned.text}, {count(record.pruned.windows, 'window')} of {record.pruned.length} tokens"
+        found = record.pruned
+        protocol = f"{found.text}, {count(found.windows, 'window')} of {found.length} tokens{found.computed()}"
         measured += [
             (f"token perplexity before ({protocol})", f"{record.dense.value:.3f}"),
-            ("token perplexity after, same windows", f"{record.pruned.value:.3f}"),
+            ("token perplexity after, same windows", f"{found.value:.3f}"),
         ]
     computed = [("parameters of the dense model", f"{record.model['parameters']:,}")]
     for what, before in record.structure.get("before", {}).items():

@@ -249,8 +249,8 @@ def _asked(config: PruneConfig) -> str:
 
 
 def _protocol(record: RunRecord) -> str:
-    measured = record.pruned
-    return f"{count(measured.windows, 'window')} of {measured.length} tokens of {measured.text}" if measured else ""
+    found = record.pruned
+    return f"{count(found.windows, 'window')} of {found.length} tokens of {found.text}{found.computed()}" if found else ""
 
 
 def _calibration(text: dict[str, Any]) -> str:

@@ -46,10 +46,14 @@ class _Calibration(TypedDict):
     seed: _Seed
 
 
-class _Compute(TypedDict):
+class _Computed(TypedDict):
     device: str
     dtype: str
     processes: Count
+
+
+class _Compute(_Computed, total=False):
+    why: str  # records of earlier versions lack it
 
 
 class _Size(TypedDict):

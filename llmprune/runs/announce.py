@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.base.folders import check_output, recover
+from llmprune.base.hardware import dtype_name
 from llmprune.base.words import count
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
@@ -35,8 +36,9 @@ def announce(
     asked: str,
     skipped: Mapping[str, str],
     predicted: dict[str, Any],
+    why: str,
 ) -> RunRecord:
-    """Start the record, and show what is about to be done."""
+    """Start the record, and show what is about to be done; `why` as in `Dtype`."""
     windows, config = texts.calibration, job.config
     record = RunRecord(
         arguments=asdict(config),
@@ -59,7 +61,8 @@ def announce(
         },
         compute={
             "device": str(work.device),
-            "dtype": str(work.dtype).removeprefix("torch."),
+            "dtype": dtype_name(work.dtype),
+            "why": why,
             "processes": job.ranks.size,
         },
         predicted=predicted,

@@ -30,9 +30,13 @@ from llmprune.stream.source import ModelSource
 
 
 def prune_in_memory(
-    job: Job, model: PreTrainedModel, folder: ModelFolder | None, tokenizer: PreTrainedTokenizerBase | None
+    job: Job, model: PreTrainedModel, folder: ModelFolder | None, tokenizer: PreTrainedTokenizerBase | None, why: str
 ) -> tuple[RunRecord, Path | None]:
-    """Prune a model in place, and save it where an output folder is named. Returns the record and that folder."""
+    """Prune a model in place, and save it where an output folder is named. Returns the record and that folder.
+
+    Args:
+        why: its dtype was chosen, in words; nothing where nobody chose.
+    """
     if job.config.structured or job.pattern is None:
         raise InputError("heads, neurons and layers are removed from folder to folder: pass the model's folder or Hub id")
     output = job.output(folder.name if folder else job.config.model)
@@ -67,6 +71,7 @@ def prune_in_memory(
         asked=selection.describe(job.pattern),
         skipped=selection.skipped,
         predicted={},
+        why=why,
     )
     with _evaluating(model):
         prune_weights(job, work, selection, texts, record, set())

@@ -94,14 +94,16 @@ def prune(
 def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Result:
     """In memory or from folder to folder, by where the model is and what is asked."""
     folder: ModelFolder | None = None
+    why = ""  # a model in memory has its own dtype
     if not isinstance(model, PreTrainedModel):
         folder = resolve(job.config.model)
         tokenizer = tokenizer or find_tokenizer(folder.path)
         if job.config.structured or job.config.output is not None:
             return _prune_folder(job, folder, tokenizer)
         config, device = load_config(folder.path), pick_device(job.config.device, job.ranks.local)
-        model = load_model(folder.path, config, device, pick_dtype(job.config.dtype, device, config))
-    record, output = prune_in_memory(job, model, folder, tokenizer)
+        dtype, why = job.ranks.agree(pick_dtype(job.config.dtype, device, config))
+        model = load_model(folder.path, config, device, dtype)
+    record, output = prune_in_memory(job, model, folder, tokenizer, why)
     return Result(record, model, output)
 
 

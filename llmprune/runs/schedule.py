@@ -71,12 +71,14 @@ class Stage:
             checkpoint = Checkpoint(place.path)
             if checkpoint.largest() > _LARGE_TENSOR:
                 map_large_allocations()
-            skeleton = Skeleton(checkpoint, config, device, pick_dtype(job.config.dtype, device, config))
+            dtype, why = job.ranks.agree(pick_dtype(job.config.dtype, device, config))
+            skeleton = Skeleton(checkpoint, config, device, dtype)
             scratch = existing_parent(self.output) if job.config.activations == "disk" else None
             step, work = self.kind(job, skeleton, scratch), Work.on_disk(skeleton, scratch)
             texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=place.bundled)
             predicted = predict(job, work, config, skeleton.describe(), texts, self.output, probed=step.probed(texts))
-        record = announce(job, work, texts, place, title=step.title, asked=str(step), skipped=step.skipped, predicted=predicted)
+        said = {"title": step.title, "asked": str(step), "why": why}
+        record = announce(job, work, texts, place, **said, skipped=step.skipped, predicted=predicted)
         return Begun(self, step, checkpoint, texts, record)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprune.base.errors import InputError
+from llmprune.base.notation import AUTO_DTYPE
 from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
@@ -27,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, metavar="N", help="at most, for perplexity (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of examples and draws (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="auto is float32 on CPU, else the checkpoint's")
+    parser.add_argument("--dtype", default="auto", help=f"auto is {AUTO_DTYPE}")
 
 
 def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
