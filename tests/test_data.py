@@ -52,11 +52,11 @@ def test_labels_are_the_next_tokens_and_padding_has_none() -> None:
     """Padding on the left, on the right and in the middle, by hand."""
     ids = torch.tensor([[5, 6, 7, 8], [0, 6, 7, 8], [5, 6, 0, 0], [5, 0, 7, 8]])
     expected = [[6, 7, 8], [IGNORED, 7, 8], [6, IGNORED, IGNORED], [IGNORED, IGNORED, 8]]
-    padded = given_windows({"input_ids": ids, "attention_mask": ids != 0}).batches(1, torch.device("cpu"))
-    assert [next_token_labels(inputs).tolist() for inputs in padded] == expected
+    (padded,) = given_windows({"input_ids": ids, "attention_mask": ids != 0}).batches(4, torch.device("cpu"))
+    assert next_token_labels(padded).tolist() == expected
     (whole,) = given_windows(ids[:1]).batches(1, torch.device("cpu"))
     assert "attention_mask" not in whole
-    assert next_token_labels(whole).tolist() == expected[0]
+    assert next_token_labels(whole).tolist() == expected[:1]
 
 
 def test_windows_are_disjoint_pieces_of_the_text(numbers: Path, tokenizer: PreTrainedTokenizerBase) -> None:

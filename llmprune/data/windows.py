@@ -75,15 +75,15 @@ class Windows:
 
 
 def next_token_labels(inputs: Mapping[str, Tensor]) -> Tensor:
-    """The tokens of one window that its others predict, (length - 1,), from the model's inputs for it, (1, length).
+    """The tokens of windows that those before them predict, (windows, length - 1), from the model's inputs (windows, length).
 
     Padding is not predicted and predicts nothing: its labels are `IGNORED`.
     """
-    labels = inputs["input_ids"][0, 1:]
+    labels = inputs["input_ids"][:, 1:]
     if "attention_mask" not in inputs:
         return labels
-    real = inputs["attention_mask"][0].bool()
-    return labels.masked_fill(~(real[1:] & real[:-1]), IGNORED)
+    real = inputs["attention_mask"].bool()
+    return labels.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
 
 
 def calibration_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, seqlen: int, seed: int) -> Windows:

@@ -23,6 +23,7 @@ from llmprune.cost.matrices import Matrix, matrices
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
 from llmprune.job.recipes import Recipe
+from llmprune.measure.perplexity import LOGITS
 from llmprune.models.experts import experts_per_token
 from llmprune.models.sites import Block
 from llmprune.numerics.stats import SAMPLE_TOKENS, Gram
@@ -39,6 +40,7 @@ _FIT = 5  # a block in float32: weights, gradients, two moments, the best state
 _FORWARD = 6  # the widest activation of a batch
 _SAVED = 2  # the outputs of all matrices of a block, for a backward pass
 _ERRORS = 3  # the outputs of the sample that errors are measured on
+_LOGITS = 3 * 4  # bytes a logit: as made, in float32, its logarithm
 _FILES = 1.02  # of the checkpoint: headers, tokenizer, record
 
 # time, in products
@@ -107,7 +109,8 @@ def estimate(
     held = max((one.columns for one in every if one.columns <= KEPT * config.hidden_size), default=0) * recipe.true_sequential
     head = config.vocab_size * config.hidden_size
     widest = max((max(one.rows, one.columns) for one in every), default=config.hidden_size)
-    made = max(_FORWARD * batch * length * widest * dtype.itemsize, 3 * length * config.vocab_size * 4 if evaluated else 0)
+    logits = _LOGITS * min(length * config.vocab_size, LOGITS) if evaluated else 0
+    made = max(_FORWARD * batch * length * widest * dtype.itemsize, logits)
     inside = max(sizes) * (dtype.itemsize * (1 + streams) + 4 * _FIT * recipe.reconstruct)
     if recipe.reconstruct:
         made += int(4 * _SAVED * batch * length * max(sum(one.rows * one.share for one in own) for own in by_block))

@@ -7,6 +7,7 @@ weights need not be loaded.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,12 @@ class Call:
             out = block(*self.args, **self.kwargs, **{_HIDDEN: hidden})
         else:
             out = block(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return _hidden(out)
+
+
+def _hidden(out: Any) -> Tensor:
+    """The hidden states of what a block returns."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 class _Passed(Tensor):
@@ -99,15 +105,42 @@ class Recorder:
         return tensor
 
 
-def head(model: PreTrainedModel, blocks: Sequence[nn.Module], output: Tensor, **inputs: Tensor | None) -> Tensor:
-    """The model's logits (batch, tokens, vocabulary) where its last block returns `output`."""
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's forward can be asked for the logits of some positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def last_output(model: PreTrainedModel, blocks: Sequence[nn.Module], **inputs: Tensor | None) -> Tensor:
+    """The last block's outputs (batch, tokens, width) in a forward of the whole model, whose head sees one token if it can."""
+    outputs: list[Tensor] = []
+    few = {"logits_to_keep": 1} if keeps_logits(model) else {}
+    handle = blocks[-1].register_forward_hook(lambda module, args, out: outputs.append(_hidden(out)))
+    try:
+        model(**inputs, use_cache=False, **few)
+    finally:
+        handle.remove()
+    return outputs[-1]  # a block may be run more than once
+
+
+def head(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    output: Tensor,
+    positions: Tensor | None = None,
+    **inputs: Tensor | None,
+) -> Tensor:
+    """The model's logits (batch, tokens, vocabulary) where its last block returns `output`; of the tokens at `positions`
+    (tokens,), on the CPU, or of all.
+    """
 
     def give(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         passed = output if index == len(blocks) - 1 else args[0] if args else kwargs[_HIDDEN]
         return passed.as_subclass(_Passed)
 
+    some = {"logits_to_keep": positions} if positions is not None and keeps_logits(model) else {}
     with forwards_replaced(blocks, give):
-        return model(**inputs, use_cache=False, return_dict=True).logits
+        logits = model(**inputs, use_cache=False, return_dict=True, **some).logits
+    return logits if some or positions is None else logits[:, positions]
 
 
 @contextmanager

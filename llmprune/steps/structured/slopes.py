@@ -36,7 +36,7 @@ def loss_gradients(
 
 def _gradient(model: PreTrainedModel, blocks: Sequence[nn.Module], output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     output = output.detach().requires_grad_()
-    labels = next_token_labels(inputs)
+    (labels,) = next_token_labels(inputs)
     with torch.enable_grad():
         logits = head(model, blocks, output, **inputs)
         loss = functional.cross_entropy(logits[0, :-1].float(), labels, reduction="sum", ignore_index=IGNORED)
