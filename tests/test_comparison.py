@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from llmprune.base.errors import InputError
 from llmprune.cli.main import main
+from llmprune.data.windows import Windows
+from llmprune.job.record import Perplexity
+from llmprune.measure.perplexity import perplexity
 from llmprune.models.resolve import BUNDLED
-from llmprune.reports.comparison import papers_table, tables
+from llmprune.reports.comparison import Cells, papers_table, tables
 from llmprune.reports.comparison_plot import _share
-from llmprune.runs.compare import CHOICES, compare
+from llmprune.runs.compare import CHOICES, compare, dense_perplexity
 from llmprune.solvers import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +43,31 @@ def test_cells_are_measured_once(tmp_path: Path) -> None:
     assert {row[0]: row[1] for row in rows}["magnitude"] == f"{first[0]['perplexity']:.2f}"
     with pytest.raises(InputError, match="was measured with samples 2, not 3: choose another file"):
         compare(["llama"], output, **(QUICK | {"samples": 3}))
+
+
+def test_the_dense_model_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By several methods, by another process that goes on, and where a copy of the model is asked for."""
+    shutil.copytree(BUNDLED["llama"], tmp_path / "copy")
+    dense, pruned = list[float](), list[float]()
+
+    def count(model: PreTrainedModel, windows: Windows) -> Perplexity:
+        found = perplexity(model, windows)
+        halved = (model.get_decoder().layers[0].mlp.up_proj.weight == 0).float().mean() > 0.4
+        (pruned if halved else dense).append(found.value)
+        return found
+
+    def measure(model: Path | str, *methods: str) -> Cells:
+        dense_perplexity.cache_clear()  # as another process begins
+        return compare([model], tmp_path / "c.json", methods=methods, patterns=["2:4"], **QUICK)
+
+    monkeypatch.setattr("llmprune.runs.compare.perplexity", count)
+    measure("llama", "magnitude", "wanda")
+    measure("llama", "magnitude", "wanda", "ria")
+    cells = measure(tmp_path / "copy", "dsnot")
+    assert len(dense) == 1
+    assert [cell["dense"] for cell in cells] == dense * 4
+    assert [cell["perplexity"] for cell in cells] == pruned
+    assert [cell["excess_loss"] for cell in cells] == [math.log(value / dense[0]) for value in pruned]
 
 
 def test_the_command_prints_the_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

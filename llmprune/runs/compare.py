@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -19,7 +20,7 @@ from llmprune.base.hardware import device_name, pick_device, restart_peak_memory
 from llmprune.base.notation import listed
 from llmprune.data.windows import Windows, evaluation_windows
 from llmprune.job.recipes import QUALITIES
-from llmprune.job.record import Perplexity, excess_loss, versions
+from llmprune.job.record import Perplexity, versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.resolve import resolve, spelled
@@ -49,8 +50,8 @@ def compare(
     """Prune every model by every method or preset to every pattern, in memory, in float32.
 
     Calibration and evaluation take the splits of one text, and all cells share both. A cell that `output`, a JSON file, has
-    already is kept, so that a comparison can be stopped, and goes on when it is asked for again. Models are told apart by
-    their weights, not by their names.
+    already is kept, so that a comparison can be stopped, and goes on when it is asked for again; so is the perplexity of the
+    dense model. Models are told apart by their weights, not by their names.
 
     Args:
         seeds: calibration draws, with seeds 0, 1, ...: each is a cell of its own.
@@ -82,7 +83,8 @@ def compare(
             for pattern, method, seed in ((p, m, s) for p in names for m in methods for s in range(seeds)):
                 if (checkpoint, pattern, method, seed) in done:
                     continue
-                found = _measure(model, method, pattern, seed, settings, device)
+                dense = next((cell["dense"] for cell in cells if cell["checkpoint"] == checkpoint), None)
+                found = _measure(model, method, pattern, seed, settings, device, dense)
                 cells.append({"model": model, "checkpoint": checkpoint, "date": date.today().isoformat(), **found})
                 done.add((checkpoint, pattern, method, seed))
                 write_whole({output: json.dumps(settings | {"cells": cells}, indent=1) + "\n"})
@@ -152,8 +154,10 @@ def dense_perplexity(
     return perplexity(load_float32(folder, device), evaluation(folder, windows, text, seqlen)[1])
 
 
-def _measure(name: str, method: str, pattern: str, seed: int, settings: dict[str, Any], device: str) -> dict[str, Any]:
-    """One cell: a fresh model, pruned in memory."""
+def _measure(
+    name: str, method: str, pattern: str, seed: int, settings: dict[str, Any], device: str, dense: float | None
+) -> dict[str, Any]:
+    """One cell: a fresh model, pruned in memory. `dense` is its perplexity before, where another cell has it."""
     folder, (text, seqlen, windows) = resolve(name).path, (settings[key] for key in ("text", "seqlen", "windows"))
     tokenizer, held_out = evaluation(folder, windows, text, seqlen)
     restart_peak_memory()
@@ -161,15 +165,16 @@ def _measure(name: str, method: str, pattern: str, seed: int, settings: dict[str
     how = "quality" if method in QUALITIES else "method"
     options: dict[str, Any] = {how: method, "samples": settings["samples"], "seqlen": seqlen, "sparsity": pattern}
     record = prune(model, tokenizer=tokenizer, calibration=text, eval_text="none", seed=seed, **options).record
-    found, dense = perplexity(model, held_out), dense_perplexity(folder, windows, text, seqlen, device)
+    found = perplexity(model, held_out).value
+    dense = dense or dense_perplexity(folder, windows, text, seqlen, device).value
     return {
         "method": method,
         "recipe": record.recipe["text"],
         "sparsity": pattern,
         "seed": seed,
-        "dense": dense.value,
-        "perplexity": found.value,
-        "excess_loss": excess_loss(dense, found),
+        "dense": dense,
+        "perplexity": found,
+        "excess_loss": math.log(found / dense),
         "output_error": record.output_error(),
         "seconds": record.pruning_seconds(),
         "overhead": record.overhead(),
