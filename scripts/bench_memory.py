@@ -51,6 +51,7 @@ def prune(source: Path, output: Path) -> dict[str, Any]:
     loaded = peak_memory()
     watch = Stopwatch()
     options: dict[str, Any] = {"calibration": "pydoc", "samples": SAMPLES, "seqlen": SEQLEN, "method": "wanda"}
+    options["dtype"] = "float32"
     record = llmprune.prune(source, output=output, sparsity="2:4", progress=watch, **options).record
     return {
         "loaded_bytes": loaded,

@@ -52,6 +52,7 @@ def measure(name: str, what: str, amount: str, score: str, fit: str, windows: in
     options: dict[str, Any] = {what: amount, "calibration": "pydoc", "eval_text": "none", "seqlen": 512, **FITS.get(fit, {})}
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "out"
+        options["dtype"] = "float32"
         options["layer_score" if what == "layers" else "score"] = score
         record = llmprune.prune(str(name), output=output, **options).record
         smaller = llmprune.load(output, device="cpu", dtype="float32")

@@ -362,7 +362,8 @@ def test_a_failed_overwrite_keeps_the_old_folder(folder: Path, text: Path, tmp_p
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-u", "-m", "llmprune", *MODEL, "--sparsity", "2:4", "--eval-text", "none", *arguments]
+    command = [sys.executable, "-u", "-m", "llmprune", *MODEL, "--sparsity", "2:4", "--eval-text", "none", "--dtype", "float32"]
+    command += arguments
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

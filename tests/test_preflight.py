@@ -115,7 +115,7 @@ import llmprune
 torch.set_num_threads(1)
 options = json.loads(sys.argv[4])
 windows = torch.randint(3, 16000, (options.pop("windows"), 128), generator=torch.Generator().manual_seed(0))
-options |= {"sparsity": "2:4", "calibration": windows, "batch_size": 32}
+options |= {"sparsity": "2:4", "calibration": windows, "batch_size": 32, "dtype": "float32"}
 record = llmprune.prune(sys.argv[2], output=sys.argv[3], **options).record
 print(json.dumps([record.predicted, record.peak_memory["process"]]))
 """

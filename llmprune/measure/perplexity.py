@@ -23,8 +23,8 @@ from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head, keeps_logits, last_output
 
 LOGITS = 2**25  # that are made at once: 128 MiB in float32, and as much again for their logarithms
-# Of a batch of windows of a whole model. On one CPU thread, windows one by one : 1024 : 4096 tokens a batch, the bundled model
-# took 2.2 : 1.6 : 1.8 s over windows of 64 in float32 and 1.1 : .6 : .7 in bfloat16; of 512, 3.9 : 3.7 : 4.0 and 2.0 : 1.9 : 2.3.
+# Of a batch of windows of a whole model. What the bundled model took on one CPU thread, window by window : 1024 : 4096 tokens a
+# batch: windows of 64 2.2 : 1.6 : 1.8 s in float32, 1.1 : .6 : .7 in bfloat16; of 512, 3.9 : 3.7 : 4.0 and 2.0 : 1.9 : 2.3.
 _TOKENS = 1024
 
 
