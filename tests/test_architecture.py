@@ -21,7 +21,7 @@ ENTRIES, LEVELS, LONGEST = 16, 11, 300  # at most: at the top of the package, of
 ALLOWED: dict[str, set[str]] = {
     "base": set(),
     "numerics": {"base"},
-    "models": {"base"},
+    "models": {"base", "numerics"},
     "data": {"base"},
     "solvers": {"base", "numerics"},
     "stream": {"base", "models", "data"},

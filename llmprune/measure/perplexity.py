@@ -18,6 +18,7 @@ from llmprune.base.hardware import dtype_name
 from llmprune.base.processes import Ranks
 from llmprune.data.windows import IGNORED, Windows, next_token_labels
 from llmprune.job.record import Perplexity
+from llmprune.models.attention import fast_attention
 from llmprune.models.discover import find_blocks
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head, keeps_logits, last_output
@@ -29,6 +30,7 @@ _TOKENS = 1024
 
 
 @torch.no_grad()
+@fast_attention()
 def perplexity(model: PreTrainedModel, windows: Windows) -> Perplexity:
     """Perplexity of a whole model in memory."""
     blocks, batch = list(find_blocks(model).values()), max(_TOKENS // windows.ids.shape[1], 1)
@@ -37,6 +39,7 @@ def perplexity(model: PreTrainedModel, windows: Windows) -> Perplexity:
 
 
 @torch.no_grad()
+@fast_attention()
 def streamed_perplexity(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],

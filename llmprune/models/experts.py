@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from llmprune.models.attention import fast_attention
 from llmprune.models.families import EXPERTS, EXPERTS_PER_TOKEN, FusedExperts
 from llmprune.models.sites import INNER, OUTER, Part, Site, show
 
@@ -68,14 +69,17 @@ def _matrices(module: Experts, names: FusedExperts, expert: int) -> Iterator[tup
 
 @contextmanager
 def observable(model: nn.Module, *, all_tokens: bool = False) -> Iterator[None]:
-    """Have the model's experts run so that their sites can be watched; with `all_tokens`, each is shown every token."""
+    """Have the model run as steps need it: with fast attention, and with experts whose sites can be watched; with `all_tokens`,
+    each is shown every token.
+    """
     experts: list[Experts] = [module for module in model.modules() if is_experts(module)]
     before = [module.config._experts_implementation for module in experts]
     for module in experts:
         module.config._experts_implementation = _FORWARD
         setattr(module, _ALL, all_tokens)
     try:
-        yield
+        with fast_attention():
+            yield
     finally:
         for module, implementation in zip(experts, before, strict=True):
             module.config._experts_implementation = implementation

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmprune.numerics.linalg import InverseFactor, Scaled, inverse_factor, scaled
+from llmprune.numerics.products import bfloat16_products
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -163,9 +164,10 @@ class Gram(Moments):
 
     def add(self, x: Tensor) -> None:
         self.tokens += len(x)
-        x = x.float()
+        with bfloat16_products(x):
+            x = x.float()
+            self.sum.addmm_(x.T, x)
         self.total += x.sum(0)
-        self.sum.addmm_(x.T, x)
 
     def merge(self, other: Self) -> None:
         self.tokens += other.tokens
@@ -208,7 +210,8 @@ class CrossGram:
 
     def add(self, x: Tensor, dense: Tensor) -> None:
         self.tokens += len(x)
-        self.sum.addmm_(dense.float().T, x.float())
+        with bfloat16_products(x, dense):
+            self.sum.addmm_(dense.float().T, x.float())
 
     def corrected_target(self, w: Tensor, gram: Gram, blend: float) -> Tensor:
         """The weights (out, in) whose outputs for X come nearest to those of `w` for X_d: W + blend W (C - H) H^-1.
