@@ -68,8 +68,8 @@ def _measure(
         labels = next_token_labels(inputs)
         for positions in torch.arange(labels.shape[1]).split(_at_once(model, *labels.shape)):
             logits, wanted = head(model, blocks, output, positions, **inputs).flatten(0, 1), labels[:, positions].flatten()
-            each = functional.cross_entropy(logits.float(), wanted, reduction="sum", ignore_index=IGNORED)
-            loss += each.double().cpu()
+            each = functional.cross_entropy(logits.float(), wanted, reduction="none", ignore_index=IGNORED)
+            loss += each.cpu().double().sum()
         predicted += int((labels != IGNORED).sum())
     total, tokens, count = ranks.totals(float(loss), predicted, len(windows.ids))
     mean = total / tokens
