@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune.base.errors import InputError
+from llmprune.numerics import attention
 from llmprune.steps.weights import reconstruct
 
 OPTIONS = {"sparsity": "50%", "calibration": tokens(16, 24), "batch_size": 2, "method": "wanda"}
@@ -59,6 +60,28 @@ def test_never_ends_worse_than_it_began(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(r.after == r.before for r in record.reconstructions)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(fitted.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("steps", [1, 2, 28])
+def test_the_rate_rises_then_falls_and_stays_within_its_bounds(steps: int) -> None:
+    rates = [reconstruct.rate_at(step, steps) for step in range(steps)]
+    top = rates.index(max(rates))
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
+    assert top <= reconstruct.RISE * (steps + 1)
+    assert steps < 28 or (rates[0] < 0.2 and rates[-1] < 0.1)
+
+
+def test_bfloat16_blocks_are_fitted_with_our_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, and the fit gains by it."""
+    seen: set[str] = set()
+    for name in ("causal_attention", "causal_attention_backward"):
+        own = getattr(attention, name)
+        where = "llmprune.models.attention" if name == "causal_attention" else "llmprune.numerics.attention"
+        monkeypatch.setattr(f"{where}.{name}", lambda *x, name=name, own=own: seen.add(name) or own(*x))
+    record = llmprune.prune(tiny_model("llama").bfloat16(), **OPTIONS, reconstruct=True).record
+    assert seen == {"causal_attention", "causal_attention_backward"}
+    assert all(one.after < one.before for one in record.reconstructions)
 
 
 def test_saved_norms_are_the_ones_that_ran(saved, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Reconstruction:
 
     Attributes:
         before: relative squared error of the block's output on held-out calibration windows; `after` is never more.
-        steps: optimiser steps taken; `rate` is the first learning rate, relative to each parameter's scale.
+        steps: optimiser steps taken; `rate` is the highest learning rate, relative to each parameter's scale.
         nbytes: memory of the fitted copies and the optimiser's state.
     """
 

@@ -21,8 +21,9 @@ from llmprune.job.record import Reconstruction
 from llmprune.models.sites import Block
 from llmprune.stream.activations import Activations
 
-PASSES = 4  # over the calibration windows that are not held out
-RATE = 0.02  # Adam's first learning rate, relative to a parameter's scale; falls to zero
+PASSES = 3  # over the calibration windows that are not held out
+RATE = 0.05  # Adam's highest learning rate, relative to a parameter's scale
+RISE = 0.3  # share of the steps in which the rate rises to that; then it falls to zero
 HELD_OUT = 8  # one batch in so many
 
 
@@ -132,6 +133,14 @@ class BlockFit:
         return [f"{self._block.name}.{path}" for path in self.masters]
 
 
+def rate_at(step: int, steps: int) -> float:
+    """The share of `RATE` that step number `step` of `steps` is taken with. It rises first: Adam's first steps are as long as
+    the rate allows, whatever the gradient, and the block begins close to where it should end.
+    """
+    place = (step + 1) / (steps + 1)
+    return min(place / RISE, (1 - place) / (1 - RISE))
+
+
 def reconstruct(
     block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor], ranks: Ranks
 ) -> tuple[Reconstruction, list[str]]:
@@ -151,7 +160,7 @@ def reconstruct(
     groups = [{"params": [fit.masters[path]], "lr": RATE * scale} for path, scale in fit.scales().items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     steps = PASSES * len(train)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
     for _ in range(PASSES):
         for index in train:
             fit.differentiate(index)
