@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from llmprune.base.errors import InputError
 from llmprune.cli.main import main
+from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
+from llmprune.job.progress import Progress
 
 WEIGHTS, HEADS, NEURONS, LAYERS = {"sparsity": "2:4"}, {"heads": "25%"}, {"neurons": "25%"}, {"layers": "1"}
 BUDGET = {"target_params": "75%"}
@@ -114,3 +118,13 @@ def test_a_file_may_leave_to_flags_what_its_options_are_for(tmp_path: Path, caps
     assert "model folder './no/such' does not exist" in capsys.readouterr().err
     assert main(["--config", str(path), "--heads", "25%", "--layers", "1"]) == 2
     assert "round_to has no effect here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "length", "device", "processes", "windows"), [
+    (None, 512, "cpu", 1, 8), (None, 64, "cpu", 1, 8), (None, 2048, "cpu", 1, 2), (None, 8192, "cpu", 1, 1),
+    (None, 8192, "cuda", 1, 8), (None, 512, "cpu", 3, 2), (32, 8192, "cpu", 1, 32), (2, 8, "cuda", 4, 1),
+])  # fmt: skip
+def test_how_many_windows_run_at_once(asked: int | None, length: int, device: str, processes: int, windows: int) -> None:
+    config = PruneConfig.create({"model": "-", "sparsity": "2:4", "batch_size": asked})
+    job = Job(config, None, Progress(), SimpleNamespace(size=processes))
+    assert job.batch(length, torch.device(device)) == windows

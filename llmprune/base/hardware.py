@@ -139,7 +139,7 @@ def map_large_allocations() -> None:
 
 
 def return_free_memory() -> None:
-    """Have glibc give the rest of what was freed back to the system: without it, its heap grew from block to block."""
+    """Have glibc give what was freed back to the system: without it, its heap grew from block to block, and within them."""
     _glibc("malloc_trim", 0)
 
 

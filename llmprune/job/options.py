@@ -81,7 +81,9 @@ class PruneConfig:
     activations: str = _option(
         "where hidden states rest: memory, or disk, which takes room beside the output (default: %(default)s)", "memory"
     )
-    batch_size: int = _option("windows run at once (default: %(default)s)", 8)
+    batch_size: int | None = _option(
+        "windows run at once (default: 8; on a CPU no more than 4096 tokens of them, or one)", None, metavar="N"
+    )
     seed: int = _option("seed of the calibration draw (default: %(default)s)", 0)
     true_sequential: bool | None = _option(
         "within a block, solve each stage on inputs from the stages already pruned; --no-true-sequential solves a block "

@@ -216,7 +216,7 @@ def predict(
         texts,
         job.recipe,
         dtype=work.dtype,
-        batch=max(job.config.batch_size // job.ranks.size, 1),
+        batch=job.batch(texts.calibration.ids.shape[1], work.device),
         checkpoint=work.nbytes,
         processes=job.ranks.size,
         probed=probed,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.base.errors import InputError
+from llmprune.base.hardware import return_free_memory
 from llmprune.data.windows import Windows
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.stream.capture import Call, Recorder
@@ -74,15 +75,13 @@ class Activations:
         """Run the model's embeddings on `windows`, `batch` at a time, up to its first block. The hidden states rest in memory
         or, if a folder is named, on its disk. Only the blocks numbered in `layers` will be run, if any are.
         """
-        recorder = Recorder()
         hidden: Hidden = [] if folder is None else MappedTensors(folder)
-        calls, real = [], []
+        recorder, calls, real = Recorder(), [], []
         for inputs in windows.batches(batch, device):
             first, called = recorder.record(model, blocks, **inputs)
-            mask = inputs.get("attention_mask")
             hidden.append(to_host(first))
             calls.append(called if layers is None else [called[layer] for layer in layers])
-            real.append(None if mask is None else mask.bool().flatten())
+            real.append(None if (mask := inputs.get("attention_mask")) is None else mask.bool().flatten())
         return cls(hidden, calls, real, device, folder)
 
     def fork(self) -> Activations:
@@ -285,10 +284,11 @@ class Activations:
         return self._calls[index][block.index].run(forward, self._ahead.take(self.hidden, index))
 
     def _in_order(self) -> Iterator[int]:
-        """The batches' numbers; the batch after each is sent to the device ahead."""
+        """The batches' numbers; the batch after each is sent to the device ahead, and what all have freed is given back."""
         for index in range(len(self.hidden)):
             self._ahead.start(self.hidden, index + 1)
             yield index
+        return_free_memory()
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,7 +226,7 @@ class Scout:
                 skeleton.model,
                 list(skeleton.blocks.values()),
                 windows.share(ranks.rank, ranks.size),
-                batch=max(self.job.config.batch_size // ranks.size, 1),
+                batch=self.job.batch(windows.ids.shape[1], skeleton.device),
                 device=skeleton.device,
                 folder=self.scratch,
                 layers=layers,

@@ -34,7 +34,9 @@ def check_batches(feed: Activations, ranks: Ranks) -> None:
         InputError: there is one batch only.
     """
     if max(ranks.all(len(feed.hidden))) < 2:
-        raise InputError("reconstruction holds calibration windows out: give more samples than batch_size, or --no-reconstruct")
+        raise InputError(
+            "reconstruction holds a batch of windows out: give more samples or a smaller batch_size, or --no-reconstruct"
+        )
 
 
 class BlockFit:

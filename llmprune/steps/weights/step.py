@@ -66,7 +66,7 @@ def prune_weights(
 ) -> None:
     """Stream the model block by block, and fill in what was found; `edited` learns what was changed."""
     clock, ranks, blocks = job.clock, job.ranks, list(work.blocks.values())
-    batch = max(job.config.batch_size // ranks.size, 1)
+    batch = job.batch(texts.calibration.ids.shape[1], work.device)
 
     def start(windows: Windows) -> Activations:
         return Activations.record(work.model, blocks, windows, batch=batch, device=work.device, folder=work.scratch)
