@@ -1,12 +1,12 @@
 """llmprune beside llm-compressor: the same model, calibration tokens and patterns, turn about on one machine.
 
-    python scripts/compare_peers.py --output eval/results/peers.json [--model llama] [--threads 1]
+    python scripts/compare_peers.py --output eval/results/peers.json [--model llama] [--threads 1] [--methods sparsegpt fast]
 
 Makes a virtual environment for llm-compressor (from PyPI) in --environment and keeps it there. Each cell is a process of
-its own: it loads the model in float32, prunes it, and saves it; seconds are those of the pruning call, peak memory that of
-the process. Perplexity of all is then measured by the same code, on held-out text that no calibration saw. That both pruned
-the same matrices is checked. Cells that the output file has with the same settings are kept, so that it can be stopped and run
-again.
+its own: it loads the model in the dtype, prunes it, and saves it; seconds are those of the pruning call, peak memory that of
+the process. Perplexity of all is then measured by the same code, in float32, on held-out text that no calibration saw. That
+both pruned the same matrices is checked. A preset is measured of llmprune alone. Cells that the output file has with the same
+settings are kept, so that it can be stopped and run again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from llmprune.base.words import count
 from llmprune.data.windows import calibration_windows
+from llmprune.job.recipes import QUALITIES
 from llmprune.job.record import excess_loss, versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.discover import find_blocks
@@ -43,10 +44,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-folder, tokens, method, pattern, threads, out = sys.argv[1:]
+folder, tokens, method, pattern, threads, dtype, out = sys.argv[1:]
 torch.set_num_threads(int(threads))
 ids = load_file(tokens)["ids"]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 {prune}
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 save_file({{name: value.clone() for name, value in model.state_dict().items()}}, out)
@@ -54,8 +55,10 @@ print(json.dumps({{"seconds": seconds, "peak_memory_bytes": 1024 * peak, "versio
 """
 _OURS = """
 import llmprune
+from llmprune.job.recipes import QUALITIES
 start = time.perf_counter()
-llmprune.prune(model, calibration=ids, sparsity=pattern, method=method, eval_text="none", batch_size=8)
+how = {"quality" if method in QUALITIES else "method": method}
+llmprune.prune(model, calibration=ids, sparsity=pattern, eval_text="none", batch_size=8, **how)
 seconds, version = time.perf_counter() - start, llmprune.__version__
 """
 _THEIRS = """
@@ -124,7 +127,7 @@ def table(result: dict[str, Any]) -> str:
         "Written by `scripts/compare_peers.py`. "
         f"Model `{result['model']}`, dense perplexity {result['dense']:.2f}; "
         f"{count(result['samples'], 'calibration window')} of {result['length']} tokens, the same for both; "
-        f"{count(result['windows'], 'evaluation window')}; float32, "
+        f"{count(result['windows'], 'evaluation window')}; {result['dtype']}, "
         f"{count(result['threads'], 'CPU thread')}, {result['date']}.",
         "",
         "| pattern | method | tool | zeros | perplexity | excess loss | seconds | peak memory |",
@@ -144,7 +147,7 @@ def known(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if not output.exists():
         return []
     found = json.loads(output.read_text())
-    if differing := [name for name, value in settings.items() if name != "date" and found[name] != value]:
+    if differing := [name for name, value in settings.items() if name != "date" and found.get(name) != value]:
         raise SystemExit(f"{output} was measured with other {', '.join(differing)}: choose another file")
     return found["cells"]
 
@@ -156,6 +159,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=100, help="evaluation windows of 512 tokens")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to prune in")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *QUALITIES], default=METHODS)
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--environment", type=Path, default=Path(tempfile.gettempdir()) / "llmprune-peers")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -165,19 +171,19 @@ def main() -> None:
     dense = dense_perplexity(folder, args.windows)
     result: dict[str, Any] = {
         "date": date.today().isoformat(), "versions": versions(), "model": args.model, "dense": dense.value,
-        "samples": args.samples, "length": args.length, "windows": args.windows, "threads": args.threads,
+        "samples": args.samples, "length": args.length, "windows": args.windows, "threads": args.threads, "dtype": args.dtype,
     }  # fmt: skip
     result["cells"] = known(args.output, result)
     done = {(cell["pattern"], cell["method"], cell["tool"]) for cell in result["cells"]}
     with tempfile.TemporaryDirectory() as scratch:
         tokens, saved = Path(scratch) / "tokens.safetensors", Path(scratch) / "model.safetensors"
         save_file({"ids": windows.ids.contiguous()}, tokens)
-        for pattern in PATTERNS:
-            for method in METHODS:
+        for pattern in args.patterns:
+            for method in args.methods:
                 for tool, python, code in (("llmprune", Path(sys.executable), _OURS), ("llm-compressor", peer, _THEIRS)):
-                    if (pattern, method, tool) in done:
+                    if (pattern, method, tool) in done or (method not in METHODS and code is _THEIRS):
                         continue
-                    arguments = [str(folder), str(tokens), method, pattern, str(args.threads), str(saved)]
+                    arguments = [str(folder), str(tokens), method, pattern, str(args.threads), args.dtype, str(saved)]
                     cell = {"pattern": pattern, "method": method, "tool": tool, **run(python, code, arguments)}
                     model = load_float32(folder)
                     with torch.no_grad():

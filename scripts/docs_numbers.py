@@ -20,6 +20,7 @@ from typing import Any
 from compare_peers import share
 from compare_peers import table as peers_table
 from compare_structured import table as structured_table
+from profile_run import batches_table, bound_table, bytes_text, runs_table
 
 from llmprune.base.words import size
 from llmprune.reports.comparison import by_model, listing, tables
@@ -228,6 +229,10 @@ REGIONS: dict[str, Callable[[], str]] = {
     "structured": structured,
     "structured-speed": structured_speed,
     "measured": measured,
+    "profile-runs": lambda: runs_table(read("profile")),
+    "profile-bound": lambda: bound_table(read("profile")),
+    "profile-bytes": lambda: bytes_text(read("profile")),
+    "profile-batches": lambda: batches_table(read("profile")),
 }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -33,11 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from llmprune.base.hardware import dtype_name, pick_device
+from llmprune.base.words import size
+from llmprune.data.windows import evaluation_windows
 from llmprune.job.record import versions
 from llmprune.models.attention import fast_attention
 from llmprune.models.discover import find_blocks
 from llmprune.models.resolve import resolve
-from llmprune.models.skeleton import load_config, load_model
+from llmprune.models.skeleton import load_config, load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 MODEL, DTYPES = "llama", (torch.float32, torch.bfloat16)
@@ -107,6 +110,11 @@ def matrices(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {f"{number} {name}": one for number, (name, one) in enumerate(found)}
 
 
+def evaluation_tokens(folder: Path) -> int:
+    """Of the text that the main job measures perplexity on."""
+    return evaluation_windows("pydoc", load_tokenizer(folder), seqlen=LENGTH).ids.numel()
+
+
 def operations(model: PreTrainedModel) -> dict[str, float]:
     """Per token: of the blocks, of the head, and of one product of a stage's inputs with themselves, summed over stages."""
     ids = torch.zeros(1, LENGTH, dtype=torch.long)
@@ -169,6 +177,63 @@ def traffic(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, float]:
     return {"all": count.all / hidden, "products": count.products / hidden}
 
 
+def runs_table(result: dict[str, Any]) -> str:
+    """Seconds by phase and peak memory, a row a checkout, dtype and number of threads."""
+    phases = ("prepare", "evaluate", "forward", "statistics", "solve")
+    lines = [
+        f"| run | threads | seconds | {' | '.join(phases)} | peak memory | loss |",
+        f"|---|---:|{'---:|' * (len(phases) + 3)}",
+    ]
+    for row in result["runs"]:
+        loss = math.log(row["perplexity"]["pruned"] / row["perplexity"]["dense"])
+        name = row["what"] if row["what"] != "before" else f"before ({result['before']})"
+        seconds = [f"{row['wall_seconds']:.1f}", *(f"{row['seconds'][phase]:.1f}" for phase in phases)]
+        shown = [f"{name.removesuffix(', float32')}, {row['dtype']}", str(row["threads"]), *seconds]
+        lines.append(f"| {' | '.join([*shown, size(int(row['peak_memory_bytes'])), f'{loss:.4f}'])} |")
+    return "\n".join(["", *lines, ""])
+
+
+def bound_table(result: dict[str, Any]) -> str:
+    """What each phase must multiply, how long that takes at the rate of products, and how long the phase takes."""
+    own, count = result["operations"], result["tokens"]
+    needed = {
+        "evaluate": 2 * count["evaluation"] * (own["blocks"] + own["head"]),
+        "forward": 2 * count["calibration"] * own["blocks"],
+        "statistics": 2 * count["calibration"] * own["gram"],
+    }
+    rows = {row["dtype"]: row for row in result["runs"] if row["what"] != "before" and row["threads"] == result["threads"]}
+    lines = [
+        f"| phase | operations | {' | '.join(f'{dtype}: least | measured' for dtype in rows)} |",
+        f"|---|---:|{'---:|---:|' * len(rows)}",
+    ]
+    for phase, operations in needed.items():
+        pairs = [f"{operations / result['rates'][dtype]:.1f} s | {row['seconds'][phase]:.1f} s" for dtype, row in rows.items()]
+        lines.append(f"| {phase} | {operations / 1e12:.2f} T | {' | '.join(pairs)} |")
+    rates = " and ".join(f"{rate / 1e9:.0f} G in {dtype}" for dtype, rate in result["rates"].items())
+    how = f"Products of the model's matrices with {ROWS} tokens, {result['threads']} threads: {rates} a second."
+    return "\n".join(["", *lines, "", how, ""])
+
+
+def batches_table(result: dict[str, Any]) -> str:
+    """Seconds of forward passes and statistics, by windows run at once."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in result["batches"]))
+    lines = [f"| windows of {LENGTH} | {' | '.join(dtypes)} |", f"|---:|{'---:|' * len(dtypes)}"]
+    for windows in BATCHES:
+        found = [row for row in result["batches"] if row["windows"] == windows]
+        own = {row["dtype"]: row["seconds"]["forward"] + row["seconds"]["statistics"] for row in found}
+        lines.append(f"| {windows} | {' | '.join(f'{own[d]:.1f} s' for d in dtypes)} |")
+    return "\n".join(["", *lines, ""])
+
+
+def bytes_text(result: dict[str, Any]) -> str:
+    """How much a block's operations move, in words."""
+    moved = [
+        f"{own['all']:.0f} times in {dtype}, of which {own['products']:.0f} are those of its products and attention"
+        for dtype, own in result["traffic"].items()
+    ]
+    return f"A block reads and writes as much as its hidden states {', and '.join(moved)}.\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another checkout to run turn about")
@@ -185,6 +250,7 @@ def main() -> None:
         "load_before": os.getloadavg()[0],
         "versions": versions(),
         "before": args.before_name,
+        "tokens": {"calibration": 128 * LENGTH, "evaluation": evaluation_tokens(folder)},
         "operations": operations(models[torch.bfloat16]),
         "rates": rates(models[torch.float32]),
         "traffic": {dtype_name(dtype): traffic(model, dtype) for dtype, model in models.items()},
