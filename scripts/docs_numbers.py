@@ -144,6 +144,24 @@ def peers() -> str:
     return "\n".join(lines[4:]) + "\n\n" + lines[2].removeprefix("Written by `scripts/compare_peers.py`. ") + "\n"
 
 
+def peers_wide() -> str:
+    """Seconds on a wider model in two dtypes; it is hardly trained, so losses are left out."""
+    lines = [
+        "| dtype | method | tool | seconds | of llm-compressor's SparseGPT | peak memory |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for dtype in ("float32", "bfloat16"):
+        found = read(f"peers_wide_{dtype}")
+        (theirs,) = (cell["seconds"] for cell in found["cells"] if cell["tool"] == "llm-compressor")
+        for cell in sorted(found["cells"], key=lambda cell: cell["seconds"]):
+            row = [dtype, cell["method"], f"{cell['tool']} {cell['version']}", f"{cell['seconds']:.1f}"]
+            row += [f"{cell['seconds'] / theirs:.2f}x", size(cell["peak_memory_bytes"])]
+            lines.append(f"| {' | '.join(row)} |")
+    of = f"{found['samples']} windows of {found['length']} tokens, {found['threads']} threads"
+    how = f"2:4, {of}, {found['date']}; one run each."
+    return "\n".join(["", *lines, "", how, ""])
+
+
 def structured() -> str:
     return structured_table([row for row in read("structured")["rows"] if row["score"] in SHOWN])
 
@@ -226,6 +244,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "selling": selling,
     "methods": methods,
     "peers": peers,
+    "peers-wide": peers_wide,
     "structured": structured,
     "structured-speed": structured_speed,
     "measured": measured,
