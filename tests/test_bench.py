@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -111,17 +109,6 @@ def test_commands_that_convert(saved, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["pack", source, packed]) == 2
     assert main(["pack", source, packed, "--overwrite"]) == 0
     assert main(["unpack", source, back]) == 2
-
-
-def test_the_gpu_script_runs_in_the_interpreter(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--small", "--output", str(tmp_path / "gpu.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {row["kernel"] for row in found["checks"]} == {"decode", "decompress"}
-    assert all(row["right"] for row in found["checks"])
-    assert found["run"]["right"]
-    assert {"solvers", "layer 64x128", "llama batch 1 prompt 16"} <= found.keys()
 
 
 def test_a_folder_called_as_the_bundled_model_is(

@@ -147,9 +147,17 @@ def _shapes(layers: Any) -> list[tuple[Sparse24Linear, int]]:
 
 
 def layer_times(
-    layer: Sparse24Linear, count: int, tokens: Sequence[int], device: torch.device, tell: Callable[[str], None]
+    layer: Sparse24Linear,
+    count: int,
+    tokens: Sequence[int],
+    device: torch.device,
+    tell: Callable[[str], None],
+    *,
+    tuned: bool = True,
 ) -> list[LayerTime]:
-    """Against a dense product, as torch does it and, on a GPU, as Inductor's search finds it fastest."""
+    """Against a dense product, as torch does it and, on a GPU and where `tuned`, as Inductor's search finds it fastest, which
+    takes some seconds a size.
+    """
     tell(f"layer {layer.out_features} x {layer.in_features}")
     weight, packed = layer.weight, layer.packed
     size = packed.values.nbytes + packed.meta.nbytes
@@ -157,7 +165,7 @@ def layer_times(
     denses = [weight.clone() for _ in range(many)]
     packeds = [Packed(packed.values.clone(), packed.meta.clone(), packed.columns) for _ in range(many)]
     blobs = [None if layer.blob is None else layer.blob.clone() for _ in range(many)]
-    multiply = [functional.linear, *([_tuned()] if device.type == "cuda" else [])]
+    multiply = [functional.linear, *([_tuned()] if tuned and device.type == "cuda" else [])]
     found = []
     for number in tokens:
         x = torch.randn(number, layer.in_features, device=device, dtype=weight.dtype)

@@ -1,0 +1,177 @@
+"""`checks`: every kernel against plain float64, and what the GPU must give as the CPU does."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import llmprune
+from gpu.rows import Found, Row
+from gpu.shapes import Place, correlated, two_of_four
+from llmprune.base.hardware import synchronize
+from llmprune.formats.kernels import cusparselt, decode, decompress, dispatch, reference
+from llmprune.formats.kernels.timing import graphed
+from llmprune.formats.layer import Sparse24Linear
+from llmprune.models.resolve import resolve
+from llmprune.numerics.patterns import NM
+from llmprune.numerics.stats import Gram
+from llmprune.runs.compare import dense_perplexity
+from llmprune.solvers import METHODS
+
+SHAPES = [(7, 260), (130, 1024), (33, 12), (512, 4096), (1024, 776)]
+TOKENS = (1, 3, 8, 16, 17, 33, 64)
+BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the norm: what rounding the outputs costs, with room
+SOLVERS = ("wanda", "sparsegpt", "annealed", "alps")
+
+
+def rows(place: Place) -> list[Row]:
+    found = [
+        Row(
+            f"{name} {rows}x{columns} {str(dtype).removeprefix('torch.')}", partial(kernel, place, name, (rows, columns), dtype)
+        )
+        for dtype in BOUNDS
+        for rows, columns in (SHAPES[:3] if place.small else SHAPES)
+        for name in ("decode", "decompress", "cusparselt")
+    ]
+    found.append(Row("a graph of packed products", partial(in_graph, place)))
+    found += [Row(f"{name} as on the CPU", partial(as_on_cpu, place, name)) for name in SOLVERS]
+    found.append(Row("streamed and in memory", partial(streamed_and_resident, place)))
+    found.append(Row("activations on disk", partial(on_disk, place)))
+    found.append(Row("packed and loaded", partial(packed_and_loaded, place)))
+    return found if place.small else [*found, Row("dense perplexity, block by block", partial(perplexities, place))]
+
+
+def kernel(place: Place, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Found:
+    """The largest error over numbers of tokens; memory is poisoned first, and two runs must agree to the last bit."""
+    w = two_of_four(*shape, dtype, place.device)
+    packed = reference.pack(w)
+    if name == "decompress":
+        run = partial(decompress.decompress24, packed.values, packed.meta, packed.columns, fast=place.fast)
+        return compared(place, {"": (run, w.double())}, 0.0)
+    if name == "cusparselt" and not cusparselt.supported(*shape, dtype, place.device):
+        return {"supported": False}
+    bias, cases = torch.randn(shape[0], device=place.device).to(dtype), {}
+    blob = cusparselt.compress(w) if name == "cusparselt" else None
+    for tokens in (300,) if blob is not None else TOKENS:
+        x = torch.randn(tokens, shape[1], device=place.device).to(dtype)
+        own = {"processors": place.processors, "shared": place.shared, "fast": place.fast}
+        run = (
+            partial(decode.decode24, x, packed.values, packed.meta, bias, **own)
+            if blob is None
+            else partial(cusparselt.multiply, x, blob, bias)
+        )
+        cases[f"{tokens} tokens"] = (run, x.double() @ w.double().T + bias.double())
+    return compared(place, cases, BOUNDS[dtype])
+
+
+def compared(place: Place, cases: dict[str, tuple[Callable[[], Tensor], Tensor]], bound: float) -> Found:
+    worst, wrong = 0.0, []
+    for case, (run, expected) in cases.items():
+        first, second = (poisoned(run, place.device) for _ in range(2))
+        gap = float((first.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+        worst = max(worst, gap)
+        if not (gap <= bound and torch.equal(first, second)):
+            wrong.append(f"{case}: error {gap:.2g}, {'same' if torch.equal(first, second) else 'not the same'} twice")
+    return {"error": worst, "wrong": wrong, "right": not wrong}
+
+
+def poisoned(run: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """Run with NaN in the memory that is about to be given out."""
+    if device.type == "cuda":
+        waste = [torch.full((2**k,), float("nan"), device=device) for k in range(8, 26)]
+        del waste
+    result = run()
+    synchronize(device)
+    return result
+
+
+def in_graph(place: Place) -> Found:
+    """Replays of a captured product must give what the plain one gives, for inputs that came after the capture."""
+    layer = Sparse24Linear.from_dense(two_of_four(512, 1024, torch.bfloat16, place.device))
+    layer.prepare()
+    wrong = []
+    for tokens in (1, 8, 64, 200):
+        x = torch.randn(tokens, 1024, device=place.device, dtype=torch.bfloat16)
+        out = torch.empty(tokens, 512, device=place.device, dtype=torch.bfloat16)
+        call = lambda x=x, out=out: out.copy_(dispatch.linear24(x, layer.packed, None, layer.blob))  # noqa: E731
+        replay = graphed([call], place.device)
+        for _ in range(3):
+            x.normal_()
+            replay()
+            expected = x.double() @ layer.weight.double().T
+            if not float((out.double() - expected).norm() / expected.norm()) < BOUNDS[torch.bfloat16]:
+                wrong.append(tokens)
+    return {"wrong": wrong, "right": not wrong}
+
+
+def as_on_cpu(place: Place, name: str) -> Found:
+    """The same matrix and inputs: what is lost of the outputs must be the same but for rounding."""
+    torch.manual_seed(0)
+    x, w = correlated(2048, 256, torch.device("cpu")), torch.randn(192, 256) / 16
+    lost = {}
+    for where in (torch.device("cpu"), place.device):
+        gram = Gram(256, where)
+        gram.add(x.to(where))
+        solved = METHODS.get(name).solve(w.to(where), gram, NM(2, 4))
+        gap = x.double() @ (w - solved.weight.cpu()).double().T
+        lost[where.type] = float(gap.square().sum() / (x.double() @ w.double().T).square().sum())
+    ratio = lost[place.device.type] / lost["cpu"]
+    return {"lost": lost, "ratio": ratio, "right": abs(ratio - 1) < 1e-2}
+
+
+def _pruned(place: Place, folder: Path | None, **options: Any) -> Any:
+    own: dict[str, Any] = {"samples": 16, "seqlen": 64, "eval_text": "none", "quality": "fast", "dtype": "float32"}
+    return llmprune.prune("llama", sparsity="2:4", output=folder, device=str(place.device), **(own | options))
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def streamed_and_resident(place: Place) -> Found:
+    """Weights pruned from folder to folder and in memory must be the same to the last bit, saved alike."""
+    with tempfile.TemporaryDirectory() as scratch:
+        streamed, resident = Path(scratch) / "streamed", Path(scratch) / "resident"
+        _pruned(place, streamed)
+        _pruned(place, None).model.bfloat16().save_pretrained(resident)
+        one, other = _weights(streamed), _weights(resident)
+        apart = [name for name in one if not torch.equal(one[name], other[name])]
+    return {"apart": apart, "right": not apart}
+
+
+def on_disk(place: Place) -> Found:
+    """Hidden states on disk give the weights that those in memory give."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / where for where in ("memory", "disk")]
+        for folder in folders:
+            _pruned(place, folder, activations=folder.name)
+        one, other = map(_weights, folders)
+        apart = [name for name in one if not torch.equal(one[name], other[name])]
+    return {"apart": apart, "right": not apart}
+
+
+def packed_and_loaded(place: Place) -> Found:
+    """The bundled model pruned, packed and loaded: logits must be the same, packed or not."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, packed = Path(scratch) / "out", Path(scratch) / "packed"
+        _pruned(place, folder)
+        llmprune.pack(folder, packed)
+        ids = torch.arange(3, 35, device=place.device)[None]
+        both = (llmprune.load(packed, device=str(place.device), dense=dense) for dense in (True, False))
+        one, other = (model(ids).logits.float() for model in both)
+    gap = float((one - other).norm() / one.norm())
+    return {"logits_differ_by": gap, "right": gap < 2e-2}
+
+
+def perplexities(place: Place) -> Found:
+    """The dense perplexity as the stream of blocks finds it must be the whole model's."""
+    record = _pruned(place, None, eval_text="pydoc", method="magnitude", quality=None, seqlen=512).record
+    whole = dense_perplexity(resolve("llama").path, None, "pydoc", 512, str(place.device)).value
+    return {"streamed": record.dense.value, "whole": whole, "right": abs(record.dense.value / whole - 1) < 1e-3}

@@ -1,0 +1,150 @@
+"""`sweep`: settings of the decode kernel by shape and tokens; the best go into `llmprune/formats/kernels/plan.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from functools import cache, partial
+from itertools import product
+from math import exp, log
+from operator import itemgetter
+from pathlib import Path
+from statistics import mean
+
+import torch
+from llmprune.formats.kernels.plan import Settings, padded
+from torch import Tensor
+
+from gpu.rows import Found, Row
+from gpu.shapes import FUSED, Place, two_of_four
+from llmprune.base.hardware import synchronize
+from llmprune.formats.kernels import decode, reference
+from llmprune.formats.kernels.reference import Packed
+from llmprune.formats.kernels.timing import copies, graphed
+
+SIZES = (8, 16, 32, 64)  # tokens, as the kernel pads them
+WAVES = (1, 2, 3, 4)
+_WORKERS, _REPLAYS, _SHOWN = 14, 8, 6
+
+
+def rows(place: Place) -> list[Row]:
+    shapes, sizes = ([(64, 128)], (8,)) if place.small else (FUSED, SIZES)
+    found = [] if place.small else [Row("compile", partial(compile_all, place))]
+    for size in sizes:
+        each = {f"{rows}x{columns} x {size}": partial(by_shape, place, (rows, columns), size) for rows, columns in shapes}
+        found += [Row(key, work) for key, work in each.items()]
+        found.append(Row(f"best of all shapes x {size}", partial(best_of_all, place, shapes, size)))
+    return found
+
+
+def kernels(size: int) -> list[Settings]:
+    """Those that are compiled, for so many tokens; waves only change the grid."""
+    joined = (True, False) if size <= 16 else (False,)
+    return [
+        Settings(rows=rows, warps=warps, stages=stages, waves=0, joined=one)
+        for rows, warps, stages, one in product((32, 64, 128), (4, 8), (2, 3, 4), joined)
+        if rows >= 16 * warps / 2
+    ]
+
+
+def compile_all(place: Place) -> Found:
+    """In several processes, into Triton's cache."""
+    start, scripts = time.perf_counter(), str(Path(__file__).parents[1])
+    paths = os.pathsep.join(filter(None, (scripts, os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gpu.warm"]
+    workers = [subprocess.Popen([*command, str(i), str(_WORKERS)], env=environment) for i in range(_WORKERS)]
+    codes = [worker.wait() for worker in workers]
+    return {
+        "kernels": sum(len(kernels(size)) for size in SIZES),
+        "seconds": time.perf_counter() - start,
+        "right": not any(codes),
+    }
+
+
+def by_shape(place: Place, shape: tuple[int, int], size: int) -> Found:
+    """Seconds of the default and of the best."""
+    found = measured(place, shape, size)
+    best = sorted(((seconds, own) for own, seconds in found.items() if own is not None), key=itemgetter(0))[:_SHOWN]
+    default, nbytes = found[None], _matrices(place, shape)[0]
+    packed = nbytes.values.nbytes + nbytes.meta.nbytes
+    return {
+        "default": default,
+        "best": [asdict(own) | {"seconds": seconds, "rate": packed / seconds} for seconds, own in best],
+        "tried": len(found),
+    }
+
+
+def best_of_all(place: Place, shapes: list[tuple[int, int]], size: int) -> Found:
+    """The settings whose seconds are least on the geometric mean of shapes, each relative to the shape's best."""
+    tables = [measured(place, shape, size) for shape in shapes]
+    least = [min(table.values()) for table in tables]
+    everywhere = [own for own in tables[0] if own is not None and all(own in table for table in tables)]
+    scored = {own: exp(mean(log(table[own] / low) for table, low in zip(tables, least, strict=True))) for own in everywhere}
+    best = sorted(((score, own) for own, score in scored.items()), key=itemgetter(0))[:_SHOWN]
+    return {"best": [asdict(own) | {"of_the_best": score} for score, own in best]}
+
+
+@cache
+def measured(place: Place, shape: tuple[int, int], size: int) -> dict[Settings | None, float]:
+    """Seconds of one product by settings; None: as the kernel's own table has it. What fails is left out."""
+    mats = _matrices(place, shape)
+    x = torch.randn(size, shape[1], device=place.device, dtype=torch.bfloat16)
+    expected = x.double() @ reference.unpack(mats[0]).double().T
+    tried: list[Settings | None] = [None]
+    for own in kernels(size)[: 2 if place.small else None]:
+        tried += [Settings(own.rows, own.warps, own.stages, waves, own.joined) for waves in WAVES]
+    found: dict[Settings | None, float] = {}
+    for settings in tried:
+        try:
+            gap = (product_of(place, x, mats[0], settings).double() - expected).norm() / expected.norm()
+            if gap < 1e-2:
+                found[settings] = _seconds(place, x, mats, settings)
+        except (RuntimeError, ValueError, *triton_errors()):
+            continue
+    return found
+
+
+def triton_errors() -> tuple[type[Exception], ...]:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    return (OutOfResources, CompilationError)
+
+
+def product_of(place: Place, x: Tensor, packed: Packed, settings: Settings | None) -> Tensor:
+    return decode.decode24(
+        x,
+        packed.values,
+        packed.meta,
+        None,
+        processors=place.processors,
+        shared=place.shared,
+        fast=place.fast,
+        settings=settings,
+    )
+
+
+def _seconds(place: Place, x: Tensor, mats: list[Packed], settings: Settings | None) -> float:
+    replay = graphed([partial(product_of, place, x, packed, settings) for packed in mats], place.device)
+    times = []
+    for _ in range(_REPLAYS):
+        synchronize(place.device)
+        start = time.perf_counter()
+        replay()
+        synchronize(place.device)
+        times.append((time.perf_counter() - start) / len(mats))
+    return min(times)
+
+
+@cache
+def _matrices(place: Place, shape: tuple[int, int]) -> list[Packed]:
+    packed = reference.pack(two_of_four(*shape, torch.bfloat16, place.device))
+    many = copies(packed.values.nbytes + packed.meta.nbytes, place.device)
+    return [packed, *(Packed(packed.values.clone(), packed.meta.clone(), packed.columns) for _ in range(many - 1))]
+
+
+assert all(padded(size) == size for size in SIZES)

@@ -1,0 +1,88 @@
+"""`scripts/gpu_check.py`: all pieces at tiny sizes on a CPU, and what its rows promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+from gpu.rows import Results, Row  # noqa: E402
+
+HEADER = {"date": "2026-01-01", "device": "cpu", "versions": {"torch": "1"}}
+FOREVER = float("inf")
+
+
+def results(path: Path, *, end: float = FOREVER, retry: bool = False, header: dict | None = None) -> Results:
+    return Results(path, header or HEADER, torch.device("cpu"), end=end, retry=retry)
+
+
+def counted(calls: list[str], *, wrong: bool = False) -> list[Row]:
+    def fail() -> dict:
+        calls.append("bad")
+        if wrong:
+            raise RuntimeError("out of\nluck")
+        return {"value": 2}
+
+    def good() -> dict:
+        calls.append("good")
+        return {"value": 1}
+
+    return [Row("bad", fail), Row("good", good)]
+
+
+def test_a_failure_costs_one_row_and_is_measured_again_only_when_asked(tmp_path):
+    path, calls = tmp_path / "gpu_x.json", []
+    results(path).measure(counted(calls, wrong=True))
+    kept = json.loads(path.read_text())["rows"]
+    assert kept["bad"]["raised"] == "RuntimeError: out of luck"
+    assert kept["good"]["value"] == 1
+    results(path).measure(counted(calls))
+    assert calls == ["bad", "good"]
+    results(path, retry=True).measure(counted(calls))
+    assert calls == ["bad", "good", "bad"]
+    assert json.loads(path.read_text())["rows"]["bad"]["value"] == 2
+
+
+def test_what_there_is_no_time_for_is_left(tmp_path):
+    calls: list[str] = []
+    late = results(tmp_path / "gpu_x.json", end=0.0)
+    late.measure(counted(calls))
+    assert (calls, late.left) == ([], ["bad", "good"])
+
+
+def test_a_file_of_another_device_is_not_mixed_in(tmp_path):
+    path = tmp_path / "gpu_x.json"
+    results(path).measure(counted([]))
+    with pytest.raises(SystemExit, match="another device"):
+        results(path, header=HEADER | {"device": "gpu"})
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(SCRIPTS / "gpu_check.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_plan_lists_rows_and_measures_nothing(tmp_path):
+    ran = run("--plan", "--output", str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert {"checks", "prune", "  8B, 2 blocks, balanced"} <= set(ran.stdout.splitlines())
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_piece_runs_at_tiny_sizes(tmp_path):
+    pieces = ("checks", "sweep", "layers", "solvers", "e2e")
+    ran = run("--small", "--only", *pieces, "--output", str(tmp_path))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for piece in pieces:
+        found = json.loads((tmp_path / f"gpu_{piece}.json").read_text())
+        assert found["device"] == "cpu, interpreted"
+        assert found["rows"]
+        assert not [row for row in found["rows"].values() if "raised" in row]
