@@ -46,6 +46,29 @@ def select(code, v):
 
 
 @triton.jit
-def halves(word, ROWS: tl.constexpr, WORDS: tl.constexpr, dtype: tl.constexpr):
-    """(ROWS, WORDS) of 32 bits as (ROWS, 2 * WORDS) of a 16-bit `dtype`, the low half first."""
-    return tl.join(word.to(tl.int16), (word >> 16).to(tl.int16)).reshape(ROWS, 2 * WORDS).to(dtype, bitcast=True)
+def expand(codes, v0, v1, v2, v3, FAST: tl.constexpr):
+    """Four groups of values v, whose codes are the low 16 bits of `codes`: the words of each, by `prmt` or else by `select`."""
+    if FAST:
+        a0, b0, a1, b1, a2, b2, a3, b3 = prmt(codes, v0, v1, v2, v3)
+    else:
+        a0, b0 = select(codes & 15, v0)
+        a1, b1 = select((codes >> 4) & 15, v1)
+        a2, b2 = select((codes >> 8) & 15, v2)
+        a3, b3 = select((codes >> 12) & 15, v3)
+    return a0, b0, a1, b1, a2, b2, a3, b3
+
+
+@triton.jit
+def plane(a, b, ROWS: tl.constexpr, WORDS: tl.constexpr, dtype: tl.constexpr):
+    """The words of (ROWS, WORDS) groups as (ROWS, 4 * WORDS) of a 16-bit `dtype`, in the order of their columns."""
+    w = tl.join(a, b).reshape(ROWS, 2 * WORDS)
+    return tl.join(w.to(tl.int16), (w >> 16).to(tl.int16)).reshape(ROWS, 4 * WORDS).to(dtype, bitcast=True)
+
+
+@triton.jit
+def planes(a0, b0, a1, b1, a2, b2, a3, b3, ROWS: tl.constexpr, WORDS: tl.constexpr, dtype: tl.constexpr):
+    """Four planes side by side: (ROWS, 16 * WORDS)."""
+    even = tl.join(tl.join(a0, b0), tl.join(a2, b2))  # rows, words, word of a group, plane // 2
+    odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
+    w = tl.permute(tl.join(even, odd), (0, 3, 4, 1, 2)).reshape(ROWS, 8 * WORDS)
+    return tl.join(w.to(tl.int16), (w >> 16).to(tl.int16)).reshape(ROWS, 16 * WORDS).to(dtype, bitcast=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmprune.formats.kernels.bits import prmt, select
+from llmprune.formats.kernels.bits import expand
 
 _ROWS = 32  # a program
 
@@ -37,14 +37,7 @@ def _decompress(
         v1 = tl.load(at + WORDS, mask=there, other=0)
         v2 = tl.load(at + 2 * WORDS, mask=there, other=0)
         v3 = tl.load(at + 3 * WORDS, mask=there, other=0)
-        codes = meta >> (16 * half)
-        if FAST:
-            a0, b0, a1, b1, a2, b2, a3, b3 = prmt(codes, v0, v1, v2, v3)
-        else:
-            a0, b0 = select(codes & 15, v0)
-            a1, b1 = select((codes >> 4) & 15, v1)
-            a2, b2 = select((codes >> 8) & 15, v2)
-            a3, b3 = select((codes >> 12) & 15, v3)
+        a0, b0, a1, b1, a2, b2, a3, b3 = expand(meta >> (16 * half), v0, v1, v2, v3, FAST)
         _put(out_ptr, rows, group, a0, b0, N, total, ROWS, WORDS)
         _put(out_ptr, rows, group + WORDS, a1, b1, N, total, ROWS, WORDS)
         _put(out_ptr, rows, group + 2 * WORDS, a2, b2, N, total, ROWS, WORDS)
