@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmprune.numerics.linalg import InverseFactor, Scaled, inverse_factor, scaled
-from llmprune.numerics.products import bfloat16_products
+from llmprune.numerics.products import add_product, bfloat16_products, factor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -165,9 +165,9 @@ class Gram(Moments):
     def add(self, x: Tensor) -> None:
         self.tokens += len(x)
         with bfloat16_products(x):
-            x = x.float()
-            self.sum.addmm_(x.T, x)
-        self.total += x.sum(0)
+            x = factor(x)
+            add_product(self.sum, x, x)
+        self.total += x.sum(0, dtype=torch.float32)
 
     def merge(self, other: Self) -> None:
         self.tokens += other.tokens
@@ -211,7 +211,7 @@ class CrossGram:
     def add(self, x: Tensor, dense: Tensor) -> None:
         self.tokens += len(x)
         with bfloat16_products(x, dense):
-            self.sum.addmm_(dense.float().T, x.float())
+            add_product(self.sum, factor(dense), factor(x))
 
     def corrected_target(self, w: Tensor, gram: Gram, blend: float) -> Tensor:
         """The weights (out, in) whose outputs for X come nearest to those of `w` for X_d: W + blend W (C - H) H^-1.
