@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from llmprune.base.precision import full_float32
 from llmprune.numerics.linalg import InverseFactor, Scaled, inverse_factor, scaled
 from llmprune.numerics.products import add_product, bfloat16_products, factor
 
@@ -164,7 +165,7 @@ class Gram(Moments):
 
     def add(self, x: Tensor) -> None:
         self.tokens += len(x)
-        with bfloat16_products(x):
+        with full_float32(), bfloat16_products(x):
             x = factor(x)
             add_product(self.sum, x, x)
         self.total += x.sum(0, dtype=torch.float32)
@@ -210,7 +211,7 @@ class CrossGram:
 
     def add(self, x: Tensor, dense: Tensor) -> None:
         self.tokens += len(x)
-        with bfloat16_products(x, dense):
+        with full_float32(), bfloat16_products(x, dense):
             add_product(self.sum, factor(dense), factor(x))
 
     def corrected_target(self, w: Tensor, gram: Gram, blend: float) -> Tensor:
@@ -244,6 +245,7 @@ class InputSample:
         """(tokens / stride, in)."""
         return torch.cat(self._parts)
 
+    @full_float32()
     def errors(self, dense: Tensor, pruned: Tensor, shift: Tensor | None = None) -> tuple[float, float]:
         """‖X(W - Ŵ)ᵀ - b‖² and ‖XWᵀ‖² for W, Ŵ (out, in): what is lost of a matrix's outputs, and what there was. `shift`, b,
         is what Ŵ's bias is more than W's.
