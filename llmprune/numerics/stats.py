@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from llmprune.base.precision import full_float32
 from llmprune.numerics.linalg import InverseFactor, Scaled, inverse_factor, scaled
-from llmprune.numerics.products import bfloat16_products
+from llmprune.numerics.products import add_product, bfloat16_products, factor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -164,10 +165,10 @@ class Gram(Moments):
 
     def add(self, x: Tensor) -> None:
         self.tokens += len(x)
-        with bfloat16_products(x):
-            x = x.float()
-            self.sum.addmm_(x.T, x)
-        self.total += x.sum(0)
+        with full_float32(), bfloat16_products(x):
+            x = factor(x)
+            add_product(self.sum, x, x)
+        self.total += x.sum(0, dtype=torch.float32)
 
     def merge(self, other: Self) -> None:
         self.tokens += other.tokens
@@ -210,8 +211,8 @@ class CrossGram:
 
     def add(self, x: Tensor, dense: Tensor) -> None:
         self.tokens += len(x)
-        with bfloat16_products(x, dense):
-            self.sum.addmm_(dense.float().T, x.float())
+        with full_float32(), bfloat16_products(x, dense):
+            add_product(self.sum, factor(dense), factor(x))
 
     def corrected_target(self, w: Tensor, gram: Gram, blend: float) -> Tensor:
         """The weights (out, in) whose outputs for X come nearest to those of `w` for X_d: W + blend W (C - H) H^-1.
@@ -244,6 +245,7 @@ class InputSample:
         """(tokens / stride, in)."""
         return torch.cat(self._parts)
 
+    @full_float32()
     def errors(self, dense: Tensor, pruned: Tensor, shift: Tensor | None = None) -> tuple[float, float]:
         """‖X(W - Ŵ)ᵀ - b‖² and ‖XWᵀ‖² for W, Ŵ (out, in): what is lost of a matrix's outputs, and what there was. `shift`, b,
         is what Ŵ's bias is more than W's.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from llmprune.base.precision import full_float32
 from llmprune.steps.structured.scores.base import Coupled
 from llmprune.steps.structured.scores.second_order import rounds
 
@@ -68,6 +69,7 @@ class Shape:
     loss: float
 
 
+@full_float32()
 def measure(coupled: Coupled, keep: int) -> Curve:
     """By second order, down to `keep` parts."""
     removed, losses = [0], [0.0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmprune.base.clock import Clock
 from llmprune.base.errors import InputError
+from llmprune.base.precision import full_float32
 from llmprune.base.processes import Ranks
 from llmprune.job.record import Removal, relative
 from llmprune.models.sites import Block, Stage
@@ -144,6 +145,7 @@ def observe(stage: Stage, device: torch.device, tokens: int, clock: Clock, *, co
     return Observed(Gram(columns, device), InputSample(tokens // SAMPLE_TOKENS), cross, clock)
 
 
+@full_float32()
 def choose(group: Group, seen: Observed, known: Coupled, stay: int, score: str, *, refit: bool) -> Removed:
     """Which `stay` parts of a group stay, and the consumer's weights for them: fitted by least squares to what it put out.
 

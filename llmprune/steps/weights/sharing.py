@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmprune.base.errors import InputError
+from llmprune.base.precision import full_float32
 from llmprune.base.processes import Ranks
 from llmprune.job.recipes import Recipe
 from llmprune.numerics.linalg import masked_least_squares
@@ -31,6 +32,7 @@ class Share:
     start: int
     stop: int
 
+    @full_float32()
     def solve(self, dense: Sequence[Tensor], recipe: Recipe) -> Solution:
         """The recipe's solution for these rows of the weights `dense`, (out, in) each."""
         rows, seen = self.batch.rows(), self.batch.seen
