@@ -127,23 +127,29 @@ def as_on_cpu(place: Place, name: str) -> Found:
 
 
 def _pruned(place: Place, folder: Path | None, **options: Any) -> Any:
-    own: dict[str, Any] = {"samples": 16, "seqlen": 64, "eval_text": "none", "quality": "fast", "dtype": "float32"}
+    own: dict[str, Any] = {"samples": 16, "seqlen": 64, "eval_text": "none", "dtype": "float32"}
+    own |= {"method": "sparsegpt"} if place.small else {"quality": "fast"}
     return llmprune.prune("llama", sparsity="2:4", output=folder, device=str(place.device), **(own | options))
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    return [name for name in one if name not in other or not torch.equal(one[name], other[name])]
 
 
 def streamed_and_resident(place: Place) -> Found:
-    """Weights pruned from folder to folder and in memory must be the same to the last bit, saved alike."""
+    """Weights pruned from folder to folder and in memory must be the same to the last bit, in the dtype that both are saved in."""
     with tempfile.TemporaryDirectory() as scratch:
         streamed, resident = Path(scratch) / "streamed", Path(scratch) / "resident"
-        _pruned(place, streamed)
-        _pruned(place, None).model.bfloat16().save_pretrained(resident)
+        _pruned(place, streamed, dtype="bfloat16")
+        _pruned(place, None, dtype="bfloat16").model.save_pretrained(resident)
         one, other = _weights(streamed), _weights(resident)
-        apart = [name for name in one if not torch.equal(one[name], other[name])]
-    return {"apart": apart, "right": not apart}
+        apart = _apart(one, other)
+    return {"tensors": len(one), "apart": apart, "right": not apart}
 
 
 def on_disk(place: Place) -> Found:
@@ -153,8 +159,8 @@ def on_disk(place: Place) -> Found:
         for folder in folders:
             _pruned(place, folder, activations=folder.name)
         one, other = map(_weights, folders)
-        apart = [name for name in one if not torch.equal(one[name], other[name])]
-    return {"apart": apart, "right": not apart}
+        apart = _apart(one, other)
+    return {"tensors": len(one), "apart": apart, "right": not apart}
 
 
 def packed_and_loaded(place: Place) -> Found:
@@ -172,6 +178,6 @@ def packed_and_loaded(place: Place) -> Found:
 
 def perplexities(place: Place) -> Found:
     """The dense perplexity as the stream of blocks finds it must be the whole model's."""
-    record = _pruned(place, None, eval_text="pydoc", method="magnitude", quality=None, seqlen=512).record
+    record = _pruned(place, None, eval_text="pydoc", seqlen=512).record
     whole = dense_perplexity(resolve("llama").path, None, "pydoc", 512, str(place.device)).value
     return {"streamed": record.dense.value, "whole": whole, "right": abs(record.dense.value / whole - 1) < 1e-3}
