@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _LARGEST = 4096  # tokens; more are as so many
 _BUCKETS = tuple(2**i for i in range(_LARGEST.bit_length()))
+_NAME = re.compile(r"(\d+) (\d+) (bfloat16|float16) (\d+)")  # of an entry on disk
 _NAMES = ("decode", "decompress", "cusparselt", "reference")
 
 Key = tuple[int, int, torch.dtype, int]  # rows, columns, dtype, bucket of tokens
@@ -184,10 +186,9 @@ def _table(device: torch.device) -> dict[Key, Measured]:
         return {}
     found: dict[Key, Measured] = {}
     for name, entry in stored.items() if isinstance(stored, dict) else ():
-        rows, columns, dtype, bucket = [*name.split(), "", "", ""][:4]
-        if isinstance(entry, dict) and isinstance(kind := getattr(torch, dtype, None), torch.dtype):
-            own = {road: time for road, time in entry.items() if road in _NAMES and isinstance(time, float | str)}
-            found[int(rows), int(columns), kind, int(bucket)] = own
+        if (own := _NAME.fullmatch(name)) and isinstance(entry, dict):
+            key = int(own[1]), int(own[2]), getattr(torch, own[3]), int(own[4])
+            found[key] = {road: time for road, time in entry.items() if road in _NAMES and isinstance(time, float | str)}
     return found
 
 

@@ -90,12 +90,12 @@ def plan(
 
 
 def choose(rows: int, chunks: int, words: int, tokens: int, shared: int) -> Settings:
-    """What `BY_SHAPE` has, where it fits; else what `SETTINGS` has, with a pipeline so short that two programs fit."""
+    """What `BY_SHAPE` has, where it fits; else what `SETTINGS` has, with a shorter pipeline if two programs fit only then."""
     size = padded(tokens)
     found = BY_SHAPE.get((rows, 32 * words * chunks, size))
     if found and shared_memory(found, words, tokens) <= shared:
         return found
     found = SETTINGS[size]
-    while found.stages > 1 and 2 * (shared_memory(found, words, tokens) + _RESERVED) > shared + _RESERVED:
+    while found.stages > 2 and 2 * (shared_memory(found, words, tokens) + _RESERVED) > shared + _RESERVED:
         found = replace(found, stages=found.stages - 1)
-    return found
+    return found if shared_memory(found, words, tokens) <= shared else replace(found, stages=1)
