@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from llmprune.formats.kernels import cusparselt, dispatch
-from llmprune.formats.kernels.ops import linear24
+from llmprune.formats.kernels import dispatch
+from llmprune.formats.kernels.ops import product
 from llmprune.formats.kernels.reference import Packed, arrange, compress, unpack
 
 
@@ -49,15 +49,7 @@ class Sparse24Linear(nn.Module):
 
     def prepare(self) -> None:
         """On a GPU, measure which road is quickest for how many tokens, and make what that road needs."""
-        rows, columns, values = self.out_features, self.in_features, self.values
-        if not dispatch.has_triton() or not cusparselt.supported(rows, columns, values.dtype, values.device):
-            return
-        try:
-            blob = cusparselt.compress(self.weight)
-        except RuntimeError:  # this cuSPARSELt does not drive this device
-            return
-        if dispatch.wants_blob(self.packed, blob):
-            self.blob = blob
+        self.blob = dispatch.prepare(self.packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
         """As for any module; the copy for cuSPARSELt, which is no plain number, does not survive another dtype."""
@@ -68,7 +60,7 @@ class Sparse24Linear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear24(x, self.values, self.meta, self.bias, self.blob, self.in_features)
+        return product(x, self.values, self.meta, self.bias, self.blob, self.in_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"

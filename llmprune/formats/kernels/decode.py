@@ -1,10 +1,10 @@
 """y = x Wᵀ for few tokens: W is read packed, expanded in registers and multiplied on tensor cores.
 
 Few tokens mean that reading W decides, so every byte of it is read once. W stands where a product has its large side, and
-the tokens, padded to 8, 16, 32 or 64, where it has its small one. W is cut into tiles (a block of rows, a chunk of columns), and
-the tiles, block after block, are dealt out in equal runs to as many programs as the device holds at once. Where a block of rows
-is shared by several programs, each stores its partial sum; the last to arrive adds all of them in their order, so that two runs
-give the same bits.
+the tokens, padded to 8, 16, 32 or 64, where it has its small one. W is cut into tiles (a block of rows, a chunk of columns).
+Block after block they are dealt out, in equal runs, to as many programs as the device holds at once. Where several programs
+share a block of rows, each stores its partial sum, and the last to arrive adds them all in their order, so that two runs give
+the same bits.
 """
 
 from __future__ import annotations
@@ -56,11 +56,14 @@ def _sum_of_run(
                 w = planes(a0, b0, a1, b1, a2, b2, a3, b3, ROWS, WORDS, dtype)
                 total = _add_product(total, w, x_ptr, tokens, M, K, column, 16 * WORDS, FAST)
             else:
-                wide: tl.constexpr = 4 * WORDS
-                total = _add_product(total, plane(a0, b0, ROWS, WORDS, dtype), x_ptr, tokens, M, K, column, wide, FAST)
-                total = _add_product(total, plane(a1, b1, ROWS, WORDS, dtype), x_ptr, tokens, M, K, column + wide, wide, FAST)
-                total = _add_product(total, plane(a2, b2, ROWS, WORDS, dtype), x_ptr, tokens, M, K, column + 2 * wide, wide, FAST)
-                total = _add_product(total, plane(a3, b3, ROWS, WORDS, dtype), x_ptr, tokens, M, K, column + 3 * wide, wide, FAST)
+                w = plane(a0, b0, ROWS, WORDS, dtype)
+                total = _add_product(total, w, x_ptr, tokens, M, K, column, 4 * WORDS, FAST)
+                w = plane(a1, b1, ROWS, WORDS, dtype)
+                total = _add_product(total, w, x_ptr, tokens, M, K, column + 4 * WORDS, 4 * WORDS, FAST)
+                w = plane(a2, b2, ROWS, WORDS, dtype)
+                total = _add_product(total, w, x_ptr, tokens, M, K, column + 8 * WORDS, 4 * WORDS, FAST)
+                w = plane(a3, b3, ROWS, WORDS, dtype)
+                total = _add_product(total, w, x_ptr, tokens, M, K, column + 12 * WORDS, 4 * WORDS, FAST)
     return total
 
 
@@ -78,8 +81,8 @@ def _decode(
     values_ptr, meta_ptr, x_ptr, bias_ptr, y_ptr, partial_ptr, arrived_ptr, M, N, K, chunks, each,
     ROWS: tl.constexpr, WORDS: tl.constexpr, TOKENS: tl.constexpr, JOINED: tl.constexpr, BIAS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """`partial_ptr` has two places a program, (TOKENS, ROWS) of float32: for a block that began in another, and for one that ends
-    in another. `arrived_ptr` has a zero for each block of rows, and leaves a zero there.
+    """`partial_ptr` has two places a program, (TOKENS, ROWS) of float32: for a block of rows that another began, and for one
+    that another ends. `arrived_ptr` has a zero for each block, and a zero again in the end.
     """
     program = tl.program_id(0)
     start = program * each
@@ -138,7 +141,8 @@ def decode24(
     else:
         partial = arrived = meta  # not touched
     _decode[(own.programs,)](
-        values.view(torch.int32), meta, x, y if bias is None else bias, y, partial, arrived, tokens, rows, columns, chunks, own.each,
+        values.view(torch.int32), meta, x, y if bias is None else bias, y, partial, arrived,
+        tokens, rows, columns, chunks, own.each,
         ROWS=own.settings.rows, WORDS=width, TOKENS=size, JOINED=own.settings.joined, BIAS=bias is not None, FAST=fast,
         num_warps=own.settings.warps, num_stages=own.settings.stages,
     )  # fmt: skip

@@ -1,36 +1,43 @@
-"""Which road a product with a packed matrix takes on this device: measured once, remembered.
+"""Which road a product with a packed matrix takes on this device: measured once a shape, remembered.
 
-Roads: `decode` (a kernel for few tokens), `decompress` (a kernel writes the dense matrix, then cuBLAS), `cusparselt` (the
-sparse tensor cores, through torch) and, everywhere, `reference`. Each is checked against the reference before it may be
-remembered; while a CUDA graph is captured nothing can be measured, and what is not known yet takes a Triton road.
+`Sparse24Linear.prepare` measures all numbers of tokens of a shape before anything is captured in a CUDA graph. What is met
+unprepared is measured when it is met; where a graph is captured, and nothing can be measured, it takes a Triton road. Each road
+is checked against the reference before it may be taken.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from llmprune.base.hardware import synchronize
 from llmprune.base.version import __version__
 from llmprune.formats.kernels import cusparselt, reference
+from llmprune.formats.kernels.arrivals import arena
+from llmprune.formats.kernels.plan import MOST
 from llmprune.formats.kernels.reference import Packed
-from llmprune.formats.kernels.timing import copies, graphed
 
-_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; more are as the last
-_TOLERANCE = 2e-2  # of the largest output: 16-bit outputs of float32 sums
-_RUNS = 10
-_TWO_STAGES = 160 * 1024  # bytes of shared memory
-Road = Callable[[Tensor, Packed, "Tensor | None", "Tensor | None"], Tensor]
+if TYPE_CHECKING:
+    from llmprune.formats.kernels.roads import Trial
+
+_LARGEST = 4096  # tokens; more are as so many
+_BUCKETS = tuple(2**i for i in range(_LARGEST.bit_length()))
+_NAME = re.compile(r"(\d+) (\d+) (bfloat16|float16) (\d+)")  # of an entry on disk
+_NAMES = ("decode", "decompress", "cusparselt", "reference")
+
+Key = tuple[int, int, torch.dtype, int]  # rows, columns, dtype, bucket of tokens
+Measured = dict[str, "float | str"]  # by road: seconds, or why there are none
+_chosen: dict[tuple[torch.device, int, int, torch.dtype, bool, int], str] = {}  # a road; the bool: whether there is a blob
 
 
 def linear24(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None = None) -> Tensor:
@@ -39,18 +46,48 @@ def linear24(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None
     Args:
         blob: the same matrix as cuSPARSELt wants it, if there is such a copy.
     """
-    if x.device.type != "cuda" or packed.values.dtype.itemsize != 2 or not len(x) or not has_triton():
+    if not len(x) or x.dtype != packed.values.dtype or not _measurable(packed):
         return reference.linear24(x, packed, bias)
-    with torch.cuda.device(x.device):  # Triton launches on the current one
-        return _roads()[_choose(x, packed, blob)](x, packed, bias, blob)
+    from llmprune.formats.kernels.roads import ROADS
+
+    with _on(x.device):
+        return ROADS[_choose(len(x), packed, blob)](x, packed, bias, blob)
 
 
-def wants_blob(packed: Packed, blob: Tensor) -> bool:
-    """Whether some number of tokens takes the road through cuSPARSELt, where there is a blob."""
-    sizes = [size for size in _BUCKETS if size > _most()]
-    x = _random(sizes[-1], packed)
-    with torch.cuda.device(blob.device):
-        return "cusparselt" in {_choose(x[:size], packed, blob) for size in sizes}
+def prepare(packed: Packed) -> Tensor | None:
+    """Measure what is not known yet of such a matrix, for all numbers of tokens, and make what its launches need.
+
+    Returns:
+        The copy for cuSPARSELt, if that is the quickest road for some number of tokens.
+    """
+    if not _measurable(packed):
+        return None
+    device = packed.values.device
+    with _on(device):
+        arena(device)
+        table = _table(device)
+        known = all(_key(packed, bucket) in table for bucket in _BUCKETS)
+        if known and not _taken_by_cusparselt(packed):
+            return None
+        blob = _blob(packed)
+        _measure(packed, blob, _BUCKETS)
+        wanted = _taken_by_cusparselt(packed)
+        if blob is None or not wanted:
+            return None
+        trial = _trial(packed, blob, max(wanted))
+        for bucket in wanted:
+            cusparselt.search(trial.x[:bucket], blob)
+        return blob
+
+
+def roads_measured(packed: Packed, tokens: int, blob: Tensor | None = None) -> Measured:
+    """Every road that can be tried, with the seconds of one product of so many tokens, or why it failed.
+
+    Args:
+        blob: without it, cuSPARSELt is listed only where it was measured before.
+    """
+    with _on(packed.values.device):
+        return dict(_measure(packed, blob, [_bucket(tokens)]))
 
 
 @cache
@@ -65,109 +102,104 @@ def has_triton() -> bool:
     return True
 
 
-@cache
-def _roads() -> dict[str, Road]:
-    from llmprune.formats.kernels import decode, decompress
-
-    def by_decode(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None) -> Tensor:
-        own = torch.cuda.get_device_properties(x.device)
-        stages = 2 if getattr(own, "shared_memory_per_block_optin", 0) >= _TWO_STAGES else 1
-        processors = own.multi_processor_count
-        return decode.decode24(x, packed.values, packed.meta, bias, processors=processors, fast=True, stages=stages)
-
-    def by_decompress(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None) -> Tensor:
-        dense = decompress.decompress24(packed.values, packed.meta, packed.columns, fast=True)
-        return functional.linear(x, dense, bias)
-
-    def by_cusparselt(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None) -> Tensor:
-        assert blob is not None
-        return cusparselt.multiply(x, blob, bias)
-
-    def by_reference(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None) -> Tensor:
-        return reference.linear24(x, packed, bias)
-
-    return {"decode": by_decode, "decompress": by_decompress, "cusparselt": by_cusparselt, "reference": by_reference}
+def _measurable(packed: Packed) -> bool:
+    return packed.values.is_cuda and packed.values.dtype.itemsize == 2 and has_triton()
 
 
-def _choose(x: Tensor, packed: Packed, blob: Tensor | None) -> str:
-    bucket = min((size for size in _BUCKETS if size >= len(x)), default=_BUCKETS[-1])
-    copies = "" if blob is None else " with blob"
-    key = f"{len(packed.values)}x{packed.columns} {str(x.dtype).removeprefix('torch.')} {bucket}{copies}"
-    table = _table(x.device)
-    if key not in table:
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def _bucket(tokens: int) -> int:
+    """The next power of two."""
+    return min(1 << (tokens - 1).bit_length(), _LARGEST)
+
+
+def _key(packed: Packed, bucket: int) -> Key:
+    return len(packed.values), packed.columns, packed.values.dtype, bucket
+
+
+def _choose(tokens: int, packed: Packed, blob: Tensor | None) -> str:
+    values, bucket = packed.values, _bucket(tokens)
+    key = (values.device, len(values), packed.columns, values.dtype, blob is not None, bucket)
+    if (road := _chosen.get(key)) is None:
         if torch.cuda.is_current_stream_capturing():  # nothing may be measured now
-            return "decode" if len(x) <= _most() else "decompress"
-        table[key] = _fastest(_random(bucket, packed).to(x.dtype), packed, blob)
-        _remember(x.device, table)
-    road = table[key]
-    return "decompress" if road == "decode" and len(x) > _most() else road
+            return "decode" if tokens <= MOST else "decompress"
+        road = _chosen[key] = quickest(_measure(packed, blob, [bucket]), blob is not None)
+    return road
 
 
-def _most() -> int:
-    from llmprune.formats.kernels.decode import MOST
-
-    return MOST
-
-
-def _random(tokens: int, packed: Packed) -> Tensor:
-    """Inputs that leave the user's own random numbers as they are."""
-    values = packed.values
-    generator = torch.Generator(values.device).manual_seed(0)
-    return torch.randn(tokens, packed.columns, generator=generator, device=values.device, dtype=values.dtype)
-
-
-def _fastest(x: Tensor, packed: Packed, blob: Tensor | None) -> str:
-    """The quickest road that gives the right result."""
-    right = reference.linear24(x, packed, None).float()
-    seconds = {}
-    for name, road in _roads().items():
-        if (name == "decode" and len(x) > _most()) or (name == "cusparselt" and blob is None):
-            continue
-        try:
-            gap = float((road(x, packed, None, blob).float() - right).abs().max())
-            if gap <= _TOLERANCE * float(right.abs().max()):
-                seconds[name] = _measured(road, x, packed, blob)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # noqa: BLE001  Triton and CUDA raise what they like: such a road is not taken
-            continue
+def quickest(measured: Measured, blob: bool) -> str:
+    """The road to take, where there is a copy for cuSPARSELt or none."""
+    seconds = {
+        name: own for name, own in measured.items() if isinstance(own, float) and (blob or name != "cusparselt")
+    }  # fmt: skip
     return min(seconds, key=lambda name: seconds[name], default="reference")
 
 
-def _measured(road: Road, x: Tensor, packed: Packed, blob: Tensor | None) -> float:
-    """Seconds of one call, in a CUDA graph over copies of the matrix; the least of several replays."""
-    many = copies(packed.values.nbytes + packed.meta.nbytes, x.device)
-    mats = [Packed(packed.values.clone(), packed.meta.clone(), packed.columns) for _ in range(many)]
-    blobs = [None if blob is None else blob.clone() for _ in mats]
-    replay = graphed([partial(road, x, own, None, twin) for own, twin in zip(mats, blobs, strict=True)], x.device)
-    best = float("inf")
-    for _ in range(_RUNS):
-        synchronize(x.device)
-        start = time.perf_counter()
-        replay()
-        synchronize(x.device)
-        best = min(best, (time.perf_counter() - start) / many)
-    return best
+def _taken_by_cusparselt(packed: Packed) -> list[int]:
+    """The buckets for which that is the quickest road."""
+    table = _table(packed.values.device)
+    return [b for b in _BUCKETS if quickest(table.get(_key(packed, b), {}), blob=True) == "cusparselt"]
+
+
+def _blob(packed: Packed) -> Tensor | None:
+    values = packed.values
+    if not cusparselt.supported(len(values), packed.columns, values.dtype, values.device):
+        return None
+    try:
+        return cusparselt.compress(reference.unpack(packed))
+    except RuntimeError:  # this cuSPARSELt does not drive this device
+        return None
+
+
+def _trial(packed: Packed, blob: Tensor | None, most: int) -> Trial:
+    from llmprune.formats.kernels.roads import Trial
+
+    return Trial(packed, blob, most)
+
+
+def _measure(packed: Packed, blob: Tensor | None, buckets: Iterable[int]) -> Measured:
+    """Every road for such numbers of tokens, where that is not known; what is known of the last number."""
+    table, buckets = _table(packed.values.device), list(buckets)
+    trial = _trial(packed, blob, max(buckets))
+    news = False
+    for bucket in buckets:
+        found = table.setdefault(_key(packed, bucket), {})
+        for name in trial.roads(bucket):
+            if name not in found:
+                found[name], news = trial.seconds(name, bucket), True
+    if news:
+        del trial
+        torch.cuda.empty_cache()  # what graphs and copies took
+        _remember(packed.values.device, table)
+    return found
 
 
 @cache
-def _table(device: torch.device) -> dict[str, str]:
+def _table(device: torch.device) -> dict[Key, Measured]:
     """What was measured on such a device before, by these versions; shared by all that use it in this process."""
     try:
-        found = json.loads(_file(device).read_text())
+        stored = json.loads(_file(device).read_text())
     except (OSError, ValueError, RuntimeError):
         return {}
-    known = found.items() if isinstance(found, dict) else ()
-    return {key: road for key, road in known if isinstance(road, str) and road in _roads()}
+    found: dict[Key, Measured] = {}
+    for name, entry in stored.items() if isinstance(stored, dict) else ():
+        if (own := _NAME.fullmatch(name)) and isinstance(entry, dict):
+            key = int(own[1]), int(own[2]), getattr(torch, own[3]), int(own[4])
+            found[key] = {road: time for road, time in entry.items() if road in _NAMES and isinstance(time, float | str)}
+    return found
 
 
-def _remember(device: torch.device, table: dict[str, str]) -> None:
+def _remember(device: torch.device, table: dict[Key, Measured]) -> None:
     """Write the table, whole or not at all; a cache that cannot be written is no error."""
     try:
         path = _file(device)
         path.parent.mkdir(parents=True, exist_ok=True)
+        stored = {f"{n} {k} {str(kind).removeprefix('torch.')} {b}": own for (n, k, kind, b), own in table.items()}
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as stream:
-            json.dump(table, stream, indent=1, sort_keys=True)
+            json.dump(stored, stream, indent=1, sort_keys=True)
         Path(stream.name).replace(path)
     except (OSError, RuntimeError):
         pass

@@ -9,6 +9,10 @@ from dataclasses import dataclass, replace
 
 MOST = 64  # tokens
 _SIZES = (8, 16, 32, 64)  # what tokens are padded to
+_WARP_GROUP = (
+    64  # rows from which on Triton multiplies by groups of warps, which read the inputs from shared memory, on some devices
+)
+_RESERVED = 1024  # bytes of shared memory that a program has besides its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class Settings:
         joined: one tensor-core product for four planes of groups, rather than four.
     """
 
-    rows: int = 64
+    rows: int = 32
     warps: int = 4
     stages: int = 3
     waves: int = 2
@@ -44,7 +48,7 @@ class Plan:
     shares: bool
 
 
-SETTINGS = {8: Settings(joined=True), 16: Settings(), 32: Settings(), 64: Settings(stages=2)}  # by padded tokens
+SETTINGS = {8: Settings(waves=3, joined=True), 16: Settings(waves=3), 32: Settings(), 64: Settings()}  # by padded tokens
 BY_SHAPE: dict[tuple[int, int, int], Settings] = {}  # by rows, columns (padded to whole chunks), padded tokens
 
 
@@ -62,8 +66,11 @@ def padded(tokens: int) -> int:
 
 def shared_memory(settings: Settings, words: int, tokens: int) -> int:
     """Bytes of shared memory a program takes at most, with chunks of so many words."""
-    tile = 36 * settings.rows * words + 2 * 32 * words * padded(tokens)  # values, codes, inputs
-    return tile * max(settings.stages - 1, 1) + 16 * 1024
+    inputs = 64 * words * padded(tokens)  # of a chunk, as many as its weights are for
+    buffers = max(settings.stages - 1, 1) * (36 * settings.rows * words + inputs)
+    if settings.rows < _WARP_GROUP:
+        return buffers
+    return buffers + inputs + 2 * settings.rows * words * (16 if settings.joined else 4)  # a third buffer, expanded weights
 
 
 def plan(
@@ -73,14 +80,22 @@ def plan(
 
     Args:
         processors: multiprocessors of the device; `shared`: bytes of shared memory that one program may have there.
-        settings: as they are; else those of the tables, with as many stages as fit.
+        settings: as they are; else as `choose` has them.
     """
-    if settings is None:
-        size = padded(tokens)
-        settings = BY_SHAPE.get((rows, 32 * words * chunks, size), SETTINGS[size])
-        while settings.stages > 1 and shared_memory(settings, words, tokens) > shared:
-            settings = replace(settings, stages=settings.stages - 1)
+    settings = settings or choose(rows, chunks, words, tokens, shared)
     blocks = -(-rows // settings.rows)
     tiles = blocks * chunks
     each = -(-tiles // (settings.waves * processors))
     return Plan(settings, blocks, -(-tiles // each), each, each % chunks != 0)
+
+
+def choose(rows: int, chunks: int, words: int, tokens: int, shared: int) -> Settings:
+    """What `BY_SHAPE` has, where it fits; else what `SETTINGS` has, with a shorter pipeline if two programs fit only then."""
+    size = padded(tokens)
+    found = BY_SHAPE.get((rows, 32 * words * chunks, size))
+    if found and shared_memory(found, words, tokens) <= shared:
+        return found
+    found = SETTINGS[size]
+    while found.stages > 2 and 2 * (shared_memory(found, words, tokens) + _RESERVED) > shared + _RESERVED:
+        found = replace(found, stages=found.stages - 1)
+    return found if shared_memory(found, words, tokens) <= shared else replace(found, stages=1)
