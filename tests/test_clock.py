@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from llmprune.base import clock as module
 from llmprune.base.clock import Clock
 
 MIB = 2**20
@@ -43,3 +44,29 @@ def test_a_peak_belongs_to_the_phase_that_held_it() -> None:
     assert during > after + 200 * MIB
     assert set(clock.peaks()) == {"process"}
     assert clock.peaks()["process"] > 0.98 * during
+
+
+def test_a_gpu_has_done_the_work_of_a_phase_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product is done when the device is waited for, not when the call returns."""
+    pending: list[float] = []
+
+    def wait(device: torch.device) -> None:
+        assert device.type == "cuda"
+        while pending:
+            time.sleep(pending.pop())
+
+    monkeypatch.setattr(module, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    clock = Clock()
+    clock.device = torch.device("cuda")
+    with clock("forward"):
+        pending.append(0.05)
+        with clock("statistics"):
+            pending.append(0.02)
+        pending.append(0.03)
+    with clock("solve"):
+        pass
+    assert clock.seconds["forward"] >= 0.08
+    assert 0.02 <= clock.seconds["statistics"] < 0.05
+    assert clock.seconds["solve"] < 0.02

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmprune.base.clock import Clock
 from llmprune.base.errors import InputError
+from llmprune.base.hardware import synchronize
 from llmprune.base.processes import Ranks
 from llmprune.job.progress import Progress
 from llmprune.job.recipes import Recipe
@@ -156,6 +157,7 @@ class WeightPruner:
             start = time.perf_counter()
             dense = {batch: [_weights(stack) for stack in batch.stacks] for batch in batches}
             found = solve(work, dense, self.recipe, self.ranks)
+            synchronize(self.clock.device)
             seconds = (time.perf_counter() - start) / sum(site.rows for site in sites)
             records = []
             for batch, solution in found.items():
