@@ -142,7 +142,7 @@ def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 
 def streamed_and_resident(place: Place) -> Found:
-    """Weights pruned from folder to folder and in memory must be the same to the last bit, in the dtype that both are saved in."""
+    """Weights pruned from folder to folder and in memory must be the same to the last bit, in the dtype they are saved in."""
     with tempfile.TemporaryDirectory() as scratch:
         streamed, resident = Path(scratch) / "streamed", Path(scratch) / "resident"
         _pruned(place, streamed, dtype="bfloat16")
