@@ -85,7 +85,7 @@ def plan(
     settings = settings or choose(rows, chunks, words, tokens, shared)
     blocks = -(-rows // settings.rows)
     tiles = blocks * chunks
-    each = -(-tiles // (settings.waves * processors))
+    each = max(-(-tiles // (settings.waves * processors)), 1)
     return Plan(settings, blocks, -(-tiles // each), each, each % chunks != 0)
 
 
