@@ -1,6 +1,8 @@
 """What the compiled decode kernel is made of, found without a GPU: instructions, registers, shared memory, programs and waves.
 
-    python scripts/kernel_facts.py --output eval/results/kernel_facts.json    # adds this Triton's facts to the file's, writes a .md
+    python scripts/kernel_facts.py --output eval/results/kernel_facts.json
+
+Adds the facts of the Triton it runs under to those of others in the file, and writes the same as Markdown beside it.
 
 Compiles for sm_80 and sm_90 with the compiler that comes with Triton, and reads its assembly. Nothing here is a time.
 """
@@ -13,7 +15,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DEVICES = {80: (108, 164), 90: (132, 228)}  # multiprocessors (A100, H100), KiB of shared memory of one
 LLAMA_8B = ((14336, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (28672, 4096))
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor
+MOST_INSTRUCTIONS = 660  # a thread, a chunk, for 8 tokens
+LEAST = {("sm_80", 64): 1}  # programs a multiprocessor, where not 2
 RESERVED = 1024  # bytes of shared memory a program has besides its own
 TYPES = {
     "values_ptr": "*i32", "meta_ptr": "*i32", "partial_ptr": "*fp32", "arrived_ptr": "*i32",
@@ -109,11 +112,103 @@ def _in_main_loop(assembly: str) -> int:
     return min(loops)
 
 
-def launches(capability: int, tokens: int, words: int = 16) -> list[dict[str, Any]]:
-    """The grid for each of an 8B Llama's layers."""
-    found = []
-    processors, shared = DEVICES[capability]
-    for rows, columns in LLAMA_8B:
-        own = plan(rows, columns // (32 * words), words, tokens, processors, (shared - 1) * 1024)
-        found.append({"rows": rows, "columns": columns, "programs": own.programs, "chunks_each": own.each})
+def compile_all() -> dict[str, Any]:
+    """For each device what the kernel is for each number of tokens, with the settings it has there, and its launches."""
+    found: dict[str, Any] = {}
+    for capability, (processors, kib) in DEVICES.items():
+        shared = kib * 1024 - RESERVED
+        kernels = []
+        for tokens in SETTINGS:
+            own = choose(4096, 8, 16, tokens, shared)
+            kernels.append({"tokens": tokens, **asdict(own), **facts(own, tokens, capability)})
+        grids = [launch(rows, columns, tokens, processors, shared) for rows, columns in LLAMA_8B for tokens in SETTINGS]
+        found[f"sm_{capability}"] = {"kernels": kernels, "launches": grids, "decompress": decompress_facts(capability)}
     return found
+
+
+def launch(rows: int, columns: int, tokens: int, processors: int, shared: int) -> dict[str, Any]:
+    """How a layer's tiles are dealt out; `balance` is the part of the programs' time in which all have work."""
+    own = plan(rows, columns // 512, 16, tokens, processors, shared)
+    balance = own.blocks * (columns // 512) / (own.each * own.settings.waves * processors)
+    return {
+        "rows": rows, "columns": columns, "tokens": tokens, "programs": own.programs, "a_multiprocessor": own.settings.waves,
+        "tiles_each": own.each, "balance": round(balance, 3),
+    }  # fmt: skip
+
+
+def broken(found: dict[str, Any]) -> list[str]:
+    """The bounds that do not hold."""
+    wrong = []
+    for device, own in found.items():
+        for row in own["kernels"]:
+            name = f"{device}, {row['tokens']} tokens"
+            if row["spilled"]:
+                wrong.append(f"{name}: {row['spilled']} bytes spilled")
+            if row["programs"] < LEAST.get((device, row["tokens"]), 2):
+                wrong.append(f"{name}: {row['programs']} programs a multiprocessor")
+            if row["tokens"] == 8 and row["instructions_a_chunk"] > MOST_INSTRUCTIONS:
+                wrong.append(f"{name}: {row['instructions_a_chunk']} instructions a chunk")
+            if row["shared"] > row["asked"]:
+                wrong.append(f"{name}: {row['shared']} bytes of shared memory, planned with {row['asked']}")
+    return wrong
+
+
+def text(known: dict[str, Any]) -> str:
+    """The file in Markdown."""
+    lines = [
+        "# What the compiled decode kernel is made of",
+        "",
+        "By `scripts/kernel_facts.py`, without a GPU: nothing here is a time. A tile is 32 or 64 rows of 512 columns (a chunk).",
+        "Programs are those that fit on a multiprocessor; in flight: copies that go on while a tile is multiplied.",
+        "",
+    ]
+    for version, devices in known.items():
+        for device, own in devices.items():
+            lines += [f"## Triton {version}, {device}", ""]
+            head = (
+                "tokens",
+                "rows",
+                "warps",
+                "stages",
+                "instructions a chunk",
+                "registers",
+                "spilled",
+                "shared KiB",
+                "programs",
+            )
+            lines += _head([*head, "in flight"])
+            for row in own["kernels"]:
+                cells = [row[name.replace(" ", "_")] for name in head if name != "shared KiB"]
+                cells.insert(7, f"{row['shared'] / 1024:.0f}")
+                lines.append(f"| {' | '.join(map(str, [*cells, 'yes' if row['in_flight'] else 'no']))} |")
+            lines.append("")
+    lines += ["## Grids, of one wave each", ""]
+    for device, own in next(iter(known.values())).items():
+        lines += _head([device, "tokens", "programs", "a multiprocessor", "tiles each", "balance"])
+        for row in own["launches"]:
+            cells = [row["tokens"], row["programs"], row["a_multiprocessor"], row["tiles_each"], f"{row['balance']:.0%}"]
+            lines.append(f"| {row['rows']} x {row['columns']} | {' | '.join(map(str, cells))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _head(names: list[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    path = parser.parse_args().output
+    found = compile_all()
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = dict(sorted((known | {triton.__version__: found}).items()))
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text(known))
+    for line in (wrong := broken(found)):
+        print("WRONG", line)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

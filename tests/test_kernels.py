@@ -125,8 +125,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DEVICE = {"shared": 227 * 1024, "fast": False}
 RUNS = [  # rows, columns, tokens, multiprocessors
-    (1, 4, 1, 40), (7, 260, 3, 1), (33, 12, 64, 1), (64, 776, 33, 2), (64, 776, 17, 40), (130, 1024, 8, 1), (130, 1540, 16, 1),
-    (130, 1540, 1, 40), (40, 1540, 33, 2),
+    (1, 4, 1, 40), (7, 260, 3, 1), (33, 12, 64, 1), (64, 776, 33, 2), (64, 776, 17, 40), (66, 1024, 8, 1), (66, 776, 16, 1),
+    (66, 776, 1, 40), (33, 776, 33, 2),
 ]  # fmt: skip
 
 
@@ -165,11 +165,11 @@ def test_decode_of_extreme_values(dtype: torch.dtype, scale: float, input_: floa
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("own", [Settings(rows=64), Settings(joined=True, waves=1), Settings(rows=16, waves=5)])
+@pytest.mark.parametrize("own", [Settings(rows=64), Settings(joined=True, waves=1), Settings(rows=16, waves=2)])
 def test_decode_takes_settings(own: Settings) -> None:
-    w = matrix(130, 1540, torch.float16)
-    packed, x = reference.pack(w), torch.randn(9, 1540).half()
-    found = decode.decode24(x, packed.values, packed.meta, None, processors=4, settings=own, **DEVICE)
+    w = matrix(66, 776, torch.float16)
+    packed, x = reference.pack(w), torch.randn(9, 776).half()
+    found = decode.decode24(x, packed.values, packed.meta, None, processors=2, settings=own, **DEVICE)
     torch.testing.assert_close(found.double(), x.double() @ w.double().T, rtol=1e-3, atol=1e-2)
 
 
@@ -280,11 +280,11 @@ sys.path.insert(0, sys.argv[1])
 from kernel_facts import DEVICES, decompress_facts, facts
 from llmprune.formats.kernels.plan import choose
 
-for capability, (processors, kib) in DEVICES.items():
-    for kind, tokens, words in (("bf16", 8, 16), ("fp16", 16, 16), ("bf16", 16, 8), ("bf16", 64, 16)):
-        own = choose(4096, 8, words, tokens, (kib - 1) * 1024)
-        print(json.dumps({"tokens": tokens, "capability": capability} | facts(own, tokens, capability, words=words, kind=kind)))
-    print(json.dumps({"tokens": 0, "capability": capability} | decompress_facts(capability)))
+for capability, tokens, words, kind in ((80, 8, 16, "bf16"), (80, 16, 8, "bf16"), (90, 8, 16, "fp16"), (90, 32, 16, "bf16")):
+    own = choose(4096, 8, words, tokens, (DEVICES[capability][1] - 1) * 1024)
+    print(json.dumps({"tokens": tokens} | facts(own, tokens, capability, words=words, kind=kind)))
+for capability in DEVICES:
+    print(json.dumps({"tokens": 0} | decompress_facts(capability)))
 """
 
 
@@ -295,12 +295,12 @@ def test_kernels_compile_for_two_generations_without_spilling() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["tokens"] for row in found] == 2 * [8, 16, 16, 64, 0]
+    assert [row["tokens"] for row in found] == [8, 16, 8, 32, 0, 0]
     for row in found:
         assert row["spilled"] == 0, row
         if row["tokens"]:
             assert row["shared"] <= row["asked"], row
-            assert row["programs"] >= (1 if row["tokens"] == 64 and row["capability"] == 80 else 2), row
-            assert row["in_flight"] or row["tokens"] == 64, row
+            assert row["programs"] >= 2, row
+            assert row["in_flight"], row
         if row["tokens"] == 8:
             assert row["instructions_a_chunk"] <= 660, row
