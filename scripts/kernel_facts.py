@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llmprune.formats.kernels import decode, decompress
-from llmprune.formats.kernels.plan import SETTINGS, Settings, plan, shared_memory
+from llmprune.formats.kernels.plan import SETTINGS, Settings, choose, plan, shared_memory
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DEVICES = {80: (108, 164), 90: (132, 228)}  # multiprocessors (A100, H100), KiB of shared memory of one
@@ -158,29 +158,19 @@ def text(known: dict[str, Any]) -> str:
     lines = [
         "# What the compiled decode kernel is made of",
         "",
-        "By `scripts/kernel_facts.py`, without a GPU: nothing here is a time. A tile is 32 or 64 rows of 512 columns (a chunk).",
+        "By `scripts/kernel_facts.py`, without a GPU: nothing here is a time. A tile is so many rows of a chunk, 512 columns.",
         "Programs are those that fit on a multiprocessor; in flight: copies that go on while a tile is multiplied.",
         "",
     ]
     for version, devices in known.items():
         for device, own in devices.items():
             lines += [f"## Triton {version}, {device}", ""]
-            head = (
-                "tokens",
-                "rows",
-                "warps",
-                "stages",
-                "instructions a chunk",
-                "registers",
-                "spilled",
-                "shared KiB",
-                "programs",
-            )
-            lines += _head([*head, "in flight"])
+            head = ["tokens", "rows", "warps", "stages", "instructions a chunk", "registers", "spilled", "programs"]
+            lines += _head([*head, "shared KiB", "in flight"])
             for row in own["kernels"]:
-                cells = [row[name.replace(" ", "_")] for name in head if name != "shared KiB"]
-                cells.insert(7, f"{row['shared'] / 1024:.0f}")
-                lines.append(f"| {' | '.join(map(str, [*cells, 'yes' if row['in_flight'] else 'no']))} |")
+                cells = [row[name.replace(" ", "_")] for name in head]
+                cells += [row["shared"] // 1024, "yes" if row["in_flight"] else "no"]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
             lines.append("")
     lines += ["## Grids, of one wave each", ""]
     for device, own in next(iter(known.values())).items():

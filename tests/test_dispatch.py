@@ -1,4 +1,4 @@
-"""Which road a packed product takes: measured once a shape, kept on disk. Roads and their times are made up: no GPU is needed."""
+"""Which road a packed product takes: measured once a shape, kept on disk. Roads and times are made up; no GPU is needed."""
 
 from __future__ import annotations
 
