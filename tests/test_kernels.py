@@ -202,7 +202,8 @@ def test_settings_by_shape_are_taken_where_they_fit(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(BY_SHAPE, (4096, 4096, 8), own)
     assert choose(4096, 8, 16, 5, 227 * 1024) == own
     assert choose(4096, 8, 16, 9, 227 * 1024) == SETTINGS[16]
-    assert choose(4096, 8, 16, 5, 99 * 1024) == replace(SETTINGS[8], stages=2)
+    assert choose(4096, 8, 16, 5, 99 * 1024) == replace(SETTINGS[8], stages=2, waves=3)
+    assert choose(4096, 8, 16, 5, 16 * 1024).stages == 1
 
 
 @pytest.mark.parametrize("dtype", HALF)
