@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from llmprune.formats.kernels import dispatch, reference
 from llmprune.formats.kernels.ops import linear24
+from llmprune.formats.kernels.plan import BY_SHAPE, MOST, SETTINGS, Settings, choose, plan, shared_memory
 from llmprune.formats.kernels.reference import POSITIONS, Packed
 
 triton = pytest.importorskip("triton")
@@ -119,22 +123,33 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", filled)
 
 
+DEVICE = {"shared": 227 * 1024, "fast": False}
+RUNS = [  # rows, columns, tokens, multiprocessors
+    (1, 4, 1, 40), (7, 260, 3, 1), (33, 12, 64, 1), (64, 776, 33, 2), (64, 776, 17, 40), (66, 1024, 8, 1), (66, 776, 16, 1),
+    (66, 776, 1, 40), (33, 776, 33, 2),
+]  # fmt: skip
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize("tokens", [1, 5, 32])
-def test_decode_is_the_reference(dtype: torch.dtype, rows: int, columns: int, tokens: int) -> None:
+@pytest.mark.parametrize(("rows", "columns", "tokens", "processors"), RUNS)
+def test_decode_is_the_reference(
+    dtype: torch.dtype, rows: int, columns: int, tokens: int, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice to the same bits, with counters that the first launch has left as it found them; with a bias and without."""
+    counters = torch.zeros(99, dtype=torch.int32)
+    monkeypatch.setattr(decode, "arrivals", lambda device, number: counters[:number])
     w, packed = matrix(rows, columns, dtype), reference.pack(matrix(rows, columns, dtype))
     generator = torch.Generator().manual_seed(1)
     x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((tokens, columns), (rows,)))
-    found = [
-        decode.decode24(x, packed.values, packed.meta, bias, processors=processors, fast=False) for processors in (1, 1, 40)
-    ]
-    expected = x.double() @ w.double().T + bias.double()
+    own = None if processors == 2 else bias
+    found = [decode.decode24(x, packed.values, packed.meta, own, processors=processors, **DEVICE) for _ in range(2)]
+    expected = x.double() @ w.double().T + (0 if own is None else own.double())
     for y in found:
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-2)
     assert torch.equal(bits_of(found[0]), bits_of(found[1]))
+    assert not counters.any()
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -144,9 +159,51 @@ def test_decode_of_extreme_values(dtype: torch.dtype, scale: float, input_: floa
     """Sums are of 32 bits: only what is stored at the end can overflow, and subnormal values count."""
     w = matrix(16, 512, dtype, scale=scale).clamp(-6e4, 6e4)
     packed, x = reference.pack(w), torch.full((2, 512), input_).to(dtype)
-    found = decode.decode24(x, packed.values, packed.meta, None, processors=4, fast=False)
+    found = decode.decode24(x, packed.values, packed.meta, None, processors=4, **DEVICE)
     expected = x.double() @ w.double().T
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("own", [Settings(rows=64), Settings(joined=True, waves=1), Settings(rows=16, waves=2)])
+def test_decode_takes_settings(own: Settings) -> None:
+    w = matrix(66, 776, torch.float16)
+    packed, x = reference.pack(w), torch.randn(9, 776).half()
+    found = decode.decode24(x, packed.values, packed.meta, None, processors=2, settings=own, **DEVICE)
+    torch.testing.assert_close(found.double(), x.double() @ w.double().T, rtol=1e-3, atol=1e-2)
+
+
+def test_decode_of_too_many_tokens() -> None:
+    packed = reference.pack(torch.zeros(4, 4).half())
+    with pytest.raises(ValueError, match="65 tokens, where the decode kernel takes 64 at most"):
+        decode.decode24(torch.zeros(65, 4).half(), packed.values, packed.meta, None, processors=4, **DEVICE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 40000), st.integers(1, 64), st.sampled_from([8, 16]), st.integers(1, MOST), st.integers(1, 160),
+    st.sampled_from([48, 64, 99, 163, 227]),
+)  # fmt: skip
+def test_a_plan_deals_out_all_tiles_in_one_wave(
+    rows: int, chunks: int, words: int, tokens: int, processors: int, kib: int
+) -> None:  # fmt: skip
+    own = plan(rows, chunks, words, tokens, processors, kib * 1024)
+    tiles = own.blocks * chunks
+    assert (own.blocks - 1) * own.settings.rows < rows <= own.blocks * own.settings.rows
+    assert (own.programs - 1) * own.each < tiles <= own.programs * own.each
+    assert own.programs <= own.settings.waves * processors
+    starts = {start // chunks for start in range(0, tiles, own.each) if start % chunks}
+    assert own.shares == bool(starts)
+    assert own.settings.stages == 1 or shared_memory(own.settings, words, tokens) <= kib * 1024
+
+
+def test_settings_by_shape_are_taken_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Settings(rows=64, stages=4)
+    monkeypatch.setitem(BY_SHAPE, (4096, 4096, 8), own)
+    assert choose(4096, 8, 16, 5, 227 * 1024) == own
+    assert choose(4096, 8, 16, 9, 227 * 1024) == SETTINGS[16]
+    assert choose(4096, 8, 16, 5, 99 * 1024) == replace(SETTINGS[8], stages=2, waves=3)
+    assert choose(4096, 8, 16, 5, 16 * 1024).stages == 1
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -219,52 +276,32 @@ def test_without_triton_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 COMPILE = """
-import os, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from llmprune.formats.kernels import decode, decompress
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from kernel_facts import DEVICES, decompress_facts, facts
+from llmprune.formats.kernels.plan import choose
 
-tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-pointers = {"values_ptr": "*i32", "meta_ptr": "*i32"}
-sizes = {"M": "i32", "N": "i32", "K": "i32", "chunks": "i32", "each": "i32", "total": "i32", "count": "i32"}
-
-def build(name, kernel, types, constants, warps, capability, stages=1):
-    types = {a: (types | sizes).get(a, "constexpr") for a in kernel.arg_names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, (a, t) in enumerate(types.items()) if t.startswith("*") or a in "NK"}
-    fixed = {(kernel.arg_names.index(a),): v for a, v in constants.items()}
-    source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=attrs)
-    options = {"num_warps": warps, "num_stages": stages}
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        used = subprocess.run([tools + "/cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-    print(name, capability, f"SHARED:{built.metadata.shared}", *re.findall(r"(?:STACK|LOCAL|REG):[0-9]+", used))
-
-for capability in (80, 90):
-    for kind, tokens, words in (("bf16", 8, 16), ("fp16", 16, 16), ("bf16", 32, 16), ("bf16", 16, 8)):
-        types = pointers | {"x_ptr": "*" + kind, "partial_ptr": "*fp32"}
-        constants = {"ROWS": decode._ROWS, "WORDS": words, "TOKENS": tokens, "FAST": True}
-        build("decode", decode._decode, types, constants, 8, capability)
-        build("decode2", decode._decode, types, constants, 8, capability, stages=2)
-    types = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
-    build("add_up", decode._add_up, types, {"SPLITS": 7, "BIAS": True, "SIZE": 1024}, 4, capability)
-    types = pointers | {"out_ptr": "*i32"}
-    build("decompress", decompress._decompress, types, {"ROWS": 32, "WORDS": 16, "FAST": True}, 4, capability)
+for capability, tokens, words, kind in ((80, 8, 16, "bf16"), (80, 16, 8, "bf16"), (90, 8, 16, "fp16"), (90, 32, 16, "bf16")):
+    own = choose(4096, 8, words, tokens, (DEVICES[capability][1] - 1) * 1024)
+    print(json.dumps({"tokens": tokens} | facts(own, tokens, capability, words=words, kind=kind)))
+for capability in DEVICES:
+    print(json.dumps({"tokens": 0} | decompress_facts(capability)))
 """
 
 
 def test_kernels_compile_for_two_generations_without_spilling() -> None:
     """With the compiler that comes with Triton, in a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=300)
+    command = [sys.executable, "-c", COMPILE, str(Path(__file__).parents[1] / "scripts")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == 2 * (["decode", "decode2"] * 4 + ["add_up", "decompress"])
-    for line in lines:
-        used = {key: int(value) for key, value in (word.split(":") for word in line[2:])}
-        assert used["LOCAL"] == 0
-        assert used["SHARED"] <= (dispatch._TWO_STAGES if line[0] == "decode2" else 48 * 1024), line
-        assert used["STACK"] <= 8, line
-        assert used["REG"] <= 255
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["tokens"] for row in found] == [8, 16, 8, 32, 0, 0]
+    for row in found:
+        assert row["spilled"] == 0, row
+        if row["tokens"]:
+            assert row["shared"] <= row["asked"], row
+            assert row["programs"] >= 2, row
+            assert row["in_flight"], row
+        if row["tokens"] == 8:
+            assert row["instructions_a_chunk"] <= 660, row

@@ -12,7 +12,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-_SIZE = 2**21  # counters a device, 8 MiB: enough for some 90 graphs of an 8B Llama
+_SIZE = 2**22  # counters a device, 16 MiB: enough for some 90 graphs of an 8B Llama
 _STREAM = 2**13  # of a stream
 _lock = Lock()
 _arenas: dict[torch.device, Tensor] = {}

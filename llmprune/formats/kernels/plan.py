@@ -27,7 +27,7 @@ class Settings:
     """
 
     rows: int = 32
-    warps: int = 4
+    warps: int = 2
     stages: int = 3
     waves: int = 2
     joined: bool = False
@@ -48,7 +48,9 @@ class Plan:
     shares: bool
 
 
-SETTINGS = {8: Settings(waves=3, joined=True), 16: Settings(waves=3), 32: Settings(), 64: Settings()}  # by padded tokens
+# By padded tokens. A warp multiplies 16 rows: more warps a tile would expand the same weights again, but 64 tokens need the
+# registers of four.
+SETTINGS = {8: Settings(waves=4, joined=True), 16: Settings(waves=3), 32: Settings(), 64: Settings(warps=4)}
 BY_SHAPE: dict[tuple[int, int, int], Settings] = {}  # by rows, columns (padded to whole chunks), padded tokens
 
 
@@ -85,7 +87,7 @@ def plan(
     settings = settings or choose(rows, chunks, words, tokens, shared)
     blocks = -(-rows // settings.rows)
     tiles = blocks * chunks
-    each = -(-tiles // (settings.waves * processors))
+    each = max(-(-tiles // (settings.waves * processors)), 1)
     return Plan(settings, blocks, -(-tiles // each), each, each % chunks != 0)
 
 
@@ -96,6 +98,13 @@ def choose(rows: int, chunks: int, words: int, tokens: int, shared: int) -> Sett
     if found and shared_memory(found, words, tokens) <= shared:
         return found
     found = SETTINGS[size]
-    while found.stages > 2 and 2 * (shared_memory(found, words, tokens) + _RESERVED) > shared + _RESERVED:
+    while found.stages > 2 and _fit(found, words, tokens, shared) < 2:
         found = replace(found, stages=found.stages - 1)
-    return found if shared_memory(found, words, tokens) <= shared else replace(found, stages=1)
+    if not (most := _fit(found, words, tokens, shared)):
+        return replace(found, stages=1)
+    return replace(found, waves=min(found.waves, most))
+
+
+def _fit(settings: Settings, words: int, tokens: int, shared: int) -> int:
+    """Programs a multiprocessor by shared memory, where one may have nearly all of it."""
+    return (shared + _RESERVED) // (shared_memory(settings, words, tokens) + _RESERVED)
