@@ -61,7 +61,10 @@ class Ranks:
         """The tensor of process `rank`; those of the others are overwritten with it."""
         if self.size > 1:
             with _while_all_live():
-                distributed.broadcast(tensor, rank)
+                whole = tensor.contiguous()  # NCCL takes no other
+                distributed.broadcast(whole, rank)
+            if whole is not tensor:
+                tensor.copy_(whole)
         return tensor
 
     def all(self, value: T) -> list[T]:
