@@ -18,8 +18,8 @@ from llmprune.models.discover import find_blocks, make_block
 from llmprune.runs.preflight import Needs, estimate, size
 
 ASSUMPTIONS = """\
-What pruning to 2:4 would need, by the formulas of `llmprune/preflight.py`. Nothing here was run: it is a projection, written
-by `scripts/project.py`. It assumes 128 calibration windows of 2048 tokens, batches of 8, no evaluation, bf16 on one GPU whose
+What pruning to 2:4 would need, by the formulas of `llmprune/runs/preflight.py`. Nothing here was run: it is a projection,
+written by `scripts/project.py`. It assumes 128 calibration windows of 2048 tokens, batches of 8, no evaluation, bf16 on one GPU whose
 products reach 500 TFLOP/s in bf16 and 40 in float32 (about half of an H200's data sheet: 989 and 67), hidden states on the
 host. Reading and writing the checkpoint comes on top.
 
@@ -52,7 +52,7 @@ def project(shape: tuple[int, int, int, int], options: dict[str, str]) -> Needs:
     texts = Texts(Windows(torch.zeros(SAMPLES, SEQLEN, dtype=torch.long), "-"), None, ())
     recipe = choose_recipe(PruneConfig.create({"model": "-", "sparsity": "2:4"} | options))
     nbytes = sum(p.nbytes for p in model.parameters())
-    return estimate(config, found, texts, recipe, dtype=torch.bfloat16, batch=BATCH, checkpoint=nbytes)
+    return estimate(config, found, texts, recipe, dtype=torch.bfloat16, batch=BATCH, checkpoint=nbytes, pinned=True)
 
 
 def table() -> str:
@@ -63,7 +63,7 @@ def table() -> str:
     for name, shape in SHAPES.items():
         for options in RECIPES:
             needs = project(shape, options)
-            hours = (needs.forward / BF16 + needs.solve / FLOAT32) / 3600
+            hours = ((needs.forward + needs.statistics) / BF16 + needs.solve / FLOAT32) / 3600
             method = next(iter(options.values()))
             inside, rest = size(needs.weights + needs.solving), size(needs.activations)
             rows.append(f"| {name} | {method} | {inside} | {rest} | {size(needs.output)} | {hours:.2f} |")

@@ -59,6 +59,31 @@ def test_labels_are_the_next_tokens_and_padding_has_none() -> None:
     assert next_token_labels(whole).tolist() == expected[:1]
 
 
+def test_a_batch_has_a_mask_where_it_has_padding() -> None:
+    """What a model makes of a mask is kept for every batch: (windows, 1, length, length)."""
+    mask = torch.ones(6, 4, dtype=torch.long)
+    mask[3, :2] = 0
+    given = given_windows({"input_ids": torch.ones(6, 4, dtype=torch.long), "attention_mask": mask})
+    first, second, third = given.batches(2, torch.device("cpu"))
+    assert [set(batch) for batch in (first, third)] == 2 * [{"input_ids"}]
+    assert torch.equal(second["attention_mask"], mask[2:4])
+
+
+def test_given_tokens_come_to_the_cpu() -> None:
+    """Wherever they are, such as on a GPU; here by where torch makes new tensors."""
+    with torch.device("meta"):
+        windows = given_windows([[1, 2, 3]])
+    assert windows.ids.tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_given_tokens_may_be_on_a_gpu() -> None:
+    ids, mask = torch.ones(2, 4, dtype=torch.long).cuda(), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]]).cuda()
+    windows = given_windows({"input_ids": ids, "attention_mask": mask})
+    assert (windows.tokens(), windows.ids.device.type) == (7, "cpu")
+    assert windows.digest()
+
+
 def test_windows_are_disjoint_pieces_of_the_text(numbers: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     stream = tokenizer(numbers.read_text() + "\n\n")["input_ids"]
     starts = []

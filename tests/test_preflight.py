@@ -33,7 +33,9 @@ from llmprune.stream.source import ModelSource
 OPTIONS = {"sparsity": "2:4", "calibration": tokens(6, 24), "batch_size": 4}
 
 
-def needs(family: str = "llama", windows: int = 6, processes: int = 1, **options: object) -> preflight.Needs:
+def needs(
+    family: str = "llama", windows: int = 6, processes: int = 1, pinned: bool = False, **options: object
+) -> preflight.Needs:
     model = tiny_model(family, **EXPERTS.get(family, {}))
     texts = Texts(Windows(tokens(windows, 24), "t"), Windows(tokens(4, 24), "e"), ())
     recipe = choose_recipe(PruneConfig.create({"model": "-", "sparsity": "2:4"} | options))
@@ -47,6 +49,7 @@ def needs(family: str = "llama", windows: int = 6, processes: int = 1, **options
         checkpoint=1000,
         processes=processes,
         all_experts=bool(options.get("all_experts")),
+        pinned=pinned,
     )
 
 
@@ -84,7 +87,29 @@ def test_operations_of_a_plain_run() -> None:
     gram = 2 * 6 * 32**2 + 2 * 48**2  # six matrices are fed 32 inputs, one 48
     sweeps = 2 * (2 * 32 + 2 * 16 + 2 * 48) * 32**2 + 2 * 32 * 48**2
     inverses = 2 * 6 * (6 * 32**3 + 48**3)
-    assert needs(method="sparsegpt").solve == 3 * (144 * gram + sweeps + inverses)
+    assert needs(method="sparsegpt").statistics == 3 * 144 * gram
+    assert needs(method="sparsegpt", target="corrected").statistics == 2 * 3 * 144 * gram
+    assert needs(method="sparsegpt").solve == 3 * (sweeps + inverses)
+    assert needs(method="wanda").statistics == 0
+
+
+def test_pinned_memory_is_rounded_up_to_a_power_of_two() -> None:
+    """Tensors of 4 windows of 24 tokens: 48 wide in the middle of a block, 32 between two; 6 windows in two streams, and 4 to
+    evaluate, dense and pruned."""
+    middle, between = 2**15 / (4 * 24), 2**14 / (4 * 24)
+    assert (4 * 24 * 48 * 4, 4 * 24 * 32 * 4) < (2**15, 2**14)
+    pinned = needs(quality="balanced", pinned=True).activations
+    assert pinned == int(2 * 144 * middle + (2 * 144 + 2 * 96) * between)
+    assert pinned > needs(quality="balanced").activations
+
+
+def test_seconds_follow_what_products_were_measured_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics at the compute dtype's speed, solving at float32's."""
+    speeds = {torch.bfloat16: 500.0, torch.float32: 50.0}
+    monkeypatch.setattr(preflight, "operations_per_second", lambda device, dtype: speeds[dtype])
+    work = preflight.Needs(0, 0, 0, 0, 0, forward=1000.0, statistics=2000.0, solve=300.0)
+    assert work.seconds(torch.device("cuda"), torch.bfloat16) == pytest.approx((2 + 4 + 6) / preflight._EFFICIENCY)
+    assert work.seconds(torch.device("cuda"), torch.float32) == pytest.approx((20 + 40 + 6) / preflight._EFFICIENCY)
 
 
 @pytest.mark.parametrize("chosen", [1, 3])
@@ -156,6 +181,14 @@ def test_too_little_memory_is_told(free: int, mapped: bool, words: str | None, m
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: real._replace(available=free))
     told = preflight.shortage(needs(), torch.device("cpu"), mapped=mapped)
     assert told is None if words is None else told is not None and words in told
+
+
+def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, each = preflight.psutil.virtual_memory(), needs()
+    wanted = each.activations + each.weights + each.solving
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: real._replace(available=2 * wanted))
+    assert preflight.shortage(each, torch.device("cpu"), mapped=False, here=2) is None
+    assert preflight.shortage(each, torch.device("cpu"), mapped=False, here=3) is not None
 
 
 def test_mapped_tensors_are_a_list(tmp_path: Path) -> None:

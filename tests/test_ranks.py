@@ -23,7 +23,7 @@ from test_resume import weights
 
 import llmprune
 from llmprune.base.errors import InputError
-from llmprune.base.processes import joined
+from llmprune.base.processes import Ranks, joined
 from llmprune.data.pydoc import documents
 from llmprune.data.windows import Windows
 from llmprune.output.verify import verify
@@ -171,6 +171,22 @@ def test_processes_find_what_one_finds(family: str, size: int, cases: list[str],
             assert mine["tokens"] == other["tokens"] or mine["block"]  # what is pruned moves the routing in later blocks
             assert mine["error"] == pytest.approx(other["error"], rel=0.2, abs=1e-4)
         assert sum(mine["tokens"] for mine, _ in pairs) == sum(other["tokens"] for _, other in pairs)
+
+
+def test_tensors_are_sent_as_contiguous_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes no other, and a solver may give a transposed one; what came is in the tensor that was given."""
+    sent = torch.arange(6.0).view(3, 2).T
+
+    def broadcast(tensor: torch.Tensor, rank: int) -> None:
+        assert tensor.is_contiguous()
+        tensor.copy_(sent)
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    mine = torch.zeros(3, 2).T
+    assert Ranks(1, 2).of(0, mine) is mine
+    assert torch.equal(mine, sent)
+    Ranks(1, 2).add_up(mine)
+    assert torch.equal(mine, 2 * sent)
 
 
 def test_every_process_adds_its_own_windows(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

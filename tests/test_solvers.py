@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprune.base.errors import InputError
+from llmprune.numerics.linalg import masked_least_squares
 from llmprune.numerics.patterns import NM, Pattern, Stacked, Unstructured
 from llmprune.numerics.stats import Gram
 from llmprune.solvers import METHODS
@@ -136,6 +137,20 @@ def test_a_batch_is_solved_as_if_one_by_one(name: str, pattern: Pattern) -> None
         assert int((~part.mask).sum()) == int((~alone.mask).sum())
         assert (part.mask == alone.mask).float().mean() > 0.995  # float32 may turn near ties
         assert output_error(w, part.weight, x) == pytest.approx(output_error(w, alone.weight, x), rel=0.01)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_what_is_left_to_a_refit_ends_where_both_would(pattern: Pattern) -> None:
+    """Twenty steps from the alternation's weights, and from ten steps more."""
+    columns = 300 if pattern.period in (1, 3, 150) else 304
+    w, x = weights(60, columns), correlated(600, columns)
+    stat, method = statistic("annealed", x), METHODS.get("annealed")
+    twice, once = method.solve(w, stat, pattern), method.search(w, stat, pattern)
+    assert torch.equal(once.mask, twice.mask)
+    assert pattern.violation(once.weight) is None
+    fits = [masked_least_squares(stat.mean(), w, one.mask, one.weight).weight for one in (once, twice)]
+    assert output_error(w, fits[0], x) == pytest.approx(output_error(w, fits[1], x), rel=1e-3)
+    assert output_error(w, fits[0], x) < output_error(w, once.weight, x)
 
 
 def naive_magnitude(w: torch.Tensor, x: torch.Tensor, pattern: Pattern) -> torch.Tensor:

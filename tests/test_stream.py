@@ -395,6 +395,19 @@ def test_given_windows_that_are_none(given: object) -> None:
         given_windows(given)  # type: ignore[arg-type]
 
 
+class _Elsewhere(torch.nn.Parameter):
+    """As a parameter on a second GPU is, which is not there."""
+
+    device = torch.device("cuda:1")
+
+
+def test_a_model_over_several_devices_is_refused() -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight = _Elsewhere(model.model.norm.weight.data)
+    with pytest.raises(InputError, match="spread over cpu, cuda:1: load it without device_map, or pass its folder"):
+        llmprune.prune(model, calibration=tokens(4, 16), sparsity="2:4")
+
+
 def test_hooks_on_the_instance_survive() -> None:
     """accelerate puts a `forward` on the module itself; recording must put it back."""
     model = tiny_model("llama")

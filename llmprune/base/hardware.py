@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from llmprune.base.errors import InputError, reason, unknown
 from llmprune.base.notation import DTYPES
+from llmprune.base.precision import full_float32
 
 FASTER = 1.5  # how much faster bfloat16 products must be to be chosen: between close speeds the choice would change by chance
 _MEASURED = 0.03  # seconds that finding out takes
@@ -108,10 +109,12 @@ def bfloat16_products() -> float:
     return best[torch.float32] / best[torch.bfloat16]
 
 
+@full_float32()
 def operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a product of matrices, measured now: the better of two."""
+    """Floating-point operations a second of a product of matrices, measured now: the better of two. The numbers are random,
+    for a GPU multiplies zeros and ones faster."""
     side = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(side, side, device=device, dtype=dtype)
+    a = torch.randn(side, side, device=device, dtype=dtype)
     best = 0.0
     for _ in range(3):  # the first warms up
         synchronize(device)

@@ -30,11 +30,13 @@ class Ranks:
         rank: 0 is the first, which shows and writes.
         size: how many processes there are.
         local: this process's number on its machine, which is that of its GPU.
+        here: how many of them run on this machine.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
+    here: int = 1
 
     @property
     def first(self) -> bool:
@@ -61,7 +63,10 @@ class Ranks:
         """The tensor of process `rank`; those of the others are overwritten with it."""
         if self.size > 1:
             with _while_all_live():
-                distributed.broadcast(tensor, rank)
+                whole = tensor.contiguous()  # NCCL takes no other
+                distributed.broadcast(whole, rank)
+            if whole is not tensor:
+                tensor.copy_(whole)
         return tensor
 
     def all(self, value: T) -> list[T]:
@@ -89,7 +94,7 @@ def joined() -> Iterator[Ranks]:
     if distributed.is_available() and distributed.is_initialized():
         if "gloo" not in (backends := distributed.get_backend_config()):
             raise InputError(f"the process group has {backends} only: initialise it with backend='cpu:gloo,cuda:nccl'")
-        yield Ranks(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+        yield _ranks()
         return
     if not _launched(("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         yield Ranks()
@@ -98,9 +103,16 @@ def joined() -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+        yield _ranks()
     finally:
         distributed.destroy_process_group()
+
+
+def _ranks() -> Ranks:
+    """This process in the group, and on its machine as the launcher says; without a launcher, all are on this one."""
+    size = distributed.get_world_size()
+    local, here = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", size)))
+    return Ranks(distributed.get_rank(), size, local, here)
 
 
 def _launched(variables: Sequence[str]) -> bool:

@@ -50,11 +50,12 @@ class Windows:
         return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()[:16]
 
     def batches(self, size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-        """Model inputs, `size` windows at a time, on `device`."""
+        """Model inputs, `size` windows at a time, on `device`; with a mask where there is padding."""
         size = min(size, len(self.ids))
         masks = [None] * len(self.ids) if self.mask is None else self.mask.split(size)
         for ids, mask in zip(self.ids.split(size), masks, strict=False):
-            yield {"input_ids": ids.to(device)} | ({} if mask is None else {"attention_mask": mask.to(device)})
+            padded = mask is not None and not bool(mask.all())
+            yield {"input_ids": ids.to(device)} | ({"attention_mask": mask.to(device)} if mask is not None and padded else {})
 
     def share(self, rank: int, size: int) -> Windows:
         """Those that fall to process `rank` of `size`: every `size`-th, so that a batch of all processes holds what it did.
@@ -150,7 +151,7 @@ _GRID = "calibration samples must be integer token ids, (windows, length): pad t
 def _grid(tokens: Any) -> Tensor:
     """Tokens of one window or several as (windows, length)."""
     try:
-        tensor = torch.atleast_2d(torch.as_tensor(tokens))
+        tensor = torch.atleast_2d(torch.as_tensor(tokens, device="cpu"))
     except (TypeError, ValueError, RuntimeError):
         raise InputError(_GRID) from None
     if tensor.ndim != 2 or not tensor.numel() or tensor.is_floating_point() or tensor.is_complex():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.base.errors import InputError
@@ -42,6 +43,7 @@ def prune_in_memory(
     output = job.output(folder.name if folder else job.config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("part of the model is offloaded: pass its folder or Hub id instead, with an output folder")
+    check_one_device(parameter.device for parameter in model.parameters())
     if folder is None and (job.config.device, job.config.dtype) != ("auto", "auto"):
         raise InputError("a model in memory is pruned on its own device, in its own dtype: leave device and dtype out")
     if output is not None:
@@ -86,6 +88,19 @@ def prune_in_memory(
     job.ranks.agree(None)
     job.progress.summary(record, output)
     return record, output
+
+
+def check_one_device(devices: Iterable[torch.device]) -> None:
+    """Those of a model's parameters.
+
+    Raises:
+        InputError: there are several.
+    """
+    if len(found := sorted({str(device) for device in devices})) > 1:
+        raise InputError(
+            f"the model is spread over {', '.join(found)}: load it without device_map, or pass its folder or Hub id instead, "
+            "with an output folder"
+        )
 
 
 def _on_disk(site: SiteRecord, names: Names) -> SiteRecord:

@@ -65,7 +65,8 @@ class Needs:
             solver holds.
         output: bytes of the output folder.
         forward: floating-point operations of running the blocks and the head, in the compute dtype.
-        solve: those of statistics and solvers, in float32.
+        statistics: those of Grams, which are summed in float32 of products in the compute dtype.
+        solve: those of solvers, in float32.
     """
 
     start: int
@@ -74,12 +75,13 @@ class Needs:
     solving: int
     output: int
     forward: float
+    statistics: float
     solve: float
 
     def seconds(self, device: torch.device, dtype: torch.dtype) -> float:
         """At the speed that products run at on `device` now."""
-        forward, solve = (operations_per_second(device, kind) for kind in (dtype, torch.float32))
-        return (self.forward / forward + self.solve / solve) / _EFFICIENCY
+        own, full = (operations_per_second(device, kind) for kind in (dtype, torch.float32))
+        return (self.forward / own + self.statistics / max(own, full) + self.solve / full) / _EFFICIENCY
 
 
 def estimate(
@@ -94,9 +96,11 @@ def estimate(
     processes: int = 1,
     probed: int = 0,
     all_experts: bool = False,
+    pinned: bool = False,
 ) -> Needs:
     """What pruning needs. `blocks` may be on the meta device; `checkpoint` is the bytes of its tensors; `probed` are tokens
-    whose hidden states are followed besides, through half of the blocks on average; `all_experts`: each sees every token.
+    whose hidden states are followed besides, through half of the blocks on average; `all_experts`: each sees every token;
+    `pinned`: hidden states rest in pinned memory, as those of a GPU do.
     """
     config, (_, length) = model.get_text_config(), texts.calibration.ids.shape
     streams = 2 if recipe.target == "corrected" or recipe.reconstruct else 1
@@ -117,20 +121,25 @@ def estimate(
     passes = (
         _STAGES * streams * tokens + 2 * evaluated + probed / processes / 2 + _BACKWARD * PASSES * tokens * recipe.reconstruct
     )
+    hidden, inside_block = (_resting(width * dtype.itemsize, batch * length, pinned) for width in (config.hidden_size, held))
     solving = max(_statistics(block, own, recipe) for block, own in zip(blocks, by_block, strict=True))
     solving += max((_solving(one, recipe) for one in every), default=0)
     return Needs(
         start=psutil.Process().memory_info().rss,
-        activations=int(
-            ((streams * tokens + 2 * evaluated + probed / processes) * config.hidden_size + streams * tokens * held)
-            * dtype.itemsize
-        ),
+        activations=int((streams * tokens + 2 * evaluated + probed / processes) * hidden + streams * tokens * inside_block),
         weights=max(2 * head * dtype.itemsize - solving, inside) + made,
         solving=solving,
         output=int(_FILES * checkpoint),
         forward=2 * (passes * sum(one.rows * one.columns * one.share for one in every) + 2 * evaluated * head),
-        solve=sum(_work(one, recipe, tokens, processes) for one in every),
+        statistics=sum(_counting(one, recipe, tokens) for one in every),
+        solve=sum(_work(one, recipe, processes) for one in every),
     )
+
+
+def _resting(each: int, tokens: int, pinned: bool) -> float:
+    """Bytes that a token takes which makes `each`, in batches of `tokens`: torch rounds pinned memory up to a power of two."""
+    nbytes = each * tokens
+    return 2 ** (nbytes - 1).bit_length() / tokens if pinned and nbytes else each
 
 
 def _statistics(block: Block, own: Sequence[Matrix], recipe: Recipe) -> int:
@@ -154,21 +163,26 @@ def _solving(matrix: Matrix, recipe: Recipe) -> int:
     return int(4 * (factors + matrix.rows * (_SOLVER * matrix.columns + outputs)))
 
 
-def _work(matrix: Matrix, recipe: Recipe, tokens: float, processes: int) -> float:
-    """Operations of a matrix's statistics and of solving it."""
+def _counting(matrix: Matrix, recipe: Recipe, tokens: float) -> float:
+    """Operations of a matrix's statistics."""
+    grams = (2 if recipe.target == "corrected" else 1) * _wants_gram(recipe)
+    return 2 * matrix.columns**2 * tokens * matrix.share * grams
+
+
+def _work(matrix: Matrix, recipe: Recipe, processes: int) -> float:
+    """Operations of solving a matrix."""
     if not _wants_gram(recipe):
         return 0
     products = METHODS.get(recipe.method).products + _REFIT * recipe.refit
-    seen = tokens * matrix.share * (2 if recipe.target == "corrected" else 1)
-    return 2 * matrix.columns**2 * (seen + products * matrix.rows / processes + _INVERSES * matrix.columns)
+    return 2 * matrix.columns**2 * (products * matrix.rows / processes + _INVERSES * matrix.columns)
 
 
 def _wants_gram(recipe: Recipe) -> bool:
     return METHODS.get(recipe.method).statistic is Gram or recipe.refit or recipe.target == "corrected"
 
 
-def shortage(needs: Needs, device: torch.device, *, mapped: bool) -> str | None:
-    """Which memory will be too small, if any, and what helps."""
+def shortage(needs: Needs, device: torch.device, *, mapped: bool, here: int = 1) -> str | None:
+    """Which memory will be too small, if any, and what helps; `here` processes share this machine's."""
     free, wanted = psutil.virtual_memory().available, 0 if mapped else needs.activations
     inside = needs.weights + needs.solving
     if device.type == "cuda":
@@ -177,7 +191,7 @@ def shortage(needs: Needs, device: torch.device, *, mapped: bool) -> str | None:
             return f"that is more than the {size(on_device)} free on {device}: a smaller --batch-size or --seqlen may help"
     else:
         wanted += inside
-    if wanted > free:
+    if wanted * here > free:
         disk = "" if mapped else "--activations disk, "
         return f"that is more than the {size(free)} of memory free here: {disk}fewer --samples or a smaller --batch-size help"
     return None
@@ -210,6 +224,7 @@ def predict(
     Raises:
         InputError: the disk has too little room for it.
     """
+    mapped = job.config.activations == "disk"
     needs = estimate(
         config,
         blocks,
@@ -221,10 +236,11 @@ def predict(
         processes=job.ranks.size,
         probed=probed,
         all_experts=job.config.all_experts,
+        pinned=work.device.type == "cuda" and not mapped,
     )
-    mapped = job.config.activations == "disk"
     kept = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))  # by an earlier run
     check_room(output, needs.output - kept + (needs.activations * job.ranks.size if mapped else 0))
     seconds = needs.seconds(work.device, work.dtype)
-    text, short = describe(needs, seconds, mapped=mapped), shortage(needs, work.device, mapped=mapped)
+    text = describe(needs, seconds, mapped=mapped)
+    short = shortage(needs, work.device, mapped=mapped, here=job.ranks.here)
     return asdict(needs) | {"seconds": seconds, "text": text} | ({"short": short} if short else {})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmprune.numerics.linalg import masked_least_squares
+from llmprune.numerics.linalg import Scaled, masked_least_squares
 from llmprune.numerics.patterns import Pattern
 from llmprune.numerics.stats import Gram
 from llmprune.solvers.alps import Alternation
@@ -30,11 +30,23 @@ STEPS = 10  # of conjugate gradients
 def solve(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
     h = stat.unit
     dense = h.into(w)
+    admm = _anneal(dense, h, pattern)
+    fit = masked_least_squares(h.matrix, dense, admm.mask, admm.projected, steps=STEPS)
+    return Solution(h.back(fit.weight), admm.mask, {"residual": fit.residual})
+
+
+def search(w: Tensor, stat: Gram, pattern: Pattern) -> Solution:
+    h = stat.unit
+    admm = _anneal(h.into(w), h, pattern)
+    return Solution(h.back(admm.projected), admm.mask)
+
+
+def _anneal(dense: Tensor, h: Scaled, pattern: Pattern) -> Alternation:
+    """The alternation's last state, on weights of unit diagonal."""
     admm = Alternation(dense, (dense @ h.matrix).add_(dense, alpha=DAMPING), pattern)
     for level in range(LEVELS):
         rho = FIRST * (LAST / FIRST) ** (level / (LEVELS - 1))
         inverse = h.inverse(rho + DAMPING)
         for _ in range(ITERATIONS):
             admm.step(inverse, rho)
-    fit = masked_least_squares(h.matrix, dense, admm.mask, admm.projected, steps=STEPS)
-    return Solution(h.back(fit.weight), admm.mask, {"residual": fit.residual})
+    return admm

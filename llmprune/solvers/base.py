@@ -36,7 +36,10 @@ class Solution:
 
 
 class Solver(Protocol):
-    """Every module in this package, `base` aside, is one. It knows matrices only: no model, no files, no devices."""
+    """Every module in this package, `base` aside, is one. It knows matrices only: no model, no files, no devices.
+
+    One that ends with least squares on its mask may have `search` beside `solve`, which leaves that to a refit that follows.
+    """
 
     statistic: type[Statistic]
     stackable: bool  # whether rows bear on each other through `pattern.keep` alone, so that matrices can be stacked

@@ -120,9 +120,10 @@ def _joined(parts: Sequence[Solution]) -> Solution:
 
 def _solve(target: Tensor, statistic: Statistic, pattern: Pattern, recipe: Recipe) -> Solution:
     """The method's solution, refitted where the recipe says so."""
-    solution = METHODS.get(recipe.method).solve(target, statistic, pattern)
+    solver = METHODS.get(recipe.method)
     if not recipe.refit:
-        return solution
+        return solver.solve(target, statistic, pattern)
+    solution = getattr(solver, "search", solver.solve)(target, statistic, pattern)
     assert isinstance(statistic, Gram)
     fit = masked_least_squares(statistic.mean(), target, solution.mask, solution.weight)
     return replace(solution, weight=fit.weight, notes={**solution.notes, "residual": fit.residual, "steps": fit.steps})
