@@ -42,7 +42,7 @@ TYPES = {
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
     """A kernel as Triton compiles it for a device of such capability."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = [i for i, (name, type_) in enumerate(signature.items()) if type_.startswith("*") or name == "K"]
+    aligned = [i for i, (name, type_) in enumerate(signature.items()) if type_.startswith("*") or name in ("K", "groups")]
     source = ASTSource(
         fn=kernel,
         signature=signature,

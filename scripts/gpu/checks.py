@@ -16,7 +16,7 @@ import llmprune
 from gpu.rows import Found, Row
 from gpu.shapes import Place, correlated, two_of_four
 from llmprune.base.hardware import synchronize
-from llmprune.formats.kernels import cusparselt, decode, decompress, dispatch, reference
+from llmprune.formats.kernels import cusparselt, decode, decompress, dispatch, gemv, reference
 from llmprune.formats.kernels.timing import graphed
 from llmprune.formats.layer import Sparse24Linear
 from llmprune.models.resolve import resolve
@@ -38,7 +38,7 @@ def rows(place: Place) -> list[Row]:
         )
         for dtype in BOUNDS
         for rows, columns in (SHAPES[:3] if place.small else SHAPES)
-        for name in ("decode", "decompress", "cusparselt")
+        for name in ("gemv", "decode", "decompress", "cusparselt")
     ]
     found.append(Row("a graph of packed products", partial(in_graph, place)))
     found += [Row(f"{name} as on the CPU", partial(as_on_cpu, place, name)) for name in SOLVERS]
@@ -59,14 +59,16 @@ def kernel(place: Place, name: str, shape: tuple[int, int], dtype: torch.dtype) 
         return {"supported": False}
     bias, cases = torch.randn(shape[0], device=place.device).to(dtype), {}
     blob = cusparselt.compress(w) if name == "cusparselt" else None
-    for tokens in (300,) if blob is not None else TOKENS:
+    for tokens in {"cusparselt": (300,), "gemv": (1, 2), "decode": TOKENS}[name]:
         x = torch.randn(tokens, shape[1], device=place.device).to(dtype)
-        own = {"processors": place.processors, "shared": place.shared, "fast": place.fast}
-        run = (
-            partial(decode.decode24, x, packed.values, packed.meta, bias, **own)
-            if blob is None
-            else partial(cusparselt.multiply, x, blob, bias)
-        )
+        limits = {"processors": place.processors, "shared": place.shared}
+        args = (x, packed.values, packed.meta, bias)
+        if blob is not None:
+            run = partial(cusparselt.multiply, x, blob, bias)
+        elif name == "gemv":
+            run = partial(gemv.gemv24, *args, fast=place.fast)
+        else:
+            run = partial(decode.decode24, *args, **limits, fast=place.fast)
         cases[f"{tokens} tokens"] = (run, x.double() @ w.double().T + bias.double())
     return compared(place, cases, BOUNDS[dtype])
 

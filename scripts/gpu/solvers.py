@@ -53,13 +53,14 @@ def gram_speed(place: Place, columns: int, dtype: torch.dtype) -> Found:
     seconds, _ = timed(place, lambda: [gram.add(x) for _ in range(ADDED)])
     exact = (x[:, :256].double().T @ x[:, :256].double()) * (ADDED + 1)
     gap = float((gram.sum[:256, :256] - exact).norm() / exact.norm())
+    bound = 1e-5 if dtype == torch.float32 else 2e-4  # tensor cores cut what they sum off, rather than rounding it
     done = 2 * ADDED * len(x) * columns**2
     return {
         "tokens": ADDED * len(x),
         "seconds": seconds,
         "operations_per_second": done / seconds,
         "error": gap,
-        "right": gap < 1e-5,
+        "right": gap < bound,
     }
 
 

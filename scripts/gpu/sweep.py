@@ -1,4 +1,4 @@
-"""`sweep`: settings of the decode kernel by shape and tokens; the best go into `llmprune/formats/kernels/plan.py`."""
+"""`sweep`: settings of the kernels for few tokens by shape; the best go into `llmprune/formats/kernels/plan.py`."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import product
 from math import exp, log
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
-from llmprune.formats.kernels.plan import Settings, padded
 from torch import Tensor
 
 from gpu.rows import Found, Row
 from gpu.shapes import FUSED, Place, two_of_four
 from llmprune.base.hardware import synchronize
-from llmprune.formats.kernels import decode, reference
+from llmprune.formats.kernels import decode, gemv, reference
+from llmprune.formats.kernels.plan import Rows, Settings
 from llmprune.formats.kernels.reference import Packed
 from llmprune.formats.kernels.timing import copies, graphed
 
-SIZES = (8, 16, 32, 64)  # tokens, as the kernel pads them
-WAVES = (1, 2, 3, 4)
+SIZES = (1, 2, 8, 16, 32, 64)  # tokens: those of `gemv24`, and as `decode24` pads them
+WAVES = (1, 2, 3, 4, 6)
+Own = Settings | Rows
 _WORKERS, _REPLAYS, _SHOWN = 14, 8, 6
 
 
 def rows(place: Place) -> list[Row]:
-    shapes, sizes = ([(64, 128)], (8,)) if place.small else (FUSED, SIZES)
+    shapes, sizes = ([(64, 128)], (1, 8)) if place.small else (FUSED, SIZES)
     found = [] if place.small else [Row("compile", partial(compile_all, place))]
     for size in sizes:
         each = {f"{rows}x{columns} x {size}": partial(by_shape, place, (rows, columns), size) for rows, columns in shapes}
@@ -40,14 +42,18 @@ def rows(place: Place) -> list[Row]:
     return found
 
 
-def kernels(size: int) -> list[Settings]:
+def kernels(size: int) -> list[Own]:
     """Those that are compiled, for so many tokens; waves only change the grid."""
+    if size <= gemv.MOST:
+        return [Rows(*own) for own in product((4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8)) if fits(*own)]
     joined = (True, False) if size <= 16 else (False,)
-    return [
-        Settings(rows=rows, warps=warps, stages=stages, waves=0, joined=one)
-        for rows, warps, stages, one in product((32, 64, 128), (4, 8), (2, 3, 4), joined)
-        if rows >= 16 * warps / 2
-    ]
+    shapes = ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8))  # rows, warps
+    return [Settings(*own, stages=stages, joined=one) for own, stages, one in product(shapes, (2, 3, 4), joined)]
+
+
+def fits(rows: int, warps: int, chunks: int) -> bool:
+    """Whether a thread has one to four quarters of a word vector: all threads work, and registers hold what they read."""
+    return 1 <= rows * chunks * 4 / (32 * warps) <= 4
 
 
 def compile_all(place: Place) -> Found:
@@ -89,15 +95,15 @@ def best_of_all(place: Place, shapes: list[tuple[int, int]], size: int) -> Found
 
 
 @cache
-def measured(place: Place, shape: tuple[int, int], size: int) -> dict[Settings | None, float]:
+def measured(place: Place, shape: tuple[int, int], size: int) -> dict[Own | None, float]:
     """Seconds of one product by settings; None: as the kernel's own table has it. What fails is left out."""
     mats = _matrices(place, shape)
     x = torch.randn(size, shape[1], device=place.device, dtype=torch.bfloat16)
     expected = x.double() @ reference.unpack(mats[0]).double().T
-    tried: list[Settings | None] = [None]
+    tried: list[Own | None] = [None]
     for own in kernels(size)[: 2 if place.small else None]:
-        tried += [Settings(own.rows, own.warps, own.stages, waves, own.joined) for waves in WAVES]
-    found: dict[Settings | None, float] = {}
+        tried += [own] if isinstance(own, Rows) else [replace(own, waves=waves) for waves in WAVES]
+    found: dict[Own | None, float] = {}
     for settings in tried:
         try:
             gap = (product_of(place, x, mats[0], settings).double() - expected).norm() / expected.norm()
@@ -115,20 +121,15 @@ def triton_errors() -> tuple[type[Exception], ...]:
     return (OutOfResources, CompilationError)
 
 
-def product_of(place: Place, x: Tensor, packed: Packed, settings: Settings | None) -> Tensor:
-    return decode.decode24(
-        x,
-        packed.values,
-        packed.meta,
-        None,
-        processors=place.processors,
-        shared=place.shared,
-        fast=place.fast,
-        settings=settings,
-    )
+def product_of(place: Place, x: Tensor, packed: Packed, settings: Any) -> Tensor:
+    args = (x, packed.values, packed.meta, None)
+    if len(x) <= gemv.MOST:
+        return gemv.gemv24(*args, fast=place.fast, settings=settings)
+    limits = {"processors": place.processors, "shared": place.shared}
+    return decode.decode24(*args, **limits, fast=place.fast, settings=settings)
 
 
-def _seconds(place: Place, x: Tensor, mats: list[Packed], settings: Settings | None) -> float:
+def _seconds(place: Place, x: Tensor, mats: list[Packed], settings: Own | None) -> float:
     replay = graphed([partial(product_of, place, x, packed, settings) for packed in mats], place.device)
     times = []
     for _ in range(_REPLAYS):
@@ -145,6 +146,3 @@ def _matrices(place: Place, shape: tuple[int, int]) -> list[Packed]:
     packed = reference.pack(two_of_four(*shape, torch.bfloat16, place.device))
     many = copies(packed.values.nbytes + packed.meta.nbytes, place.device)
     return [packed, *(Packed(packed.values.clone(), packed.meta.clone(), packed.columns) for _ in range(many - 1))]
-
-
-assert all(padded(size) == size for size in SIZES)

@@ -6,7 +6,6 @@ import sys
 from contextlib import suppress
 
 import torch
-from llmprune.formats.kernels.plan import Settings
 
 from gpu.shapes import Place, two_of_four
 from gpu.sweep import SIZES, kernels, product_of, triton_errors
@@ -20,7 +19,7 @@ def main() -> None:
     for size, own in [(tokens, own) for tokens in SIZES for own in kernels(tokens)][index::of]:
         x = torch.randn(size, 2048, device=place.device, dtype=torch.bfloat16)
         with suppress(RuntimeError, ValueError, *triton_errors()):  # what cannot be launched is left out by the sweep
-            product_of(place, x, packed, Settings(own.rows, own.warps, own.stages, 1, own.joined))
+            product_of(place, x, packed, own)
 
 
 if __name__ == "__main__":

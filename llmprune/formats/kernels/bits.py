@@ -6,6 +6,8 @@ Two ways that give the same bits: `prmt`, four groups at once by byte permutatio
 
 from __future__ import annotations
 
+import re
+
 import triton
 import triton.language as tl
 
@@ -26,6 +28,52 @@ prmt.b32 s, e0, e1, 0x0073; prmt.b32 t, e2, e3, 0x0073; prmt.b32 $6, $12, z, s; 
 }
 """)
 _OUT_AND_IN = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r")
+
+
+# For products without tensor cores: of the inputs of a group, two words of two halves, those that its two values meet. The
+# tables are selectors of halves (0x10, 0x32, 0x54, 0x76) by code, of the first and of the second value.
+_PICK = """
+{
+.reg .b32 f, s, c, p, a, b;
+.reg .b16 h, i;
+mov.b32 $0, $1;
+prmt.b32 f, 0x32101010, 0x00005432, $2;
+prmt.b32 s, 0x54765432, 0x00007676, $2;
+prmt.b32 c, f, s, 0x0040; prmt.b32 p, $7, $8, c; MEET($3)
+prmt.b32 c, f, s, 0x0051; prmt.b32 p, $9, $10, c; MEET($4)
+prmt.b32 c, f, s, 0x0062; prmt.b32 p, $11, $12, c; MEET($5)
+prmt.b32 c, f, s, 0x0073; prmt.b32 p, $13, $14, c; MEET($6)
+}
+"""
+_MEET_BFLOAT16 = (
+    "shl.b32 a, {v}, 16; shl.b32 b, p, 16; fma.rn.f32 $0, a, b, $0;"
+    "and.b32 a, {v}, 0xffff0000; and.b32 b, p, 0xffff0000; fma.rn.f32 $0, a, b, $0;"
+)
+_MEET_FLOAT16 = (
+    "mov.b32 {{h, i}}, {v}; cvt.f32.f16 a, h; cvt.f32.f16 b, i; mov.b32 {{h, i}}, p; cvt.f32.f16 c, h; cvt.f32.f16 p, i;"
+    "fma.rn.f32 $0, a, c, $0; fma.rn.f32 $0, b, p, $0;"
+)
+_PICK_BFLOAT16 = tl.constexpr(re.sub(r"MEET\((\$\d)\)", lambda found: _MEET_BFLOAT16.format(v=found[1]), _PICK))
+_PICK_FLOAT16 = tl.constexpr(re.sub(r"MEET\((\$\d)\)", lambda found: _MEET_FLOAT16.format(v=found[1]), _PICK))
+_PICK_OUT_AND_IN = tl.constexpr("=&f,f" + 13 * ",r")
+
+
+@triton.jit
+def pick_bfloat16(total, codes, v0, v1, v2, v3, a0, b0, a1, b1, a2, b2, a3, b3):
+    """`total` plus the products of four groups of values v with their inputs: words a, b of each."""
+    return tl.inline_asm_elementwise(
+        _PICK_BFLOAT16, _PICK_OUT_AND_IN, [total, codes, v0, v1, v2, v3, a0, b0, a1, b1, a2, b2, a3, b3],
+        dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def pick_float16(total, codes, v0, v1, v2, v3, a0, b0, a1, b1, a2, b2, a3, b3):
+    """As `pick_bfloat16`."""
+    return tl.inline_asm_elementwise(
+        _PICK_FLOAT16, _PICK_OUT_AND_IN, [total, codes, v0, v1, v2, v3, a0, b0, a1, b1, a2, b2, a3, b3],
+        dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _LARGEST = 4096  # tokens; more are as so many
 _BUCKETS = tuple(2**i for i in range(_LARGEST.bit_length()))
 _NAME = re.compile(r"(\d+) (\d+) (bfloat16|float16) (\d+)")  # of an entry on disk
-_NAMES = ("decode", "decompress", "cusparselt", "reference")
+_NAMES = ("gemv", "decode", "decompress", "cusparselt", "reference")
 
 Key = tuple[int, int, torch.dtype, int]  # rows, columns, dtype, bucket of tokens
 Measured = dict[str, "float | str"]  # by road: seconds, or why there are none

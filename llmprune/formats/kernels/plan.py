@@ -34,6 +34,15 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Of the kernel for one or two tokens: rows and warps of a program, and how many chunks of columns it takes at a time."""
+
+    rows: int = 16
+    warps: int = 4
+    chunks: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A launch: the tiles of `blocks` blocks of rows, `each` in a row to every one of `programs`.
 

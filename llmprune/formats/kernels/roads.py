@@ -1,7 +1,7 @@
 """The roads a product with a packed matrix may take on a GPU, and what each costs for a matrix like this one.
 
-`decode` is a kernel for few tokens; `decompress` writes the dense matrix, and cuBLAS multiplies; `cusparselt` is for the sparse
-tensor cores, through torch; `reference` is plain torch, for where all others fail.
+`gemv` is a kernel for one token or two, `decode` one for few; `decompress` writes the dense matrix, and cuBLAS multiplies;
+`cusparselt` is for the sparse tensor cores, through torch; `reference` is plain torch, for where all others fail.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmprune.formats.kernels import cusparselt, decode, decompress, reference
+from llmprune.formats.kernels import cusparselt, decode, decompress, gemv, reference
 from llmprune.formats.kernels.plan import MOST
 from llmprune.formats.kernels.reference import Packed
 from llmprune.formats.kernels.timing import copies, graph_seconds
@@ -35,6 +35,10 @@ def by_decode(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | Non
     return decode.decode24(x, packed.values, packed.meta, bias, processors=processors, shared=shared)
 
 
+def by_gemv(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None) -> Tensor:
+    return gemv.gemv24(x, packed.values, packed.meta, bias)
+
+
 def by_decompress(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | None) -> Tensor:
     return functional.linear(x, decompress.decompress24(packed.values, packed.meta, packed.columns, fast=True), bias)
 
@@ -49,7 +53,7 @@ def by_reference(x: Tensor, packed: Packed, bias: Tensor | None, blob: Tensor | 
 
 
 ROADS: dict[str, Road] = {
-    "decode": by_decode, "decompress": by_decompress, "cusparselt": by_cusparselt, "reference": by_reference,
+    "gemv": by_gemv, "decode": by_decode, "decompress": by_decompress, "cusparselt": by_cusparselt, "reference": by_reference,
 }  # fmt: skip
 
 
@@ -86,7 +90,8 @@ class Trial:
 
     def roads(self, tokens: int) -> list[str]:
         """Those that can be tried."""
-        return [*(["decode"] if tokens <= MOST else []), "decompress", *([] if self.blob is None else ["cusparselt"])]
+        few = [*(["gemv"] if tokens <= gemv.MOST else []), *(["decode"] if tokens <= MOST else [])]
+        return [*few, "decompress", *([] if self.blob is None else ["cusparselt"])]
 
     def seconds(self, name: str, tokens: int) -> float | str:
         """Of one product of so many tokens; or why there is none.
