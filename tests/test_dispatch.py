@@ -236,7 +236,7 @@ class TestArrivals:
 
         zeros_ = torch.zeros
         monkeypatch.setattr(arrivals, "_SIZE", 40)
-        monkeypatch.setattr(arrivals, "_STREAM", 10)
+        monkeypatch.setattr(arrivals, "_STREAM", 12)
         for name in ("_arenas", "_used", "_streams"):
             monkeypatch.setattr(arrivals, name, {})
         monkeypatch.setattr(torch, "zeros", zeros)
@@ -250,15 +250,15 @@ class TestArrivals:
         def place(number: int) -> int:
             return arrivals.arrivals(device, number).data_ptr() - arrivals.arena(device).data_ptr()
 
-        assert [place(5), place(10)] == [0, 0]  # launches of a stream follow each other
+        assert [place(5), place(12)] == [0, 0]  # launches of a stream follow each other
         gpu["stream"] = 2
-        assert place(5) == 4 * 10
+        assert place(5) == 4 * 12
         gpu["capturing"] = True
-        assert [place(5), place(6)] == [4 * 20, 4 * 25]
+        assert [place(5), place(6)] == [4 * 24, 4 * 32]  # aligned
         assert gpu["made"] == 1
         assert len(arrivals.arrivals(device, 30)) == 30  # more than there are: new ones
         gpu["capturing"] = False
-        assert len(arrivals.arrivals(device, 11)) == 11
+        assert len(arrivals.arrivals(device, 13)) == 13
         assert gpu["made"] == 3
 
     def test_nothing_is_kept_that_was_made_in_a_graph(self, gpu: dict[str, object]) -> None:

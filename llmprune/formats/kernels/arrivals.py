@@ -14,6 +14,7 @@ from torch import Tensor
 
 _SIZE = 2**22  # counters a device, 16 MiB: enough for some 90 graphs of an 8B Llama
 _STREAM = 2**13  # of a stream
+_ALIGNED = 4  # counters, 16 bytes: Triton compiles a kernel anew for pointers that are not
 _lock = Lock()
 _arenas: dict[torch.device, Tensor] = {}
 _used: dict[torch.device, int] = {}
@@ -53,5 +54,5 @@ def _take(device: torch.device, number: int) -> Tensor | None:
         start = _used.get(device, 0)
         if start + number > len(whole):
             return None
-        _used[device] = start + number
+        _used[device] = start + -(-number // _ALIGNED) * _ALIGNED
     return whole[start : start + number]

@@ -135,11 +135,9 @@ def decode24(
     own = plan(rows, chunks, width, tokens, processors, shared, settings)
     size = padded(tokens)
     y = torch.empty(tokens, rows, dtype=x.dtype if fast else torch.float32, device=x.device)  # the interpreter rounds wrongly
-    if own.shares:
-        partial = torch.empty(own.programs * 2 * own.settings.rows * size, dtype=torch.float32, device=x.device)
-        arrived = arrivals(x.device, own.blocks)
-    else:
-        partial = arrived = meta  # not touched
+    places = own.programs * 2 * own.settings.rows * size if own.shares else 0
+    partial = torch.empty(places, dtype=torch.float32, device=x.device)
+    arrived = arrivals(x.device, own.blocks) if own.shares else meta  # not touched
     _decode[(own.programs,)](
         values.view(torch.int32), meta, x, y if bias is None else bias, y, partial, arrived,
         tokens, rows, columns, chunks, own.each,
