@@ -19,9 +19,9 @@ from llmprune.runs.preflight import Needs, estimate, size
 
 ASSUMPTIONS = """\
 What pruning to 2:4 would need, by the formulas of `llmprune/runs/preflight.py`. Nothing here was run: it is a projection,
-written by `scripts/project.py`. It assumes 128 calibration windows of 2048 tokens, batches of 8, no evaluation, bf16 on one GPU
-whose products reach 500 TFLOP/s in bf16 and 40 in float32 (about half of an H200's data sheet: 989 and 67), hidden states on
-the host. Reading and writing the checkpoint comes on top.
+written by `scripts/project.py`. It assumes 128 calibration windows of 2048 tokens, batches of 8, no evaluation, bf16 on one
+GPU whose products reach 500 TFLOP/s in bf16 and 40 in float32 (about half of an H200's data sheet: 989 and 67), hidden states
+on the host. Reading and writing the checkpoint comes on top.
 
 """
 SAMPLES, SEQLEN, BATCH = 128, 2048, 8

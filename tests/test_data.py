@@ -239,6 +239,19 @@ def hub_of_texts() -> Hub:
     return hub
 
 
+def test_pydoc_needs_no_datasets() -> None:
+    """The library is imported where a text of the Hub is read, and may be missing else."""
+    code = """
+import sys
+sys.modules["datasets"] = None  # importing it is an error
+import llmprune
+options = {"samples": 2, "seqlen": 16, "eval_text": "none", "method": "wanda"}
+print(len(llmprune.prune("llama", sparsity="2:4", calibration="pydoc", **options).record.sites))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["28"], done.stderr
+
+
 def test_what_lies_here_under_the_name_of_a_text_is_not_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c4").mkdir()

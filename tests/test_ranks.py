@@ -22,6 +22,7 @@ from test_families import EXPERTS
 from test_resume import weights
 
 import llmprune
+from llmprune.base import processes
 from llmprune.base.errors import InputError
 from llmprune.base.processes import Ranks, joined
 from llmprune.data.pydoc import documents
@@ -187,6 +188,17 @@ def test_tensors_are_sent_as_contiguous_ones(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(mine, sent)
     Ranks(1, 2).add_up(mine)
     assert torch.equal(mine, 2 * sent)
+
+
+def test_a_launcher_says_who_runs_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes.distributed, "get_rank", lambda: 9)
+    monkeypatch.setattr(processes.distributed, "get_world_size", lambda: 16)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes._ranks() == Ranks(9, 16, local=0, here=16)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert processes._ranks() == Ranks(9, 16, local=1, here=8)
 
 
 def test_every_process_adds_its_own_windows(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
