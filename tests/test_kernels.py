@@ -173,6 +173,18 @@ def test_decode_takes_settings(own: Settings) -> None:
     torch.testing.assert_close(found.double(), x.double() @ w.double().T, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_a_block_is_not_summed_before_all_its_programs_have_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last program is left out: its block stays unwritten, and its counter shows who is waiting."""
+    counters = torch.zeros(3, dtype=torch.int32)
+    monkeypatch.setattr(decode, "arrivals", lambda device, number: counters[:number])
+    monkeypatch.setattr(decode, "plan", lambda *own: replace(plan(*own), programs=plan(*own).programs - 1))
+    packed, x = reference.pack(matrix(66, 776, torch.float16)), torch.randn(1, 776).half()
+    found = decode.decode24(x, packed.values, packed.meta, None, processors=1, settings=Settings(waves=6), **DEVICE)
+    assert counters.tolist() == [0, 0, 1]
+    assert found.isnan().nonzero()[:, 1].tolist() == [64, 65]
+
+
 def test_decode_of_too_many_tokens() -> None:
     packed = reference.pack(torch.zeros(4, 4).half())
     with pytest.raises(ValueError, match="65 tokens, where the decode kernel takes 64 at most"):
