@@ -17,18 +17,25 @@ from llmprune.measure.bench import model_times
 from llmprune.measure.speed import side_by_side
 from llmprune.models.discover import find_blocks
 
-DECODED = ((1, 512), (1, 4096), (4, 512), (8, 512), (16, 512), (32, 512))  # sequences, tokens in the cache
-PROMPTS = ((1, 512), (1, 2048), (4, 2048))
+DECODED = (
+    (1, 512, False),
+    (1, 512, True),
+    (8, 512, False),
+    (16, 512, False),
+    (32, 512, False),
+    (1, 4096, False),
+    (8, 512, True),
+)
+PROMPTS = ((1, 512), (1, 2048), (4, 2048))  # sequences, tokens each; above: sequences, tokens in the cache, compiled
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
 
 def rows(place: Place) -> list[Row]:
     found = [Row("8B, packed as prepared", partial(prepared, place))]
-    decoded, prompts = (((1, 16), (2, 16)), ((1, 16),)) if place.small else (DECODED, PROMPTS)
-    found += [
-        Row(f"8B, decode, batch {batch}, {length} in the cache", partial(decode, place, batch, length))
-        for batch, length in decoded
-    ]
+    decoded, prompts = (((1, 16, False), (2, 16, False)), ((1, 16),)) if place.small else (DECODED, PROMPTS)
+    for batch, length, compiled in decoded:
+        key = f"8B, decode, batch {batch}, {length} in the cache{', compiled' if compiled else ''}"
+        found.append(Row(key, partial(decode, place, batch, length, compiled)))
     found += [Row(f"8B, prefill, {batch} x {length}", partial(prefill, place, batch, length)) for batch, length in prompts]
     return [*found, Row("8B, generate as compiled by transformers, batch 1", partial(generate, place))]
 
@@ -59,9 +66,9 @@ def models(place: Place) -> Pair:
     return dense, packed
 
 
-def decode(place: Place, batch: int, length: int) -> Found:
+def decode(place: Place, batch: int, length: int, compiled: bool) -> Found:
     """Seconds of one token: a step captured as a CUDA graph over a static cache, the two models turn about."""
-    both = [Step(model, batch, length) for model in models(place)]
+    both = [Step(model, batch, length, compiled) for model in models(place)]
     one, other = (step.logits() for step in both)
     gap = float((one - other).norm() / one.norm())
     dense, packed = side_by_side([step.replay for step in both], place.device)
@@ -71,13 +78,14 @@ def decode(place: Place, batch: int, length: int) -> Found:
 class Step:
     """One decoded token after `length` others, which can be replayed: the cache goes back to where it was."""
 
-    def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
+    def __init__(self, model: PreTrainedModel, batch: int, length: int, compiled: bool) -> None:
         device = model.device
         generator = torch.Generator(device).manual_seed(0)
         draw = partial(torch.randint, model.config.vocab_size, generator=generator, device=device)
-        self._model, self._cache = model, StaticCache(config=model.config, max_cache_len=length + 8)
+        self._cache = StaticCache(config=model.config, max_cache_len=length + 8)
         for part in draw((batch, length)).split(1024, dim=1):
             model(part, past_key_values=self._cache, logits_to_keep=1)
+        self._model = torch.compile(model.forward, dynamic=False) if compiled else model
         self._next, self._at = draw((batch, 1)), torch.full((1, 1), length, device=device)
         self.replay = self._captured(device)
 

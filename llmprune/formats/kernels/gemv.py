@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmprune.formats.kernels.bits import expand, pick_bfloat16, pick_float16
-from llmprune.formats.kernels.plan import Rows
+from llmprune.formats.kernels.plan import Rows, rows_of
 
 MOST = 2  # tokens
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -93,7 +93,7 @@ def gemv24(
     """x (tokens, columns) times Wᵀ, plus the bias, (tokens, rows), for at most `MOST` tokens; see `decode24`."""
     x = x.contiguous()
     (tokens, columns), (rows, chunks, width) = x.shape, meta.shape
-    own = settings or Rows()
+    own = settings or rows_of(chunks)
     y = torch.empty(tokens, rows, dtype=x.dtype if fast else torch.float32, device=x.device)  # the interpreter rounds wrongly
     _gemv[(triton.cdiv(rows, own.rows),)](
         values.view(torch.int32), meta, x.view(torch.int64), y if bias is None else bias, y, rows, columns // 4, chunks,

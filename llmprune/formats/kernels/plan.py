@@ -37,9 +37,17 @@ class Settings:
 class Rows:
     """Of the kernel for one or two tokens: rows and warps of a program, and how many chunks of columns it takes at a time."""
 
-    rows: int = 16
-    warps: int = 4
-    chunks: int = 4
+    rows: int
+    warps: int
+    chunks: int
+
+
+def rows_of(chunks: int) -> Rows:
+    """What is quickest or nearly so for Llamas' shapes (`eval/results/gpu_sweep.json`): 512 bytes of W a warp and plane, of one
+    row where it has so many chunks.
+    """
+    wide = next(size for size in (1, 2, 4, 8) if size >= chunks or size == 8)
+    return Rows(rows=32, warps=wide, chunks=wide)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,7 @@ class Plan:
 
 # By padded tokens. A warp multiplies 16 rows: more warps a tile would expand the same weights again, but 64 tokens need the
 # registers of four.
-SETTINGS = {8: Settings(waves=4, joined=True), 16: Settings(waves=3), 32: Settings(), 64: Settings(warps=4)}
+SETTINGS = {8: Settings(joined=True), 16: Settings(), 32: Settings(), 64: Settings(warps=4)}
 BY_SHAPE: dict[tuple[int, int, int], Settings] = {}  # by rows, columns (padded to whole chunks), padded tokens
 
 
