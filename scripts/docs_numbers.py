@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from compare_dtypes import table as dtypes_table
 from compare_peers import share
 from compare_peers import table as peers_table
 from compare_structured import table as structured_table
@@ -252,6 +253,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "profile-bound": lambda: bound_table(read("profile")),
     "profile-bytes": lambda: bytes_text(read("profile")),
     "profile-batches": lambda: batches_table(read("profile")),
+    "dtypes": lambda: dtypes_table(read("dtypes")),
 }
 
 

@@ -57,12 +57,13 @@ def kernel(place: Place, name: str, shape: tuple[int, int], dtype: torch.dtype) 
         return compared(place, {"": (run, w.double())}, 0.0)
     if name == "cusparselt" and not cusparselt.supported(*shape, dtype, place.device):
         return {"supported": False}
-    bias, cases = torch.randn(shape[0], device=place.device).to(dtype), {}
+    bias = torch.randn(shape[0], device=place.device).to(dtype)
+    cases: dict[str, tuple[Callable[[], Tensor], Tensor]] = {}
     blob = cusparselt.compress(w) if name == "cusparselt" else None
     for tokens in {"cusparselt": (300,), "gemv": (1, 2), "decode": TOKENS}[name]:
         x = torch.randn(tokens, shape[1], device=place.device).to(dtype)
-        limits = {"processors": place.processors, "shared": place.shared}
-        args = (x, packed.values, packed.meta, bias)
+        args: tuple[Any, ...] = (x, packed.values, packed.meta, bias)
+        limits: dict[str, Any] = {"processors": place.processors, "shared": place.shared}
         if blob is not None:
             run = partial(cusparselt.multiply, x, blob, bias)
         elif name == "gemv":

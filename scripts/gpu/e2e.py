@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,7 +106,8 @@ class Step:
 
     def _run(self) -> None:
         self._out = self._model(self._next, position_ids=self._at, past_key_values=self._cache).logits
-        for layer in self._cache.layers:
+        layers: Any = self._cache.layers
+        for layer in layers:
             layer.cumulative_length.sub_(1)
 
     def logits(self) -> torch.Tensor:

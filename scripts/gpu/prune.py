@@ -66,7 +66,7 @@ def _run(place: Place, family: str, shape: dict[str, Any], recipe: dict[str, str
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
         own: dict[str, Any] = {"device": str(place.device), "eval_text": "none", "output": Path(scratch) / "pruned"}
-        return llmprune.prune(folder, sparsity="2:4", calibration=ids, **own, **recipe).record
+        return llmprune.prune(folder, sparsity="2:4", calibration=ids, **(own | recipe)).record
 
 
 def _described(record: RunRecord) -> Found:
@@ -87,15 +87,15 @@ def bundled(place: Place, options: dict[str, str]) -> Found:
     """The main job as the command runs it."""
     less: dict[str, Any] = {"samples": 8, "seqlen": 64, "eval_text": "none"} if place.small else {}
     with tempfile.TemporaryDirectory() as scratch:
-        own = {"device": str(place.device), "output": Path(scratch) / "pruned"}
-        record = llmprune.prune("llama", sparsity="2:4", **own, **less, **options).record
+        own: dict[str, Any] = {"device": str(place.device), "output": Path(scratch) / "pruned"}
+        record = llmprune.prune("llama", sparsity="2:4", **(own | less | options)).record
     return _described(record) | _losses(record)
 
 
 def structured(place: Place) -> Found:
     less: dict[str, Any] = {"samples": 8, "seqlen": 64, "eval_text": "none"} if place.small else {}
     with tempfile.TemporaryDirectory() as scratch:
-        own = {"device": str(place.device), "output": Path(scratch) / "pruned"}
+        own: dict[str, Any] = {"device": str(place.device), "output": Path(scratch) / "pruned"}
         record = llmprune.prune("llama", heads="25%", neurons="25%", **own, **less).record
     return {"seconds": record.seconds, "memory": record.phase_memory, "structure": record.structure} | _losses(record)
 

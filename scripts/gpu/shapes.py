@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune.formats.kernels.roads import limits
 from llmprune.numerics.patterns import NM
 
 FUSED = [(28672, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]  # gate+up, gate, down, q+k+v, o of 8B
@@ -36,12 +37,12 @@ class Place:
 
     @property
     def processors(self) -> int:
-        return torch.cuda.get_device_properties(self.device).multi_processor_count if self.fast else 4
+        return limits(self.device)[0] if self.fast else 4
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory that one program may have."""
-        return torch.cuda.get_device_properties(self.device).shared_memory_per_block_optin if self.fast else 2**18
+        return limits(self.device)[1] if self.fast else 2**18
 
 
 def two_of_four(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -109,24 +109,25 @@ def measured(place: Place, shape: tuple[int, int], size: int) -> dict[Own | None
             gap = (product_of(place, x, mats[0], settings).double() - expected).norm() / expected.norm()
             if gap < 1e-2:
                 found[settings] = _seconds(place, x, mats, settings)
-        except (RuntimeError, ValueError, *triton_errors()):
+        except triton_errors():
             continue
     return found
 
 
 def triton_errors() -> tuple[type[Exception], ...]:
+    """What a kernel raises that cannot be compiled or launched with such settings."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
 
-    return (OutOfResources, CompilationError)
+    return (RuntimeError, ValueError, OutOfResources, CompilationError)
 
 
 def product_of(place: Place, x: Tensor, packed: Packed, settings: Any) -> Tensor:
-    args = (x, packed.values, packed.meta, None)
+    args: tuple[Any, ...] = (x, packed.values, packed.meta, None)
     if len(x) <= gemv.MOST:
         return gemv.gemv24(*args, fast=place.fast, settings=settings)
-    limits = {"processors": place.processors, "shared": place.shared}
-    return decode.decode24(*args, **limits, fast=place.fast, settings=settings)
+    processors, shared = place.processors, place.shared
+    return decode.decode24(*args, processors=processors, shared=shared, fast=place.fast, settings=settings)
 
 
 def _seconds(place: Place, x: Tensor, mats: list[Packed], settings: Own | None) -> float:
