@@ -21,6 +21,7 @@ from compare_dtypes import table as dtypes_table
 from compare_peers import share
 from compare_peers import table as peers_table
 from compare_structured import table as structured_table
+from gpu import tables as gpu_tables
 from profile_run import batches_table, bound_table, bytes_text, runs_table
 
 from llmprune.base.words import size
@@ -254,6 +255,9 @@ REGIONS: dict[str, Callable[[], str]] = {
     "profile-bytes": lambda: bytes_text(read("profile")),
     "profile-batches": lambda: batches_table(read("profile")),
     "dtypes": lambda: dtypes_table(read("dtypes")),
+    "gpu-layers": lambda: gpu_tables.layers(read("gpu_layers")),
+    "gpu-whole": lambda: gpu_tables.whole(read("gpu_e2e")),
+    "gpu-blocks": lambda: gpu_tables.blocks(read("gpu_prune")),
 }
 
 

@@ -30,10 +30,12 @@ class Device:
 
     def __init__(self) -> None:
         self.seconds = {
+            "gemv": lambda tokens: 3.0,
             "decode": lambda tokens: 1.0 * tokens,
             "decompress": lambda tokens: 20.0,
             "cusparselt": lambda tokens: 10.0,
         }
+        self.host = 0.0  # what the host takes for a call of cuSPARSELt
         self.timed: list[tuple[str, int]] = []
         self.taken: list[str] = []
         self.capturing = False
@@ -56,9 +58,10 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Device:
     own = Device()
-    for name in ("decode", "decompress", "cusparselt", "reference"):
+    for name in ("gemv", "decode", "decompress", "cusparselt", "reference"):
         monkeypatch.setitem(roads.ROADS, name, own.road(name))
     monkeypatch.setattr(roads, "graph_seconds", own.time)
+    monkeypatch.setattr(roads, "eager_seconds", lambda call, device: own.host)
     monkeypatch.setattr(dispatch, "_measurable", lambda packed: True)
     monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
     monkeypatch.setattr(dispatch, "_blob", lambda packed: own.blob)
@@ -99,6 +102,23 @@ def test_each_shape_is_measured_once_for_all_numbers_of_tokens(device: Device) -
     assert len(device.timed) == before
     dispatch.prepare(packed(32))
     assert len(device.timed) == 2 * before
+
+
+def test_one_token_or_two_may_take_a_road_of_their_own(device: Device) -> None:
+    device.seconds["gemv"] = lambda tokens: 0.5
+    blob = dispatch.prepare(packed())
+    assert [n for name, n in device.timed if name == "gemv"] == [1, 2]
+    for tokens, road in ((1, "gemv"), (2, "gemv"), (3, "decode")):
+        run(tokens, packed(), blob)
+        assert device.taken[-1] == road
+
+
+def test_what_the_host_takes_for_a_call_of_cusparselt_counts(device: Device) -> None:
+    device.host = 15.0
+    dispatch.prepare(packed())
+    assert dispatch.roads_measured(packed(), 64)["cusparselt"] == 15.0
+    device.host = 25.0
+    assert dispatch.prepare(packed(32)) is None  # never the quickest
 
 
 def test_what_was_measured_is_read_from_disk(device: Device, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,17 @@ def graph_seconds(calls: Sequence[Call], device: torch.device, runs: int = 5) ->
         after.synchronize()
         best = min(best, before.elapsed_time(after))
     return best / 1000 / len(calls)
+
+
+def eager_seconds(call: Call, device: torch.device, runs: int = 10) -> float:
+    """Seconds of a call that is launched anew each time: what the host or the device takes, whichever is more."""
+    call()
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(runs):
+        call()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / runs
 
 
 def copies(nbytes: int, device: torch.device) -> int:
