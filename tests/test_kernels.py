@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import warnings
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from llmprune.formats.kernels import dispatch, reference
 from llmprune.formats.kernels.ops import linear24
-from llmprune.formats.kernels.plan import BY_SHAPE, MOST, SETTINGS, Settings, choose, plan, shared_memory
+from llmprune.formats.kernels.plan import BY_SHAPE, MOST, SETTINGS, Rows, Settings, choose, plan, shared_memory
 from llmprune.formats.kernels.reference import POSITIONS, Packed
 
 triton = pytest.importorskip("triton")
-from llmprune.formats.kernels import bits, decode, decompress  # noqa: E402
+from llmprune.formats.kernels import bits, decode, decompress, gemv  # noqa: E402
 
 HALF = (torch.bfloat16, torch.float16)
 SHAPES = [(7, 260), (130, 1024), (33, 12), (64, 776), (1, 4)]
@@ -154,6 +155,23 @@ def test_decode_is_the_reference(
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("rows", "columns", "own"), [(1, 4, None), (7, 260, None), (33, 776, Rows(8, 4, 8)), (5, 2048, Rows(4, 1, 1))]
+)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_gemv_is_the_reference(dtype: torch.dtype, rows: int, columns: int, own: Rows | None, tokens: int) -> None:
+    w, packed = matrix(rows, columns, dtype), reference.pack(matrix(rows, columns, dtype))
+    generator = torch.Generator().manual_seed(1)
+    x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((tokens, columns), (rows,)))
+    for added in (bias, None):
+        y = gemv.gemv24(x, packed.values, packed.meta, added, fast=False, settings=own)
+        expected = x.double() @ w.double().T + (0 if added is None else added.double())
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3, atol=1e-2)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("scale", "input_"), [(1e-6, 1.0), (3e4, 1 / 512)])
 def test_decode_of_extreme_values(dtype: torch.dtype, scale: float, input_: float) -> None:
     """Sums are of 32 bits: only what is stored at the end can overflow, and subnormal values count."""
@@ -265,6 +283,61 @@ def test_the_assembly_expands_every_code() -> None:
             for place, half in zip(POSITIONS[code], pair, strict=True):
                 group[place] = half
             assert found[2 * i : 2 * i + 2] == [group[0] | group[1] << 16, group[2] | group[3] << 16]
+
+
+def as_float(word: int) -> float:
+    return struct.unpack("f", struct.pack("I", word))[0]
+
+
+def as_word(number: float) -> int:
+    return struct.unpack("I", struct.pack("f", number))[0]
+
+
+def run_picking(text: str, inputs: list[int]) -> float:
+    """As `run_ptx`, with the one output $0, and what is done to numbers besides."""
+    registers = {f"${1 + i}": value for i, value in enumerate(inputs)}
+
+    def value(name: str) -> int:
+        return int(name, 0) if name[0].isdigit() else registers[name]
+
+    for statement in text.strip().strip("{}").split(";"):
+        name, *words = re.split(r"[ ,]+", statement.strip())
+        if name == "mov.b32":
+            registers[words[0]] = value(words[1])
+        elif name == "prmt.b32":
+            registers[words[0]] = permute(*map(value, words[1:]))
+        elif name == "shl.b32":
+            registers[words[0]] = value(words[1]) << value(words[2]) & 0xFFFFFFFF
+        elif name == "and.b32":
+            registers[words[0]] = value(words[1]) & value(words[2])
+        elif name == "fma.rn.f32":
+            a, b, c = (as_float(value(word)) for word in words[1:])
+            registers[words[0]] = as_word(a * b + c)
+        else:
+            assert name in ("", ".reg"), statement
+    return as_float(registers["$0"])
+
+
+def test_the_assembly_picks_the_inputs_of_every_code() -> None:
+    """Four groups of bfloat16: small whole numbers, so that sums are exact."""
+    generator = torch.Generator().manual_seed(0)
+    for codes in itertools.product(range(6), repeat=4):
+        pairs = torch.randint(-8, 9, (4, 2), generator=generator).tolist()
+        inputs = torch.randint(-8, 9, (4, 4), generator=generator).tolist()
+        word = sum(code << (4 * i) for i, code in enumerate(codes)) | 0x55550000
+
+        def packed(low: float, high: float) -> int:
+            return as_word(low) >> 16 | as_word(high) & 0xFFFF0000
+
+        halves = [packed(*pair) for pair in pairs]
+        groups = [half for x in inputs for half in (packed(x[0], x[1]), packed(x[2], x[3]))]
+        found = run_picking(bits._PICK_BFLOAT16.value, [as_word(3.0), word, *halves, *groups])
+        expected = sum(
+            own * x[place]
+            for code, pair, x in zip(codes, pairs, inputs, strict=True)
+            for own, place in zip(pair, POSITIONS[code], strict=True)
+        )
+        assert found == 3.0 + expected
 
 
 def test_the_operation_is_a_good_citizen() -> None:
