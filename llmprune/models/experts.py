@@ -23,11 +23,13 @@ from llmprune.models.sites import INNER, OUTER, Part, Site, show
 Experts = Any  # an nn.Module with the attributes that transformers' `use_experts_implementation` gives it
 _FORWARD = "llmprune"
 _ALL = "_llmprune_all_tokens"
+_DISPATCHED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what `use_experts_implementation` sets
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` holds experts that `observable` can run."""
-    if not hasattr(module, "_is_expert_parallel") or module.has_post_expert_norm:
+    said = all(hasattr(module, name) for name in _DISPATCHED)
+    if not said or getattr(module, "has_post_expert_norm", False):  # older transformers have none
         return False
     names = _names(module)
     return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in (names.first, names.last))
