@@ -232,7 +232,9 @@ def test_settings_by_shape_are_taken_where_they_fit(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(BY_SHAPE, (4096, 4096, 8), own)
     assert choose(4096, 8, 16, 5, 227 * 1024) == own
     assert choose(4096, 8, 16, 9, 227 * 1024) == SETTINGS[16]
-    assert choose(4096, 8, 16, 5, 99 * 1024) == replace(SETTINGS[8], stages=2, waves=3)
+    assert choose(4096, 8, 16, 5, 99 * 1024) == replace(SETTINGS[8], stages=2)
+    monkeypatch.setitem(SETTINGS, 8, replace(SETTINGS[8], waves=4))
+    assert choose(4096, 8, 16, 5, 99 * 1024) == replace(SETTINGS[8], stages=2, waves=3)  # as many as have room
     assert choose(4096, 8, 16, 5, 16 * 1024).stages == 1
 
 
