@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": {"base", "models"},
     "cost": {"base", "models"},
     "job": {"base", "numerics", "data", "solvers"},
-    "measure": {"base", "models", "data", "stream", "formats", "job"},
+    "measure": {"base", "models", "data", "stream", "formats", "cost", "job"},
     "output": {"base", "numerics", "models", "data", "formats", "cost", "job"},
     "reports": {"base", "numerics", "models", "formats", "cost", "job", "output"},
     "steps": {"base", "models", "data", "stream", "job", "output"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ from llmprune.measure.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.heads import Heads
 from llmprune.models.skeleton import Skeleton, load_config
-from llmprune.steps.structured.allocate import Curve, Layer, Part, allocate, in_nats, shapes_that_save
+from llmprune.steps.structured.allocate import Curve, Part, allocate, in_nats
 from llmprune.steps.structured.groups import heads, neurons
 from llmprune.steps.structured.scouting import Scouted
+from llmprune.steps.structured.spread import Choice, Layer, Program, Shape
 from llmprune.steps.structured.step import RemoveStructure
 from llmprune.stream.source import ModelSource
 
@@ -52,49 +54,101 @@ def test_allocation_is_the_best_of_all(seed: int) -> None:
     assert lost(tuple(found)) == pytest.approx(min(map(lost, every)))
 
 
-def test_allocation_counts_parameters_and_stops_where_nothing_is_left() -> None:
-    dear, cheap = Curve([0, 1, 2], [0.0, 1.0, 2.0]), Curve([0, 1, 2], [0.0, 0.3, 0.6])
-    assert allocate([Part(dear, 1, 1, price=10), Part(cheap, 1, 1, price=1)], 10) == [1, 0]
-    assert allocate([Part(dear, 1, 1, price=10), Part(cheap, 1, 1, price=1)], 21) == [2, 1]
+def test_allocation_stops_where_nothing_is_left() -> None:
+    cheap = Curve([0, 1, 2], [0.0, 0.3, 0.6])
     assert allocate([Part(cheap, 2, 2)], 100) == [2]
+    assert allocate([Part(cheap, 1, 1), Part(cheap.scaled(2), 1, 1)], 3) == [2, 1]
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_the_best_of_equal_sizes_is_the_best_of_all(seed: int) -> None:
-    """Against every number of layers, heads and neurons."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = [
-        Layer(
-            100,
-            float(torch.rand((), generator=generator)) * 4,
-            {"heads": Part(curve(generator, 3, 1), 1, 1, 10), "neurons": Part(curve(generator, 12, 2), 2, 2, 4)},
-        )
-        for _ in range(3)
+def choices(own: Curve, counts: Sequence[int], *prices: float) -> list[Choice]:
+    return [Choice(gone, own.at(gone), [price * gone for price in prices]) for gone in counts]
+
+
+COUNTS = {"heads": (0, 1, 3), "neurons": range(0, 13, 4)}
+
+
+def some_layers(generator: torch.Generator, *, uneven: bool) -> list[Layer]:
+    """Three, with two resources; `uneven`: their prices differ."""
+    found = []
+    for number in range(3):
+        more = 1 + number * uneven
+        parts = {
+            "heads": choices(curve(generator, 3, 1), COUNTS["heads"], 10 * more, 3),
+            "neurons": choices(curve(generator, 12, 2), COUNTS["neurons"], 4 * more, 2.5),
+        }
+        found.append(Layer(float(torch.rand((), generator=generator)) * 4, (100 * more, 50), parts))
+    return found
+
+
+def every_shape(layers: Sequence[Layer], *, equal: bool) -> Iterator[tuple[float, list[float]]]:
+    """What each loses and leaves of the two resources: all sets of layers, all numbers of heads and neurons."""
+    for kept in itertools.product((False, True), repeat=len(layers)):
+        stay = [layer for layer, keep in zip(layers, kept, strict=True) if keep]
+        pairs = list(itertools.product(range(3), range(4)))
+        for picked in [[pair] * len(stay) for pair in pairs] if equal else itertools.product(pairs, repeat=len(stay)):
+            gone = [
+                choice
+                for layer, (head, neuron) in zip(stay, picked, strict=True)
+                for choice in (layer.parts["heads"][head], layer.parts["neurons"][neuron])
+            ]
+            lost = sum(layer.loss for layer, keep in zip(layers, kept, strict=True) if not keep)
+            left = [sum(layer.costs[i] for layer in stay) - sum(choice.saves[i] for choice in gone) for i in range(2)]
+            if stay:
+                yield lost + sum(choice.loss for choice in gone), left
+
+
+def costs(layers: Sequence[Layer], shape: Shape) -> list[float]:
+    stay = [layer for number, layer in enumerate(layers) if number not in shape.dropped]
+    saves = [
+        next(choice.saves for choice in layer.parts[kind] if choice.gone == count)
+        for layer, gone in zip(stay, shape.gone, strict=True)
+        for kind, count in gone.items()
     ]
-    order = sorted(range(3), key=lambda layer: layers[layer].loss)
-    allowed = {"heads": (0, 1, 3), "neurons": range(0, 13, 2)}
-    save = int(torch.randint(20, 200, (), generator=generator))
-    found = min(shapes_that_save(layers, order, save, ["heads", "neurons"], allowed), key=lambda shape: shape.loss)
-    best = math.inf
-    for count, *gone in itertools.product(range(3), allowed["heads"], allowed["neurons"]):
-        stay = [layer for number, layer in enumerate(layers) if number not in order[:count]]
-        if 100 * count + len(stay) * (10 * gone[0] + 4 * gone[1]) >= save:
-            parts = sum(layer.parts[k].curve.at(n) for layer in stay for k, n in zip(("heads", "neurons"), gone, strict=True))
-            best = min(best, sum(layers[number].loss for number in order[:count]) + parts)
-    assert found.loss == pytest.approx(best)
-    saved = 100 * len(found.dropped) + sum(10 * one["heads"] + 4 * one["neurons"] for one in found.gone)
-    assert saved >= save
+    return [sum(layer.costs[i] for layer in stay) - sum(own[i] for own in saves) for i in range(2)]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_program_finds_the_best_of_all_within_both_budgets(seed: int, equal: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layers = some_layers(generator, uneven=seed % 2 == 1)
+    first, second = (float(torch.rand((), generator=generator)) * 0.8 + 0.1 for _ in range(2))
+    most = [first * sum(layer.costs[0] for layer in layers), second * 150]
+    lost = [loss for loss, left in every_shape(layers, equal=equal) if left[0] <= most[0] and left[1] <= most[1]]
+    found = Program(layers, ["heads", "neurons"], most, equal=equal).best()
+    if not lost:
+        assert found is None
+        return
+    assert found is not None
+    assert found.loss == pytest.approx(min(lost), abs=1e-6)
+    assert all(cost <= limit + 1e-6 for cost, limit in zip(costs(layers, found), most, strict=True))
+    assert not equal or all(gone == found.gone[0] for gone in found.gone)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_what_does_not_load_is_followed_by_the_next_best(equal: bool) -> None:
+    layers = some_layers(torch.Generator().manual_seed(3), uneven=False)
+    program, seen = Program(layers, ["heads", "neurons"], [200, 1e9], equal=equal), []
+    for _ in range(4):
+        found = program.best()
+        assert found is not None
+        program.forbid(found)
+        seen.append(found)
+    sizes = {(() if equal else tuple(one.dropped), str(one.gone[:1] if equal else one.gone)) for one in seen}
+    assert len(sizes) == 4
+    assert [one.loss for one in seen] == sorted(one.loss for one in seen)
 
 
 def test_own_sizes_lose_no_more_than_equal_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     curves = [curve(generator, 12, 2).scaled(factor) for factor in (1, 2, 9)]
-    layers = [Layer(100, 9.0, {"neurons": Part(one, 2, 2, 4)}) for one in curves]
-    equal = min(shapes_that_save(layers, [], 72, ["neurons"], {"neurons": range(0, 13, 2)}), key=lambda shape: shape.loss)
-    (own,) = shapes_that_save(layers, [], 72, ["neurons"], None)
+    layers = [Layer(9.0, [100], {"neurons": choices(one, range(0, 13, 2), 4)}) for one in curves]
+    equal, own = (Program(layers, ["neurons"], [300 - 72], equal=same).best() for same in (True, False))
+    assert equal is not None
+    assert own is not None
     assert own.loss < equal.loss
     assert [one["neurons"] for one in equal.gone] == [6, 6, 6]
-    assert not list(shapes_that_save(layers, [], 1000, ["neurons"], None))
+    assert Program(layers, ["neurons"], [10], equal=False).best() is None
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from test_resume import weights
 
 import llmprune
 from llmprune.base.errors import InputError, MachineError
+from llmprune.cost.base import Sized
 from llmprune.cost.footprint import footprint
 from llmprune.cost.macs import active
 from llmprune.data.windows import Texts, Windows
@@ -119,7 +120,7 @@ def test_multiplications_count_the_experts_that_a_token_is_sent_to(chosen: int) 
     blocks = list(ModelSource(model).blocks())
     block = 2 * 32 * 32 + 2 * 16 * 32 + chosen * 3 * 48 * 32
     assert active(model.config, blocks) == 3 * block
-    assert footprint(model, blocks)["macs_a_token"] == 3 * block + 32 * 96
+    assert footprint(Sized(model, blocks, 0))["macs_a_token"] == 3 * block + 32 * 96
 
 
 def test_all_experts_take_every_token() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import platform
 import resource
 import sys
 import time
@@ -46,6 +47,16 @@ def pick_device(name: str, local: int = 0) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What is recorded of where something was measured: a GPU's own name, else the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def processor_name(device: torch.device) -> str:
+    """What tells the machines apart on which `device` may be: a GPU's own name, else that of the CPU, as far as it is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text(errors="replace").splitlines() if facts.exists() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{device.type} {platform.machine()} {named}".strip()
 
 
 class Dtype(NamedTuple):

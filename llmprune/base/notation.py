@@ -1,10 +1,10 @@
-"""What users write: how much (a sparsity, an amount to remove, a budget of parameters), dtypes, one name or several."""
+"""What users write: how much (a sparsity, an amount to remove, a budget, a speed-up), dtypes, one name or several."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from llmprune.base.errors import InputError
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # to compute in
 AUTO_DTYPE = "the checkpoint's; on a CPU float32, or bfloat16 where stored so and measured to be faster"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FORMS = "give 0.5, 50% or N:M such as 2:4"
 
 
@@ -90,38 +91,68 @@ class Amount:
 
 
 @dataclass(frozen=True, slots=True)
+class _Counted:
+    """What an allowance counts: its noun, how much a unit is (the first unit is none), and an example."""
+
+    noun: str
+    units: Mapping[str, int]
+    example: str
+
+
+ALLOWANCES = {
+    "target_params": _Counted("parameters", _UNITS, "6.5B"),
+    "target_bytes": _Counted("bytes", _BYTES, "12GB"),
+    "target_macs": _Counted("multiplications a token", _UNITS, "6.5B"),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Allowance:
-    """A number or a share of parameters that may stay, as the user wrote it: `6.5B`, `600M`, `75%` or `0.75`."""
+    """How much of what `option` counts may stay, as the user wrote it: `6.5B`, `600M`, `75%` or `0.75`; of bytes `12GB`."""
 
     text: str
+    option: str
     number: float
     unit: str
 
     @classmethod
-    def parse(cls, text: str) -> Allowance:
+    def parse(cls, text: str, option: str = "target_params") -> Allowance:
         """Raises: InputError: it is none."""
-        text = text.strip()
-        match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)([%KMB]?)", text.upper())
-        if not match or not float(match[1]):
+        text, counted = text.strip(), ALLOWANCES[option]
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)(%?|[A-Z]*)", text.upper())
+        if not match or not float(match[1]) or match[2] not in ("%", *counted.units):
             raise InputError(
-                f"target_params {text!r} is impossible: give a share to keep such as 75%, or a number such as 6.5B"
+                f"{option} {text!r} is impossible: give a share to keep such as 75%, or a number such as {counted.example}"
             )
-        return cls(text, float(match[1]), match[2])
+        return cls(text, option, float(match[1]), match[2])
 
     def of(self, whole: int) -> int:
-        """How many of `whole` parameters may stay.
+        """How much of `whole` may stay.
 
         Raises:
             InputError: all.
         """
+        counted = ALLOWANCES[self.option]
         share = self.unit == "%" or (not self.unit and self.number < 1)
         if share:
             left = int(self.number * (whole / 100 if self.unit == "%" else whole))
         else:
-            left = int(self.number * _UNITS[self.unit])
+            left = int(self.number * counted.units[self.unit])
         if left >= whole:
-            raise InputError(f"target_params {self.text} leaves all of the {whole:,} parameters: ask for fewer")
+            raise InputError(f"{self.option} {self.text} leaves all of the {whole:,} {counted.noun}: ask for fewer")
         return left
+
+
+def read_speedup(text: str) -> float:
+    """How many times as fast, of `1.5x` or `1.5`.
+
+    Raises:
+        InputError: it is no such number, or not above 1.
+    """
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)x?", text.strip().lower())
+    if not match or not float(match[1]) > 1:
+        raise InputError(f"target_speedup {text.strip()!r} is impossible: give a factor above 1, such as 1.5x")
+    return float(match[1])
 
 
 def listed(names: str | Path | Iterable[str | Path]) -> list[str]:

@@ -16,9 +16,10 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llmprune.base.words import command_line, count, literal, size
-from llmprune.cost.footprint import cost_title
+from llmprune.cost.footprint import changes
 from llmprune.job.progress import Progress
 from llmprune.job.record import COMPUTED, Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
+from llmprune.job.speedup import speed_rows
 from llmprune.models.resolve import spelled
 
 _TITLE = len("calibration  ")  # where the values of the header begin
@@ -189,6 +190,7 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
         protocol = f"{escape(found.text)}, {count(found.windows, 'window')} x {found.length} tokens{found.computed()}"
         yield f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{found.value:.3f}"
         yield "loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}"
+    yield from speed_rows(record.structure)
     if record.sites:
         asked = str(record.arguments["sparsity"])
         share = record.zeros() / record.weights()
@@ -205,11 +207,13 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
 
 def _computed(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     """What follows from the sizes of tensors."""
-    for what, before in record.structure.get("before", {}).items():
-        yield cost_title(what), f"{before:,}", f"{record.structure['after'][what]:,}"
+    for what, was, now in changes(record.structure):
+        yield what, f"{was:,}", f"{now:,}"
     if "bytes_after" in record.size:
         before, after = record.size["bytes_before"], record.size["bytes_after"]
         yield f"weight bytes{' (zeros are stored)' if record.sites else ''}", f"{before:,}", f"{after:,}"
+        if "bytes_packed" in record.size:
+            yield "weight bytes, packed by llmprune pack", f"{before:,}", f"{record.size['bytes_packed']:,}"
 
 
 def _to_evaluate(record: RunRecord, output: Path) -> str:

@@ -1,1 +1,1 @@
-"""What a model costs, by arithmetic: parameters, multiplications, bytes."""
+"""What a model costs: parameters, multiplications, bytes, an estimate of energy, and milliseconds that were measured."""

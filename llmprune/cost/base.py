@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.models.sites import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A model whose weights may be on the meta device.
+
+    Attributes:
+        outside: bytes on disk of the tensors that are in no block.
+    """
+
+    model: PreTrainedModel
+    blocks: Sequence[Block]
+    outside: int
 
 
 class Cost(Protocol):
@@ -16,6 +30,14 @@ class Cost(Protocol):
     NAME: str  # in the record
     TITLE: str  # where people read it
 
-    def measure(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int | None:
-        """Of a model whose weights may be on the meta device; None where its configuration does not say."""
+    def measure(self, whole: Sized) -> int | None:
+        """Of a model; None where its configuration does not say."""
+        ...
+
+
+class OfBlocks(Cost, Protocol):
+    """A cost that is the sum of the blocks' and of what is outside them: a budget can be kept of it."""
+
+    def of_block(self, model: PretrainedConfig, block: Block) -> int:
+        """A block's part."""
         ...

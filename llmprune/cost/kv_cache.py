@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from transformers import PreTrainedModel
-
 from llmprune.base.errors import InputError
+from llmprune.cost.base import Sized
 from llmprune.models.heads import Heads
-from llmprune.models.sites import Block
 
 NAME, TITLE = "kv_bytes_a_token", "bytes of keys and values a token"
 
 
-def measure(model: PreTrainedModel, blocks: Sequence[Block]) -> int | None:
-    text = model.config.get_text_config()
+def measure(whole: Sized) -> int | None:
+    text = whole.model.config.get_text_config()
     try:
-        layouts = [Heads.of(text.per_layer_config[index]) for index in range(len(blocks))]
+        layouts = [Heads.of(text.per_layer_config[index]) for index in range(len(whole.blocks))]
     except InputError:
         return None
-    return sum(2 * own.value * own.width * model.dtype.itemsize for own in layouts)
+    return sum(2 * own.value * own.width * whole.model.dtype.itemsize for own in layouts)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
+from llmprune.cost.base import Sized
 from llmprune.cost.matrices import matrices
 from llmprune.models.experts import experts_per_token
 from llmprune.models.sites import Block
@@ -16,9 +17,9 @@ from llmprune.models.sites import Block
 NAME, TITLE = "macs_a_token", "multiplications a token"
 
 
-def measure(model: PreTrainedModel, blocks: Sequence[Block]) -> int:
-    text = model.config.get_text_config()
-    return active(text, blocks) + text.vocab_size * text.hidden_size
+def measure(whole: Sized) -> int:
+    text = whole.model.config.get_text_config()
+    return active(text, whole.blocks) + text.vocab_size * text.hidden_size
 
 
 def active(model: PretrainedConfig, blocks: Sequence[Block]) -> int:
@@ -26,3 +27,7 @@ def active(model: PretrainedConfig, blocks: Sequence[Block]) -> int:
     configuration does not say how many)."""
     chosen = experts_per_token(model)
     return round(sum(one.rows * one.columns * one.share for block in blocks for one in matrices(block.sites, chosen)))
+
+
+def of_block(model: PretrainedConfig, block: Block) -> int:
+    return active(model, [block])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from transformers import PretrainedConfig
 
-from transformers import PreTrainedModel
-
+from llmprune.cost.base import Sized
 from llmprune.models.sites import Block
 
 NAME = TITLE = "parameters"
 
 
-def measure(model: PreTrainedModel, blocks: Sequence[Block]) -> int:
-    tied = model.all_tied_weights_keys
-    return sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in tied)
+def measure(whole: Sized) -> int:
+    tied = whole.model.all_tied_weights_keys
+    return sum(p.numel() for name, p in whole.model.named_parameters(remove_duplicate=False) if name not in tied)
+
+
+def of_block(model: PretrainedConfig, block: Block) -> int:
+    return sum(parameter.numel() for parameter in block.module.parameters())

@@ -254,6 +254,11 @@ def left_dense(skeleton: Skeleton) -> dict[str, str]:
     }
 
 
+def packed_bytes(rows: int, columns: int, itemsize: int) -> int:
+    """Of a packed matrix whose weights take `itemsize` bytes each."""
+    return rows * (columns // 2 * itemsize + -(-columns // 8))
+
+
 def pack_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
     """The two tensors of a packed matrix, as they are stored."""
     values, codes = compress(weight)

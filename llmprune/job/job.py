@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from llmprune.base.clock import Clock
+from llmprune.base.notation import ALLOWANCES
 from llmprune.base.processes import Ranks
 from llmprune.data.windows import Given
 from llmprune.job.naming import output_folder
@@ -43,9 +44,11 @@ class Job:
         config, steps = self.config, []
         if config.layers is not None:
             steps.append(f"layers by {config.layer_score}")
-        if config.target_params is not None:
-            steps.append("a budget of parameters by second order")
-        if config.heads is not None or config.neurons is not None or config.target_params is not None:
+        if config.budgets:
+            named = [counted.noun for name, counted in ALLOWANCES.items() if name in config.budgets]
+            named += ["time"] if config.target_speedup else []
+            steps.append(f"a budget of {' and '.join(named)} by second order")
+        if config.heads is not None or config.neurons is not None or config.budgets:
             fitted = "" if config.refit is False else f" + least squares, {self.recipe.target} target"
             steps.append(f"{config.score}{fitted}{', by layer' if config.per_layer else ''}")
         return ", then ".join(steps + ([str(self.recipe)] if self.pattern else []))

@@ -1,12 +1,17 @@
-"""What the output folder is called where the user does not say."""
+"""What was asked for, in words, and what the output folder is called where the user does not say."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llmprune.base.errors import user_path
+from llmprune.base.notation import ALLOWANCES
 from llmprune.job.options import PruneConfig
 from llmprune.job.recipes import choose_recipe
+
+_BUDGETS = {"target_params": "to", "target_bytes": "bytes", "target_macs": "macs"}
 
 
 def output_folder(config: PruneConfig, model: str) -> Path | None:
@@ -15,6 +20,17 @@ def output_folder(config: PruneConfig, model: str) -> Path | None:
         return None if config.output is None else user_path(config.output, "output")
     asked = {what: getattr(config, what) for what in ("heads", "neurons", "layers")}
     parts = [f"{what}{amount}" for what, amount in asked.items() if amount]
-    parts += [f"to{config.target_params}"] if config.target_params else []
+    parts += [f"{what}{getattr(config, name)}" for name, what in _BUDGETS.items() if getattr(config, name)]
+    parts += [f"{config.target_speedup}{config.for_}"] if config.target_speedup else []
     parts += [config.sparsity, choose_recipe(config).name] if config.sparsity else []
     return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
+
+
+def asked_text(arguments: Mapping[str, Any]) -> str:
+    """What a run was asked for, in words; `arguments` are a record's, of any version."""
+    given = {name: value for name, value in arguments.items() if value}
+    parts = [f"{given[what]} fewer {what}" for what in ("heads", "neurons", "layers") if what in given]
+    parts += [f"{given[name]} of its {counted.noun}" for name, counted in ALLOWANCES.items() if name in given]
+    if "target_speedup" in given:
+        parts.append(f"{given['target_speedup']} the speed in {given['for_']}")
+    return ", ".join(parts + ([given["sparsity"]] if "sparsity" in given else []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import keyword
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +12,19 @@ from typing import Any, get_type_hints
 import msgspec
 
 from llmprune.base.errors import InputError, unknown
-from llmprune.base.notation import AUTO_DTYPE, DTYPES, Allowance, Amount, read_sparsity, sparsity_text
+from llmprune.base.notation import ALLOWANCES, AUTO_DTYPE, DTYPES, Allowance, Amount, read_sparsity, read_speedup, sparsity_text
 
 PLACES = ("memory", "disk")
 LAYER_SCORES = ("influence", "loss")
-_STRUCTURE = ("heads", "neurons", "layers", "target_params", "score", "layer_score", "per_layer", "round_to")
+PHASES = ("decode", "prefill")
+TARGETS = ("target_params", "target_bytes", "target_macs", "target_speedup")
+_USE = ("for_", "for_batch", "for_context")  # at what a speed is measured
+_STRUCTURE = ("heads", "neurons", "layers", *TARGETS, *_USE, "score", "layer_score", "per_layer", "round_to")
 _AMOUNTS = {
     "sparsity": "0.5, 50% or N:M",
     **dict.fromkeys(("heads", "neurons", "layers"), "a share such as 25% or a count"),
-    "target_params": "a share such as 75% or a number such as 6.5B",
+    **{option: f"a share such as 75% or a number such as {counted.example}" for option, counted in ALLOWANCES.items()},
+    "target_speedup": "a factor such as 1.5x",
 }
 _WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", str: "text", tuple[str, ...]: "a list of text"}
 
@@ -46,6 +51,23 @@ class PruneConfig:
     target_params: str | None = _option(
         "instead: parameters that stay, such as 75%% or 6B; heads, neurons and layers go where that costs least", None,
         metavar="AMOUNT",
+    )  # fmt: skip
+    target_bytes: str | None = _option(
+        "the same for bytes of the weights' files, such as 75%% or 12GB; budgets may be given together", None, metavar="AMOUNT"
+    )
+    target_macs: str | None = _option(
+        "the same for multiplications a token, such as 75%% or 6B; of experts, as many count as a token is sent to", None,
+        metavar="AMOUNT",
+    )  # fmt: skip
+    target_speedup: str | None = _option(
+        "how many times as fast as the dense model, such as 1.5x, by what layers of every size are measured to take on this "
+        "machine; ends by measuring both models", None, metavar="FACTOR",
+    )  # fmt: skip
+    for_: str = _option("what --target-speedup is about: decode or prefill (default: %(default)s)", "decode")
+    for_batch: int = _option("sequences at once that --target-speedup is about (default: %(default)s)", 1)
+    for_context: int = _option(
+        "tokens of the prompt (prefill), or before the one that is decoded, that --target-speedup is about "
+        "(default: %(default)s)", 512,
     )  # fmt: skip
     score: str = _option("what chooses heads and neurons (default: %(default)s)", "second_order")
     layer_score: str = _option(
@@ -113,37 +135,40 @@ class PruneConfig:
     dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is {AUTO_DTYPE}", "auto")
 
     def __post_init__(self) -> None:
-        for name in ("samples", "seqlen", "batch_size", "round_to"):
+        for name in ("samples", "seqlen", "batch_size", "round_to", "for_batch", "for_context"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} {number} is impossible: give at least 1")
         if self.sparsity is None and not self.structured:
             raise InputError(
-                "sparsity is required: pass --sparsity, --heads, --neurons, --layers or --target-params (in YAML, Python alike)"
+                "sparsity is required: pass --sparsity, --heads, --neurons, --layers or --target-params, -bytes, -macs, "
+                "-speedup (in YAML, Python alike)"
             )
         self._check_roads()
         if self.seqlen < 2:
             raise InputError("seqlen 1 is impossible: a window needs a token to predict")
-        for name, known in (("dtype", DTYPES), ("activations", PLACES), ("layer_score", LAYER_SCORES)):
+        for name, known in (("dtype", DTYPES), ("activations", PLACES), ("layer_score", LAYER_SCORES), ("for_", PHASES)):
             if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
+                raise unknown(name.rstrip("_"), getattr(self, name), known)
 
     def _check_roads(self) -> None:
         """No option may be without effect."""
         amounts = [name for name in ("heads", "neurons", "layers") if getattr(self, name) is not None]
-        budget = self.target_params is not None
+        budget = bool(self.budgets)
         if budget and amounts:
             raise InputError(
-                f"target_params and {amounts[0]} cannot be combined: a budget decides about heads, neurons and layers"
+                f"{next(iter(self.budgets))} and {amounts[0]} cannot be combined: a budget decides about heads, neurons and "
+                "layers"
             )
         weights, chosen = self.sparsity is not None, self.heads is not None or self.neurons is not None or budget
         uses = {
             "to prune weights, with --sparsity": (
                 weights, ("method", "quality", "reconstruct", "true_sequential", "only", "skip")
             ),
-            "to remove --heads or --neurons, or with --target-params": (chosen, ("score", "per_layer")),
-            "to remove --neurons, or with --target-params": (self.neurons is not None or budget, ("round_to",)),
+            "to say what --target-speedup is about": (self.target_speedup is not None, _USE),
+            "to remove --heads or --neurons, or with a budget": (chosen, ("score", "per_layer")),
+            "to remove --neurons, or with a budget": (self.neurons is not None or budget, ("round_to",)),
             "to remove --layers": (self.layers is not None, ("layer_score",)),
-            "to fit what is left, with --sparsity, --heads, --neurons or --target-params": (weights or chosen, ("refit",)),
+            "to fit what is left, with --sparsity, --heads, --neurons or a budget": (weights or chosen, ("refit",)),
             "to fit what is left, with --sparsity, or without --no-refit": (
                 weights or (chosen and self.refit is not False), ("target",)
             ),
@@ -152,12 +177,17 @@ class PruneConfig:
         given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
         for purpose, (there, names) in uses.items():
             if idle := [name for name in names if name in given and not there]:
-                raise InputError(f"{idle[0]} has no effect here: it is there {purpose}")
+                raise InputError(f"{idle[0].rstrip('_')} has no effect here: it is there {purpose}")
 
     @property
     def structured(self) -> bool:
         """Whether heads, neurons or layers are to be removed."""
-        return any(amount is not None for amount in (self.heads, self.neurons, self.layers, self.target_params))
+        return bool(self.budgets) or any(amount is not None for amount in (self.heads, self.neurons, self.layers))
+
+    @property
+    def budgets(self) -> dict[str, str]:
+        """Those of `TARGETS` that are given."""
+        return {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
 
     def weights_only(self, output: Path) -> PruneConfig:
         """Without all that is about structure, and with the name of the output."""
@@ -173,7 +203,8 @@ class PruneConfig:
         """
         kinds, values = get_type_hints(cls), {}
         try:
-            for name, value in options.items():
+            for given, value in options.items():
+                name = f"{given}_" if keyword.iskeyword(str(given)) else given
                 if name not in kinds:
                     raise unknown("option", str(name), kinds)
                 values[name] = _typed(name, value, kinds[name], in_file=bool(where))
@@ -188,22 +219,6 @@ class PruneConfig:
     def recorded(cls, arguments: Mapping[str, Any]) -> PruneConfig:
         """As `create`, of the options in a run's record, without those that only another version has."""
         return cls.create({name: value for name, value in arguments.items() if name in cls.__dataclass_fields__})
-
-
-def as_flags(options: Mapping[str, Any]) -> list[str]:
-    """The command line's words for options that are not at their defaults."""
-    words = []
-    for field_ in dataclasses.fields(PruneConfig):
-        name, value = f"--{field_.name.replace('_', '-')}", options.get(field_.name, field_.default)
-        if value is None or value == field_.default or (field_.default == () and not value):
-            continue
-        if isinstance(value, bool):
-            words.append(name if value else name.replace("--", "--no-", 1))
-        else:
-            texts = list(map(str, value)) if isinstance(value, (list, tuple)) else [str(value)]
-            odd = any(text.startswith("-") for text in texts)  # which would be read as flags
-            words += [f"{name}={text}" for text in texts] if odd else [name, *texts]
-    return words
 
 
 def _typed(name: str, value: Any, kind: Any, *, in_file: bool) -> Any:
@@ -232,8 +247,10 @@ def _text(name: str, value: str) -> str:
     """A text, checked as far as it can be by itself, and without blanks around it where it says how much."""
     if name == "sparsity":
         return sparsity_text(read_sparsity(value))
-    if name == "target_params":
-        return Allowance.parse(value).text
+    if name in ALLOWANCES:
+        return Allowance.parse(value, name).text
+    if name == "target_speedup":
+        return f"{read_speedup(value):g}x"
     if name in _AMOUNTS:
         return Amount.parse(name, value).text
     if not value.strip() and name != "model":  # which a record may call anything

@@ -25,10 +25,15 @@ def side_by_side(sides: Sequence[Call], device: torch.device, *, turns: int = _T
     return [statistics.median(found) for found in seconds]
 
 
-def _calls(side: Call, device: torch.device) -> int:
-    """How many calls make a turn; the first one here warms up."""
+def seconds_of(side: Call, device: torch.device) -> float:
+    """Seconds of one call, after one that warms up."""
     _timed(side, 1, device)
-    return max(int(_LEAST / max(_timed(side, 1, device), 1e-7)), 1)
+    return max(_timed(side, 1, device), 1e-7)
+
+
+def _calls(side: Call, device: torch.device) -> int:
+    """How many calls make a turn."""
+    return max(int(_LEAST / seconds_of(side, device)), 1)
 
 
 def _timed(side: Call, count: int, device: torch.device) -> float:

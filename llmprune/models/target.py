@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
@@ -86,6 +86,15 @@ class Target:
             value = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
             set_module_tensor_to_device(self.model, f"{name}.{path}", self.device, value)
         return make_block(index, name, module, self._storage)
+
+    def stand_in(self) -> PreTrainedModel:
+        """The whole model with weights of no value, which takes as long as any other."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        for name, parameter in list(self.model.named_parameters()):
+            value = torch.empty(parameter.shape, dtype=self.dtype, device=self.device).normal_(std=0.02, generator=generator)
+            set_module_tensor_to_device(self.model, name, self.device, value)
+        self.model.tie_weights()
+        return self.model
 
     def release(self, index: int) -> None:
         """Give back the memory of a block's weights."""

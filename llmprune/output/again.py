@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmprune.base.words import command_line
-from llmprune.job.options import as_flags
+from llmprune.job.flags import as_flags
 from llmprune.job.record import RunRecord
 
 NO_COMMAND = (

@@ -10,8 +10,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from llmprune.base.words import count, literal
-from llmprune.cost.footprint import cost_title
+from llmprune.cost.footprint import changes
+from llmprune.job.naming import asked_text
 from llmprune.job.record import COMPUTED, Perplexity, RunRecord, versions
+from llmprune.job.speedup import speed_rows
 from llmprune.output.again import NO_COMMAND, again
 from llmprune.output.public import public_run
 
@@ -77,19 +79,12 @@ def _result(found: Perplexity, whose: str) -> EvalResult:
 
 
 def _summary(record: RunRecord) -> str:
-    calibration, asked = record.calibration, _asked(record)
+    calibration, asked = record.calibration, asked_text(record.arguments)
     return (
         f"`{record.model['name']}` pruned to **{asked}** by `{record.recipe['text']}` with llmprune, one shot, "
         f"block by block. Calibration: {count(calibration['samples'], 'window')} of {calibration['seqlen']} tokens of "
         f"{calibration['text']}, seed {calibration['seed']}."
     )
-
-
-def _asked(record: RunRecord) -> str:
-    arguments = record.arguments
-    gone = [f"{arguments[what]} fewer {what}" for what in ("heads", "neurons", "layers") if arguments[what]]
-    gone += [f"{arguments['target_params']} of its parameters"] if arguments["target_params"] else []
-    return ", ".join(gone + ([arguments["sparsity"]] if arguments["sparsity"] else []))
 
 
 def _numbers(record: RunRecord) -> list[str]:
@@ -105,9 +100,11 @@ def _numbers(record: RunRecord) -> list[str]:
             (f"token perplexity before ({protocol})", f"{record.dense.value:.3f}"),
             ("token perplexity after, same windows", f"{found.value:.3f}"),
         ]
+    for what, *values in speed_rows(record.structure):
+        measured.append((what, " and ".join(value for value in values if value)))
     computed = [("parameters of the dense model", f"{record.model['parameters']:,}")]
-    for what, before in record.structure.get("before", {}).items():
-        computed.append((f"{cost_title(what)}, before and after", f"{before:,} and {record.structure['after'][what]:,}"))
+    for what, before, after in changes(record.structure):
+        computed.append((f"{what}, before and after", f"{before:,} and {after:,}"))
     return [*_rows("measured in this run", measured), *_rows(COMPUTED, computed)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmprune.base.files import RECORD, sums, write_json
+from llmprune.formats.packed import packed_bytes
 from llmprune.job.record import RunRecord
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.output.card import model_card
@@ -14,6 +15,16 @@ from llmprune.output.resume import MANIFEST
 def write_record(folder: Path, record: RunRecord, name: str) -> None:
     """Add the model card, and last the record with the sums of all other files. The card names the repository, if any."""
     (folder / "README.md").write_text(model_card(record, record.arguments["push_to_hub"] or name), encoding="utf-8")
-    record.size["bytes_after"] = Checkpoint(folder).nbytes()
+    checkpoint = Checkpoint(folder)
+    record.size["bytes_after"] = checkpoint.nbytes()
+    if saved := _packing(record, checkpoint):
+        record.size["bytes_packed"] = checkpoint.nbytes() - saved
     record.files = sums(folder, MANIFEST)
     write_json(folder / RECORD, record.as_dict())
+
+
+def _packing(record: RunRecord, checkpoint: Checkpoint) -> int:
+    """Bytes that packing will save: of matrices pruned to 2:4 that are whole tensors, stored as (out, in)."""
+    able = [site for site in record.sites if site.pattern == "2:4" and not site.part and not site.transposed]
+    files = [(site.shape, checkpoint.tensors[site.tensor].nbytes) for site in able if site.shape[1] % 4 == 0]
+    return sum(nbytes - packed_bytes(*shape, nbytes // (shape[0] * shape[1])) for shape, nbytes in files)

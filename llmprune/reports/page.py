@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
 from llmprune.base.files import PACKED
 from llmprune.base.words import count, size
-from llmprune.cost.footprint import cost_title
+from llmprune.cost.footprint import changes
 from llmprune.formats.packed import PackedFolder
-from llmprune.job.options import PruneConfig
+from llmprune.job.naming import asked_text
 from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
+from llmprune.job.speedup import speed_rows
 from llmprune.output.again import NO_COMMAND, again
 from llmprune.reports.masks import masks
 from llmprune.reports.saved import Bench, Saved
@@ -35,7 +37,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
     found = {
         "label": run.label,
         "model": record.model["name"],
-        "asked": _asked(run.config),
+        "asked": asked_text(asdict(run.config)),
         "method": record.recipe["text"],
         "protocol": _protocol(record),
         "calibration": _calibration(record.calibration),
@@ -51,6 +53,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "memory": _memory(record),
         "sizes": _sizes(record, packed),
         "masks": masks(run.folder, record.sites, pictures) if run.folder else [],
+        "timed": _timed(record),
         "speed": _speed(run.bench) if run.bench else None,
         "matrices": _matrices(record),
         "left_out": _left_out(record.skipped),
@@ -158,20 +161,27 @@ def _phase_memory(record: RunRecord) -> dict[str, Any]:
 
 
 def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
-    stored, structure = record.size, record.structure
-    rows: list[tuple[str, int, int, Callable[[Any], str]]] = [
-        (cost_title(what), before, structure["after"][what], "{:,}".format)
-        for what, before in structure.get("before", {}).items()
-    ]
+    stored = record.size
+    rows: list[tuple[str, int, int, Callable[[Any], str]]] = [(*change, "{:,}".format) for change in changes(record.structure)]
     if record.sites:
         rows.append(("nonzero weights in pruned matrices", stored["nonzero_before"], stored["nonzero_after"], "{:,}".format))
     rows.append(
         (f"weight bytes{', zeros stored' if record.sites else ''}", stored["bytes_before"], stored["bytes_after"], size)
     )
+    if packed is None:
+        packed = stored.get("bytes_packed")
     if packed is not None:
         rows.append(("weight bytes, packed", stored["bytes_before"], packed, size))
     cells = [[_text(what), _cell(a, show), _cell(b, show), _change(a, b)] for what, a, b, show in rows]
     return _table(("size", "before", "after", "left"), cells)
+
+
+def _timed(record: RunRecord) -> dict[str, Any] | None:
+    """A speed that was asked for, predicted and measured."""
+    rows = [list(map(_text, row)) for row in speed_rows(record.structure)]
+    speed = record.structure.get("speed")
+    where = f"{speed['device']}, {count(speed['threads'], 'thread')}, {speed['dtype']}" if speed else ""
+    return _table(("whole models, turn about", "dense", "smaller"), rows) | {"where": where} if rows else None
 
 
 def _packed_bytes(run: Saved) -> int | None:
@@ -240,12 +250,6 @@ def _compared(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _left_out(skipped: dict[str, str]) -> list[str]:
     reasons = dict.fromkeys(skipped.values())
     return [f"{sum(why == own for own in skipped.values())}: {why}" for why in reasons]
-
-
-def _asked(config: PruneConfig) -> str:
-    gone = [f"{getattr(config, what)} fewer {what}" for what in ("heads", "neurons", "layers") if getattr(config, what)]
-    gone += [f"{config.target_params} of its parameters"] if config.target_params else []
-    return ", ".join(gone + ([config.sparsity] if config.sparsity else []))
 
 
 def _protocol(record: RunRecord) -> str:

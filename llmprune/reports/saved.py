@@ -16,7 +16,7 @@ from llmprune.base.errors import InputError, user_path
 from llmprune.base.files import INDEX, PACKED, RECORD, SCHEMA, SINGLE, read_json
 from llmprune.base.words import count
 from llmprune.job.options import PruneConfig
-from llmprune.job.record import Count, Positive, RunRecord
+from llmprune.job.record import Count, Positive, RunRecord, Size
 from llmprune.numerics.patterns import parse
 
 T = TypeVar("T")
@@ -66,11 +66,26 @@ class _Weights(_Size):
     nonzero_after: Count
 
 
+class _Speed(TypedDict):
+    use: str
+    asked: Positive
+    predicted: Positive
+    dense_ms: Positive | None
+    smaller_ms: Positive | None
+    device: str
+    threads: Size
+    dtype: str
+
+
 class _Structure(TypedDict):
     removed_layers: list[Count]
     architecture: str
     before: dict[str, Count]
     after: dict[str, Count]
+
+
+class _Timed(_Structure, total=False):
+    speed: _Speed
 
 
 class _Expected(TypedDict):
@@ -193,7 +208,7 @@ def _read_record(saved: Mapping[str, Any]) -> RunRecord:
     names = ("versions", *(field.name for field in dataclasses.fields(RunRecord)))
     if missing := [name for name in names if name not in saved]:
         raise _Misfit(f"{missing[0]} is missing")
-    size, filled = _Weights if saved["sites"] else _Size, {"structure": _Structure, "predicted": _Expected}
+    size, filled = _Weights if saved["sites"] else _Size, {"structure": _Timed, "predicted": _Expected}
     parts = {"model": _Model, "recipe": _Recipe, "calibration": _Calibration, "compute": _Compute, "size": size}
     parts |= {"versions": dict[str, str]} | {name: hint for name, hint in filled.items() if saved[name]}
     for name, hint in parts.items():

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llmprune.data.windows import Texts
+from llmprune.job.flags import flag
 from llmprune.job.job import Job
 from llmprune.job.record import RunRecord, versions
 from llmprune.models.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ def fingerprint(job: Job, checkpoint: Checkpoint, texts: Texts, record: RunRecor
     Args:
         record: of the run's first step, just begun.
     """
-    options = {f"--{name.replace('_', '-')}": value for name, value in asdict(job.config).items() if name not in _PASSING}
+    options = {flag(name): value for name, value in asdict(job.config).items() if name not in _PASSING}
     windows = {"calibration text": texts.calibration, "evaluation text": texts.evaluation}
     return {
         **options,

@@ -15,7 +15,8 @@ from llmprune.base.words import command_line
 from llmprune.cli.commands.base import Outcome
 from llmprune.cli.config_file import read_yaml
 from llmprune.cli.terminal import Terminal, is_first
-from llmprune.job.options import PruneConfig
+from llmprune.job.flags import flag
+from llmprune.job.options import TARGETS, PruneConfig
 from llmprune.solvers import METHODS
 from llmprune.steps.structured.scores import SCORES
 
@@ -28,17 +29,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The fields of `PruneConfig`, and a file that has them."""
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; flags win over it")
     for field in dataclasses.fields(PruneConfig):
-        flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%(default)s", str(field.default))
+        name, text = flag(field.name), field.metadata["help"].replace("%(default)s", str(field.default))
         if field.name in NAMES:
             text += f": {', '.join(NAMES[field.name]())}"
         common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": field.name}
         if str(field.type).startswith("bool"):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **common)
         elif str(field.type).startswith("tuple"):
-            parser.add_argument(flag, nargs="+", action="extend", metavar=field.metadata["metavar"], **common)
+            parser.add_argument(name, nargs="+", action="extend", metavar=field.metadata["metavar"], **common)
         else:
             kind = int if str(field.type).startswith("int") else str
-            parser.add_argument(flag, type=kind, metavar=field.metadata["metavar"] or field.name[0].upper(), **common)
+            parser.add_argument(name, type=kind, metavar=field.metadata["metavar"] or field.name[0].upper(), **common)
 
 
 def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
@@ -81,7 +82,7 @@ def _under(flags: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 def _checked(values: dict[str, Any], path: str) -> dict[str, Any]:
     """A file's options, checked on their own so that an error names the file, as if flags said what else they need."""
-    amounts = {} if "target_params" in values else {"neurons": "1", "layers": "1"}
+    amounts = {} if any(name in values for name in TARGETS) else {"neurons": "1", "layers": "1"}
     PruneConfig.create({"model": "-", "output": "-", "sparsity": "0.5", **amounts, **values}, where=path)
     return values
 

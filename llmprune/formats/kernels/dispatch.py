@@ -7,10 +7,7 @@ is checked against the reference before it may be taken.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmprune.base.cache import cache_file, recall, remember
 from llmprune.base.version import __version__
 from llmprune.formats.kernels import cusparselt, reference
 from llmprune.formats.kernels.arrivals import arena
@@ -180,12 +178,8 @@ def _measure(packed: Packed, blob: Tensor | None, buckets: Iterable[int]) -> Mea
 @cache
 def _table(device: torch.device) -> dict[Key, Measured]:
     """What was measured on such a device before, by these versions; shared by all that use it in this process."""
-    try:
-        stored = json.loads(_file(device).read_text())
-    except (OSError, ValueError, RuntimeError):
-        return {}
     found: dict[Key, Measured] = {}
-    for name, entry in stored.items() if isinstance(stored, dict) else ():
+    for name, entry in recall(_file(device)).items():
         if (own := _NAME.fullmatch(name)) and isinstance(entry, dict):
             key = int(own[1]), int(own[2]), getattr(torch, own[3]), int(own[4])
             found[key] = {road: time for road, time in entry.items() if road in _NAMES and isinstance(time, float | str)}
@@ -193,21 +187,13 @@ def _table(device: torch.device) -> dict[Key, Measured]:
 
 
 def _remember(device: torch.device, table: dict[Key, Measured]) -> None:
-    """Write the table, whole or not at all; a cache that cannot be written is no error."""
-    try:
-        path = _file(device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stored = {f"{n} {k} {str(kind).removeprefix('torch.')} {b}": own for (n, k, kind, b), own in table.items()}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as stream:
-            json.dump(stored, stream, indent=1, sort_keys=True)
-        Path(stream.name).replace(path)
-    except (OSError, RuntimeError):
-        pass
+    stored = {f"{n} {k} {str(kind).removeprefix('torch.')} {b}": own for (n, k, kind, b), own in table.items()}
+    remember(_file(device), stored)
 
 
-def _file(device: torch.device) -> Path:
+def _file(device: torch.device) -> Path | None:
     import triton
 
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} triton {triton.__version__} {__version__}"
-    return root / "llmprune" / f"{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    return cache_file(
+        f"{torch.cuda.get_device_name(device)} torch {torch.__version__} triton {triton.__version__} {__version__}"
+    )

@@ -1,17 +1,19 @@
-"""What a smaller model keeps: amounts that the user names, or one budget of parameters, spread by what each part is worth."""
+"""What a smaller model keeps: amounts that the user names, or budgets, spread by what each part is worth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PretrainedConfig
 
 from llmprune.base.errors import InputError
 from llmprune.base.notation import Amount
 from llmprune.base.words import count
+from llmprune.cost.base import Sized
+from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
@@ -57,9 +59,18 @@ class Sizing(Protocol):
         """The matrices of `block` that may lose inputs."""
         ...
 
-    def decide(self, scouted: Scouted, leaving: Iterator[int]) -> tuple[list[int], list[Sizes]]:
-        """The layers that stay, and their sizes; `leaving` names layers, the one that is worth least first."""
+    def decide(self, scouted: Scouted, leaving: Iterator[int]) -> Chosen:
+        """What stays; `leaving` names layers, the one that is worth least first."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The layers that stay, their sizes, and how fast that was predicted to be, where a speed was asked for (plain data)."""
+
+    layers: list[int]
+    sizes: list[Sizes]
+    speed: dict[str, Any] | None = None
 
 
 class Builder:
@@ -96,12 +107,18 @@ class Builder:
         return target
 
 
+def sized(model: Skeleton | Target) -> Sized:
+    """For costs."""
+    return Sized(model.model, model.describe(), sum(model.outside_on_disk().values()))
+
+
 class Amounts:
     """As many heads, neurons and layers as the user says: a `Sizing`."""
 
     drops = False
 
-    def __init__(self, builder: Builder, config: PruneConfig, note: Callable[[str], None]) -> None:
+    def __init__(self, builder: Builder, job: Job) -> None:
+        config, note = job.config, job.progress.note
         self._builder, self._config = builder, config
         blocks = builder.blocks
         self._layers = len(blocks)
@@ -180,14 +197,14 @@ class Amounts:
     def consumers(self, block: Block) -> list[Site]:
         return [group.consumer for step in self._each.steps(block) for group in step]
 
-    def decide(self, scouted: Scouted, leaving: Iterator[int]) -> tuple[list[int], list[Sizes]]:
+    def decide(self, scouted: Scouted, leaving: Iterator[int]) -> Chosen:
         gone = set(islice(leaving, len(self._builder.blocks) - self._layers))
         layers = [layer for layer in range(len(self._builder.blocks)) if layer not in gone]
         each = min(self.ways, key=lambda way: scouted.errors[way], default=self._each)
         sizes = [each] * len(layers)
         if self._config.per_layer:
             sizes = self._differing(each, [scouted.curves[layer] for layer in layers])
-        return layers, sizes
+        return Chosen(layers, sizes)
 
     def _differing(self, each: Sizes, curves: Sequence[dict[str, Curve]]) -> list[Sizes]:
         """As many heads and neurons in all as if each layer had the sizes `each`, by what every layer would lose."""

@@ -29,7 +29,7 @@ from llmprune.steps.structured.groups import Sizes
 from llmprune.steps.structured.removal import SmallerBlocks
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scouting import Ask, Scout, Scouted
-from llmprune.steps.structured.sizing import Amounts, Builder
+from llmprune.steps.structured.sizing import Amounts, Builder, sized
 from llmprune.steps.weights.selection import select_sites
 from llmprune.stream.engine import stream
 from llmprune.stream.source import CheckpointSource
@@ -43,6 +43,7 @@ class Decision:
         layers: by number; `sizes` of each.
         dense: the dense model's perplexity, where a text to evaluate on is named.
         influence: of each layer of the dense model.
+        speed: what was asked and predicted, where a speed was.
         slopes: what a score with `backward` needs, by site name.
     """
 
@@ -50,6 +51,7 @@ class Decision:
     sizes: list[Sizes]
     dense: Perplexity | None
     influence: list[float]
+    speed: dict[str, Any] | None
     slopes: Mapping[str, Tensor]
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class Decision:
             "sizes": [asdict(own) for own in self.sizes],
             "perplexity": dense,
             "influence": self.influence,
+            "speed": self.speed,
         }
 
     @classmethod
@@ -67,7 +70,7 @@ class Decision:
         """What `as_dict` made."""
         sizes = [Sizes(**{**own, "layout": Heads(**own["layout"]) if own["layout"] else None}) for own in saved["sizes"]]
         dense = Perplexity(**saved["perplexity"]) if saved["perplexity"] else None
-        return cls(saved["layers"], sizes, dense, saved["influence"], {})
+        return cls(saved["layers"], sizes, dense, saved["influence"], saved["speed"], {})
 
 
 class RemoveStructure:
@@ -86,8 +89,7 @@ class RemoveStructure:
         if skeleton.model.config.get_text_config().is_heterogeneous:
             raise InputError(f"{skeleton.checkpoint.folder} has layers of different sizes already: start from its source")
         self._builder = Builder(skeleton)
-        kind = Amounts if job.config.target_params is None else Budget
-        self._sizing = kind(self._builder, job.config, job.progress.note)
+        self._sizing = (Budget if job.config.budgets else Amounts)(self._builder, job)
         trial = self._builder.target(*self._sizing.trial)  # of the size that is asked for, other layers aside, but of a budget
         if job.pattern:  # whose step comes after this one
             select_sites(trial.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
@@ -116,6 +118,9 @@ class RemoveStructure:
             with job.clock("write"):
                 writer.finish()
                 self._write_extras(target, into)
+            if decision.speed and isinstance(self._sizing, Budget):
+                source = self._skeleton.checkpoint.folder
+                record.structure["speed"] = self._sizing.finish(decision.speed, source, into)
 
     def _backward(self) -> bool:
         """Whether the score needs a backward pass."""
@@ -138,8 +143,8 @@ class RemoveStructure:
 
     def _decide(self, texts: Texts, scouted: Scouted) -> Decision:
         """What stays."""
-        layers, sizes = self._job.ranks.agree(self._sizing.decide(scouted, self._leaving(texts, scouted)))
-        return Decision(layers, sizes, scouted.dense, scouted.influence, scouted.slopes)
+        chosen = self._job.ranks.agree(self._sizing.decide(scouted, self._leaving(texts, scouted)))
+        return Decision(chosen.layers, chosen.sizes, scouted.dense, scouted.influence, chosen.speed, scouted.slopes)
 
     def _leaving(self, texts: Texts, scouted: Scouted) -> Iterator[int]:
         """Layers by block influence, or by what the loss becomes without them and those before; the least first."""
@@ -198,7 +203,7 @@ def structure(decision: Decision, target: Target, source: Skeleton) -> dict[str,
         "whole_groups_of_heads": decision.sizes[0].whole if decision.sizes[0].heads else None,
         "per_layer": [{"heads": own.heads, "neurons": own.neurons} for own in decision.sizes],
         "architecture": type(target.model).__name__,
-        "before": footprint(source.model, source.describe()),
-        "after": footprint(target.model, target.describe()),
+        "before": footprint(sized(source)),
+        "after": footprint(sized(target)),
         "differ_by_layer": target.config.get_text_config().is_heterogeneous,
     }
