@@ -12,7 +12,7 @@ from llmprune.cost.milliseconds import Pace, Table
 from llmprune.measure.whole import Use, compared
 
 _WHOLE, _SMALLER = 6.0, 2.0  # seconds of timing: whole layers, and each smaller size
-_UNCACHED = 2**28  # bytes of weights from which few are found in a cache
+_UNCACHED = 2**27  # bytes of weights from which few are found in a cache
 Build = Callable[[int], PreTrainedModel]  # a model of so many layers, with weights of no value
 
 
@@ -54,7 +54,7 @@ def pace_of(timed: Timed, use: Use, table: Table, device: torch.device, tell: Ca
             missing = list(builds)  # each is measured beside the whole layers that it is compared with
         known = table.rows[outside] + timed.layers * table.rows[layer]
         for name in missing:
-            own, other = compared([reference, builds[name](timed.layers)], use, device, _SMALLER)
+            own, other = compared([reference, builds[name](timed.layers)], use, device, _SMALLER, least=True)
             table.keep({name: max(known * other / own - table.rows[outside], 1e-6) / timed.layers})
     times = {kind: {gone: table.rows[name] for gone, name in own.items()} for kind, own in smaller.items()}
     return Pace(table.rows[outside], table.rows[layer], times)
@@ -63,9 +63,9 @@ def pace_of(timed: Timed, use: Use, table: Table, device: torch.device, tell: Ca
 def _whole(timed: Timed, reference: PreTrainedModel, use: Use, device: torch.device) -> tuple[float, float]:
     """Milliseconds outside the layers and of one: what a model of one layer takes less."""
     if timed.layers == 1:
-        (seconds,) = compared([reference], use, device, _WHOLE)
+        (seconds,) = compared([reference], use, device, _WHOLE, least=True)
         return 0.0, 1000 * seconds
-    many, one = (1000 * seconds for seconds in compared([reference, timed.whole(1)], use, device, _WHOLE))
+    many, one = (1000 * seconds for seconds in compared([reference, timed.whole(1)], use, device, _WHOLE, least=True))
     layer = min((many - one) / (timed.layers - 1), many / timed.layers)
     layer = max(layer, 1e-6)
     return many - timed.layers * layer, layer

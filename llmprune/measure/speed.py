@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,14 +15,20 @@ _LEAST, _TURNS = 0.02, 5  # seconds that a turn takes at least; turns of each si
 _COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
 
 
-def side_by_side(sides: Sequence[Call], device: torch.device, *, turns: int = _TURNS) -> list[float]:
-    """Seconds of one call of each side: the median of several turns."""
+def side_by_side(
+    sides: Sequence[Call],
+    device: torch.device,
+    *,
+    turns: int = _TURNS,
+    of_turns: Callable[[Sequence[float]], float] = statistics.median,
+) -> list[float]:
+    """Seconds of one call of each side: the median of several turns, or what else is to be taken `of_turns`."""
     counts = [_calls(side, device) for side in sides]
     seconds: list[list[float]] = [[] for _ in sides]
     for _ in range(turns):
         for side, count, found in zip(sides, counts, seconds, strict=True):
             found.append(_timed(side, count, device))
-    return [statistics.median(found) for found in seconds]
+    return [of_turns(found) for found in seconds]
 
 
 def seconds_of(side: Call, device: torch.device) -> float:

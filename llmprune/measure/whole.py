@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -55,8 +56,12 @@ def _decode(model: PreTrainedModel, ids: Tensor, cache: Any) -> None:
     model(ids, past_key_values=own, use_cache=True)
 
 
-def compared(models: Sequence[PreTrainedModel], use: Use, device: torch.device, seconds: float) -> list[float]:
-    """Seconds of one call of each model, turn about: as many turns, 5 to 50, as fit into so many seconds."""
+def compared(
+    models: Sequence[PreTrainedModel], use: Use, device: torch.device, seconds: float, *, least: bool = False
+) -> list[float]:
+    """Seconds of one call of each model, turn about: the median of as many turns, 5 to 50, as fit into so many seconds; or the
+    `least`, from which what else the machine does is left out."""
     calls = [call_of(model, use, device) for model in models]
     turn = sum(seconds_of(call, device) for call in calls)
-    return side_by_side(calls, device, turns=min(max(int(seconds / turn), _FEWEST), _MOST))
+    turns = min(max(int(seconds / turn), _FEWEST), _MOST)
+    return side_by_side(calls, device, turns=turns, of_turns=min if least else median)

@@ -19,6 +19,7 @@ from llmprune.steps.structured.speed import Speed
 from llmprune.steps.structured.spread import Choice, Layer, Program, Shape
 
 _TRIED = 16  # so many shapes are built, the best first, before the budget is given up
+_IN_VAIN = 1e-3  # nats that removing the whole model for nothing would cost: less than what is measured is uncertain by
 _CLOSE = 0.02  # by which a first choice may be measured to differ from what was predicted without another choice
 
 
@@ -141,11 +142,13 @@ class Budget:
         raise problem
 
     def _layer(self, number: int, scouted: Scouted, limits: Sequence[Limit]) -> Layer:
-        curves, parts = scouted.curves[number], {}
+        def lost(loss: float, saves: Sequence[float]) -> float:
+            """A measured gain is the error of the measure; and what nobody asked for is not removed."""
+            return max(loss, 0.0) + _IN_VAIN * sum(more / limit.whole for more, limit in zip(saves, limits, strict=True))
+
+        curves, parts, costs = scouted.curves[number], {}, [limit.layers[number] for limit in limits]
         for name, kind in self._kinds.found.items():
             counts = kind.counts() if self._job.config.per_layer else kind.loads
-            parts[name] = [
-                Choice(gone, curves[name].at(gone), [limit.saved(name, number, gone) if gone else 0.0 for limit in limits])
-                for gone in counts
-            ]
-        return Layer(scouted.drops[number], [limit.layers[number] for limit in limits], parts)
+            choices = [(gone, [limit.saved(name, number, gone) if gone else 0.0 for limit in limits]) for gone in counts]
+            parts[name] = [Choice(gone, lost(curves[name].at(gone), saves), saves) for gone, saves in choices]
+        return Layer(lost(scouted.drops[number], costs), costs, parts)
