@@ -115,12 +115,15 @@ def test_seconds_follow_what_products_were_measured_at(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("chosen", [1, 3])
 def test_multiplications_count_the_experts_that_a_token_is_sent_to(chosen: int) -> None:
-    """By hand: q, o 32x32; k, v 16x32; of each chosen expert gate, up 48x32 and down 32x48."""
+    """By hand: q, o 32x32; k, v 16x32; of each chosen expert gate, up 48x32 and down 32x48; the router 4x32."""
     model = tiny_model("mixtral", **EXPERTS["mixtral"] | {"num_experts_per_tok": chosen})
     blocks = list(ModelSource(model).blocks())
     block = 2 * 32 * 32 + 2 * 16 * 32 + chosen * 3 * 48 * 32
     assert active(model.config, blocks) == 3 * block
-    assert footprint(Sized(model, blocks, 0))["macs_a_token"] == 3 * block + 32 * 96
+    assert (
+        footprint(Sized(model, blocks, 0, {name: own.dtype for name, own in model.named_parameters()}))["macs_a_token"]
+        == 3 * (block + 4 * 32) + 32 * 96
+    )
 
 
 def test_all_experts_take_every_token() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.models.sites import Block
@@ -17,11 +18,13 @@ class Sized:
 
     Attributes:
         outside: bytes on disk of the tensors that are in no block.
+        storage: the dtype on disk of each parameter, by full name.
     """
 
     model: PreTrainedModel
     blocks: Sequence[Block]
     outside: int
+    storage: Mapping[str, torch.dtype]
 
 
 class Cost(Protocol):

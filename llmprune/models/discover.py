@@ -15,6 +15,7 @@ from llmprune.models.experts import expert_sites, is_experts
 from llmprune.models.families import ROUTERS
 from llmprune.models.sites import Block, Site
 
+ROUTER = "router"  # why a matrix is no site
 _ROUTERS = frozenset(row.name for row in ROUTERS)  # they choose experts; small, and never pruned
 
 
@@ -61,7 +62,7 @@ def unreached(block: Block) -> dict[str, str]:
 
     def why(name: str, parameter: nn.Parameter) -> str:
         if name.split(".")[-2:][0] in _ROUTERS:
-            return "router"
+            return ROUTER
         return "bias" if name.endswith("bias") else f"{parameter.ndim}-D, of no linear layer"
 
     return {

@@ -126,10 +126,14 @@ class Skeleton:
         """Tensors of one block."""
         return [name for name in self.names if name.startswith(block + ".")]
 
+    def storage(self) -> dict[str, torch.dtype]:
+        """The dtype on disk of each parameter, by full name."""
+        tensors = self.checkpoint.tensors
+        return {name: tensors[pieces[0].disk].dtype or self.dtype for name, pieces in self.names.items()}
+
     def describe(self) -> list[Block]:
         """The decoder blocks and their sites, whether their weights are loaded or not."""
-        tensors = self.checkpoint.tensors
-        storage = {name: tensors[pieces[0].disk].dtype or self.dtype for name, pieces in self.names.items()}
+        storage = self.storage()
         return [make_block(index, name, module, storage) for index, (name, module) in enumerate(self.blocks.items())]
 
     def fill(self, names: Iterable[str]) -> None:

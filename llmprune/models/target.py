@@ -75,6 +75,11 @@ class Target:
         """Tensors that belong to no block, and their bytes."""
         return self._source.outside_on_disk()
 
+    def storage(self) -> dict[str, torch.dtype]:
+        """The dtype on disk of each parameter, by full name."""
+        outside = {name: dtype for name, dtype in self._source.storage().items() if not self._source.block_of(name)}
+        return outside | self._storage
+
     def describe(self) -> list[Block]:
         """The decoder blocks and their sites, whether their weights are there or not."""
         return [make_block(index, name, module, self._storage) for index, (name, module) in enumerate(self.blocks.items())]

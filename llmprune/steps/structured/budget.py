@@ -20,7 +20,7 @@ from llmprune.steps.structured.spread import Choice, Layer, Program, Shape
 
 _TRIED = 16  # so many shapes are built, the best first, before the budget is given up
 _IN_VAIN = 1e-3  # nats that removing the whole model for nothing would cost: less than what is measured is uncertain by
-_CLOSE = 0.02  # by which a first choice may be measured to differ from what was predicted without another choice
+_CLOSE = 0.01  # by which a first choice may be measured to be short of what was asked for without another choice
 
 
 class Budget:
@@ -83,7 +83,7 @@ class Budget:
             factor = measured / predicted
             told = f"the first choice was predicted to be {predicted:.2f}x as fast and measured, with other weights, to be"
             self._job.progress.note(f"{told} {measured:.2f}x")
-            if abs(factor - 1) > _CLOSE:
+            if predicted * factor < (1 - _CLOSE) * self._speed.asked:
                 found = self._again(scouted, factor) or found
         return self._say(*found, factor)
 

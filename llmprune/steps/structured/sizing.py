@@ -109,7 +109,7 @@ class Builder:
 
 def sized(model: Skeleton | Target) -> Sized:
     """For costs."""
-    return Sized(model.model, model.describe(), sum(model.outside_on_disk().values()))
+    return Sized(model.model, model.describe(), sum(model.outside_on_disk().values()), model.storage())
 
 
 class Amounts:
