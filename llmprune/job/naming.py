@@ -16,5 +16,8 @@ def output_folder(config: PruneConfig, model: str) -> Path | None:
     asked = {what: getattr(config, what) for what in ("heads", "neurons", "layers")}
     parts = [f"{what}{amount}" for what, amount in asked.items() if amount]
     parts += [f"to{config.target_params}"] if config.target_params else []
-    parts += [config.sparsity, choose_recipe(config).name] if config.sparsity else []
+    parts += [config.sparsity] if config.sparsity else []
+    parts += [config.allocate] if config.allocate != "uniform" else []
+    parts += [Path(config.allocation).stem] if config.allocation else []
+    parts += [choose_recipe(config).name] if config.sparse else []
     return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
