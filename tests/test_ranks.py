@@ -46,7 +46,7 @@ WINDOWS = tokens(13, 40)  # no multiple of 2 or 4: the shares differ
 OPTIONS = {"calibration": WINDOWS, "batch_size": 4}
 
 _RUN = """
-import os, signal, sys
+import json, os, signal, sys, tempfile
 sys.path.insert(0, sys.argv[1])
 import torch
 import llmprune
@@ -66,16 +66,30 @@ class Ends(Progress):
             elif self.how == "errs":
                 raise InputError("only here")
 
-source, out, how = sys.argv[2:5]
-if len(sys.argv) > 6:  # one group for several runs: between two, a process could join the old one's store
-    torch.distributed.init_process_group("gloo")
-hardware.bfloat16_products = lambda: 4.0 if os.environ["RANK"] == "0" else 0.5
-try:
-    for name in sys.argv[5:]:
-        found = llmprune.prune(source, output=f"{out}/{name}", progress=Ends(how), **OPTIONS, **(CASES | SMALLER)[name])
-        print(found.record.compute["dtype"], found.record.compute["why"], sep=": ", file=sys.stderr)
-except InputError as error:
-    sys.exit(f"error: {error}")
+def run(source, out, how, *names):
+    if len(names) > 1:  # one group for several runs: between two, a process could join the old one's store
+        torch.distributed.init_process_group("gloo")
+    hardware.bfloat16_products = lambda: 4.0 if os.environ["RANK"] == "0" else 0.5
+    try:
+        for name in names:
+            found = llmprune.prune(source, output=f"{out}/{name}", progress=Ends(how), **OPTIONS, **(CASES | SMALLER)[name])
+            print(found.record.compute["dtype"], found.record.compute["why"], sep=": ", file=sys.stderr)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+llmprune.prune  # imports it, for all
+processes, errors = [], []
+for rank in range(int(os.environ["WORLD_SIZE"])):
+    errors.append(tempfile.TemporaryFile())
+    processes.append(os.fork())
+    if not processes[-1]:
+        os.dup2(errors[-1].fileno(), 2)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        run(*sys.argv[2:])
+        sys.exit()
+ended = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+said = [file.seek(0) or file.read().decode() for file in errors]
+print(json.dumps(list(zip(ended, said))))
 """
 
 
@@ -88,30 +102,16 @@ def free_port() -> int:
     raise OSError("no free port")
 
 
-def start(size: int, *arguments: object) -> list[subprocess.Popen]:
-    """The processes of one run, started as a launcher starts them."""
-    port = free_port()
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+def start(size: int, *arguments: object) -> list[tuple[int, str]]:
+    """Exit codes and errors of the processes of one run, each a fork of one that has imported torch, which takes seconds."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _RUN, str(TESTS), *map(str, arguments)]
-    return [
-        subprocess.Popen(
-            command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
-        )
-        for rank in range(size)
-    ]
-
-
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Exit codes and errors."""
-    try:
-        return [(process.wait(timeout=240), process.stderr.read().decode()) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    done = subprocess.run(command, env=os.environ | shared, stdout=subprocess.PIPE, check=True, timeout=240)
+    return [(code, said) for code, said in json.loads(done.stdout.splitlines()[-1])]
 
 
 def together(size: int, *arguments: object) -> None:
-    for code, errors in finish(start(size, *arguments)):
+    for code, errors in start(size, *arguments):
         assert code == 0, errors
 
 
@@ -218,15 +218,15 @@ def test_the_first_process_chooses_the_dtype(saved, tmp_path: Path) -> None:
     """Where others measure other speeds."""
     source = saved(tiny_model("llama").to(torch.bfloat16))
     chosen = "bfloat16: stored so, and its products are 4.0x as fast as float32's here"
-    assert [
-        (code, said.strip().splitlines()[-1]) for code, said in finish(start(2, source, tmp_path / "out", "lives", "wanda"))
-    ] == [(0, chosen)] * 2
+    assert [(code, said.strip().splitlines()[-1]) for code, said in start(2, source, tmp_path / "out", "lives", "wanda")] == [
+        (0, chosen)
+    ] * 2
 
 
 def test_a_process_that_dies_ends_the_run_and_it_goes_on_later(saved, tmp_path: Path) -> None:
     source = saved(tiny_model("llama"))
     together(2, source, tmp_path / "whole", "lives", "balanced")
-    (first, told), (second, _) = finish(start(2, source, tmp_path / "out", "dies", "balanced"))
+    (first, told), (second, _) = start(2, source, tmp_path / "out", "dies", "balanced")
     assert second == -9
     assert first == 1
     assert told.strip().splitlines()[-1].startswith("error: another process of this run has ended")
@@ -239,7 +239,7 @@ def test_a_process_that_dies_ends_the_run_and_it_goes_on_later(saved, tmp_path: 
 
 @pytest.mark.parametrize("name", ["balanced", "both"])
 def test_an_error_of_one_process_is_told_and_ends_the_run(name: str, saved, tmp_path: Path) -> None:
-    (first, lost), (second, told) = finish(start(2, saved(tiny_model("llama")), tmp_path / "out", "errs", name))
+    (first, lost), (second, told) = start(2, saved(tiny_model("llama")), tmp_path / "out", "errs", name)
     assert (first, second) == (1, 1)
     assert told.strip().splitlines()[-1] == "error: only here"
     assert "another process of this run has ended" in lost

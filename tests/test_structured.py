@@ -20,6 +20,7 @@ from llmprune.base.errors import InputError
 from llmprune.base.notation import Amount
 from llmprune.base.processes import Ranks
 from llmprune.cli.console import Console
+from llmprune.data.pydoc import documents
 from llmprune.data.windows import Texts, Windows
 from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
@@ -292,7 +293,7 @@ def test_an_interrupted_run_goes_on_with_the_smaller_model(saved, tmp_path: Path
     assert "the smaller model is there from an earlier run" in notes.notes
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert record.removals == whole.removals or [r.error for r in record.removals] == [r.error for r in whole.removals]
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt", "whole", "out"}
 
 
 def test_another_command_makes_its_own_smaller_model(saved, tmp_path: Path) -> None:
@@ -391,7 +392,7 @@ class KillInSecond(Notes):
 
 
 RESUMED = {
-    "structure": SMALLER | {"eval_text": "pydoc", "calibration": "pydoc", "samples": 6, "seqlen": 24},
+    "structure": SMALLER | {"eval_text": "text.txt", "calibration": "text.txt", "samples": 6, "seqlen": 24},
     "by layer": SMALLER | {"heads": "50%", "per_layer": True},
     "a backward pass": SMALLER | {"score": "gradient", "layers": "1", "refit": False},
     "both": BOTH,
@@ -400,13 +401,17 @@ RESUMED = {
 
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_half_a_smaller_model_goes_on(family: str, options: dict, saved, tmp_path: Path) -> None:
+def test_half_a_smaller_model_goes_on(
+    family: str, options: dict, saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From a bfloat16 checkpoint computed in float32, so that a lost rounding would show; to the last bit."""
     if family == "gpt2" and "heads" in options:
         pytest.skip("a GPT-2 with fewer heads does not load")
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
     source, out = saved(model_of(family, vocab_size=len(tokenizer)).to(torch.bfloat16)), tmp_path / "out"
     tokenizer.save_pretrained(source)
+    monkeypatch.chdir(source.parent)
+    Path("text.txt").write_text("\n\n".join(documents("evaluation"))[:20_000])
     whole = llmprune.prune(source, output=tmp_path / "whole", **options).record
     with pytest.raises(Killed):
         llmprune.prune(source, output=out, progress=KillInSecond(), **options)
@@ -418,7 +423,7 @@ def test_half_a_smaller_model_goes_on(family: str, options: dict, saved, tmp_pat
         (one.block, one.site, one.error) for one in whole.removals
     ]
     assert (record.structure, record.dense, record.pruned) == (whole.structure, whole.dense, whole.pruned)
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt", "whole", "out"}
 
 
 def test_layers_without_padding_in_their_loss(saved, tmp_path: Path) -> None:
