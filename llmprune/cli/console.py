@@ -19,6 +19,7 @@ from llmprune.base.words import command_line, count, literal, size
 from llmprune.cost.footprint import cost_title
 from llmprune.job.progress import Progress
 from llmprune.job.record import COMPUTED, Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
+from llmprune.job.scan import Scanned
 from llmprune.models.resolve import spelled
 
 _TITLE = len("calibration  ")  # where the values of the header begin
@@ -103,6 +104,10 @@ class Console(Progress):
             f"  block fit {result.before:.3%} -> {result.after:.3%} ({count(result.steps, 'step')}, rate {result.rate:g}, "
             f"{size(result.nbytes)})"
         )
+
+    def scanned(self, matrices: Sequence[Scanned], pattern: str) -> None:
+        errors = "  ".join(f"{one.kind} {_share(one.errors.get(pattern))}" for one in matrices)
+        self._came = f"scanned; output error at {pattern}: {errors}"
 
     def removed(self, removal: Removal) -> None:
         self._gone.append(removal)

@@ -72,7 +72,8 @@ class PruneConfig:
         "fit the kept weights and norms of each block to the dense block's output (default: in best only)", None
     )
     allocate: str = _option(
-        "how the sparsity is spread over matrices, which a scan of the dense model comes before (default: %(default)s)", "uniform"
+        "how the sparsity is spread over matrices, which a scan of the dense model comes before (default: %(default)s)",
+        "uniform",
     )
     scan: str | None = _option("the scan to go by: scan.json of llmprune scan (default: scan first)", None, metavar="FILE")
     allocation: str | None = _option(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -92,6 +94,10 @@ class Scan:
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **asdict(self)}
+
+    def digest(self) -> str:
+        """Of all that was measured."""
+        return hashlib.sha256(json.dumps([asdict(one) for one in self.matrices]).encode()).hexdigest()[:16]
 
     @classmethod
     def load(cls, path: Path) -> Scan:

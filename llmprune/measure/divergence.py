@@ -38,14 +38,13 @@ def streamed_divergences(
         for positions in torch.arange(labels.shape[1]).split(at_once(model, *labels.shape)):
             real = (labels[:, positions] != IGNORED).flatten()
 
-            def predictions(output: Tensor, inputs: dict = inputs, positions: Tensor = positions, real: Tensor = real) -> Tensor:
-                logits = head(model, blocks, output, positions, **inputs).flatten(0, 1)[real]
-                return functional.log_softmax(logits.float(), dim=-1)
-
-            target = predictions(wanted)
-            for index, output in enumerate(found):
-                each = functional.kl_div(predictions(output), target, reduction="sum", log_target=True)
-                sums[index] += float(each)
+            predictions = (
+                functional.log_softmax(head(model, blocks, output, positions, **inputs).flatten(0, 1)[real].float(), dim=-1)
+                for output in (wanted, *found)
+            )
+            target = next(predictions)
+            for index, own in enumerate(predictions):
+                sums[index] += float(functional.kl_div(own, target, reduction="sum", log_target=True))
         predicted += int((labels != IGNORED).sum())
     *totals, tokens = ranks.totals(*sums, predicted)
     return [max(total, 0.0) / max(tokens, 1) for total in totals]

@@ -35,7 +35,7 @@ def schedule(job: Job, output: Path) -> list[Stage]:
     asked: list[tuple[Job, type[Step]]] = []
     if job.config.structured:
         asked.append((job, RemoveStructure))
-    if job.pattern is not None:
+    if job.config.sparse:
         asked.append((job.weights_only(output) if asked else job, PruneWeights))
     folders = [*(between_folder(output) for _ in asked[1:]), partial_folder(output)]
     return [Stage(own, kind, output, into) for (own, kind), into in zip(asked, folders, strict=True)]

@@ -18,10 +18,15 @@ from llmprune.cli.terminal import Terminal, is_first
 from llmprune.job.options import PruneConfig
 from llmprune.solvers import METHODS
 from llmprune.steps.structured.scores import SCORES
+from llmprune.steps.weights.allocate import ALLOCATORS
 
 SUMMARY = "prune a model after training, block by block"
 EXAMPLE = "llmprune --model llama --sparsity 2:4"
-NAMES: dict[str, Callable[[], list[str]]] = {"method": METHODS.names, "score": SCORES.names}  # what options name
+NAMES: dict[str, Callable[[], list[str]]] = {
+    "method": METHODS.names,
+    "score": SCORES.names,
+    "allocate": ALLOCATORS.names,
+}  # what options name
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ from llmprune.steps.structured.removal import SmallerBlocks
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scouting import Ask, Scout, Scouted
 from llmprune.steps.structured.sizing import Amounts, Builder
-from llmprune.steps.weights.selection import select_sites
+from llmprune.steps.weights.step import choose
 from llmprune.stream.engine import stream
 from llmprune.stream.source import CheckpointSource
 
@@ -89,8 +89,8 @@ class RemoveStructure:
         kind = Amounts if job.config.target_params is None else Budget
         self._sizing = kind(self._builder, job.config, job.progress.note)
         trial = self._builder.target(*self._sizing.trial)  # of the size that is asked for, other layers aside, but of a budget
-        if job.pattern:  # whose step comes after this one
-            select_sites(trial.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
+        if job.config.sparse:  # whose step comes after this one
+            choose(job, trial.describe())
 
     def __str__(self) -> str:
         return str(self._sizing)

@@ -130,7 +130,7 @@ class Scanner:
             for stage, seen in zip(group, observed, strict=True):
                 assert isinstance(seen.statistic, Gram)
                 scores |= {site.name: seen.statistic.rms() for site in stage}
-            probed = {}
+            probed: dict[str, list[tuple[Site, Tensor]]] = {}
             for pattern in grid:
                 solved = self._solve(group, observed, pattern, found)
                 probed = solved if pattern == PROBE else probed
@@ -138,7 +138,8 @@ class Scanner:
         _count_outliers(found, scores)
         measured = [_measured(name, block, one) for name, one in found.items()]
         self._found += known or measured
-        self.job.progress.scanned(block.index, self._found[-len(measured) :], str(PROBE))
+        shown = [Scanned(**one, nats=0.0) for one in self._found[-len(measured) :]]
+        self.job.progress.scanned(shown, str(PROBE))
         self.keep({**self.known, str(block.index): self._found[-len(measured) :]})
 
     def _stages(self, block: Block, feed: Activations) -> list[Stage]:
@@ -244,8 +245,8 @@ def _count_outliers(found: Mapping[str, _Seen], rms: Mapping[str, Tensor]) -> No
     sums = [(float(score.sum(dtype=torch.float64)), score.numel()) for score in _scores(found, rms)]
     mean = sum(total for total, _ in sums) / max(sum(size for _, size in sums), 1)
     for one in found.values():
-        counts = [(int((site.weight.abs() * rms[site.name] > _OUTLYING * mean).sum()), site.weight.numel()) for site in one.sites]
-        one.outliers = sum(above for above, _ in counts) / sum(size for _, size in counts)
+        above = sum(int((site.weight.abs() * rms[site.name] > _OUTLYING * mean).sum()) for site in one.sites)
+        one.outliers = above / sum(site.weight.numel() for site in one.sites)
 
 
 def _scores(found: Mapping[str, _Seen], rms: Mapping[str, Tensor]) -> Iterator[Tensor]:

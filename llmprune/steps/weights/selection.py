@@ -20,10 +20,11 @@ STAYS_DENSE = "dense in the allocation"
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """`patterns`: site name -> pattern. `skipped`: what is left alone -> why."""
+    """`patterns`: site name -> pattern. `skipped`: what is left alone -> why. `shapes`: of all sites, (rows, columns)."""
 
     patterns: dict[str, Pattern]
     skipped: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
 
     def describe(self, asked: str) -> str:
         """In words, such as `2:4 in 28 matrices, 0 left out`."""
@@ -31,7 +32,7 @@ class Selection:
 
     def spread(self, allocation: Allocation) -> Selection:
         """The same sites with patterns of their own, by name or glob; those that stay dense are left out."""
-        found = Selection({}, dict(self.skipped))
+        found = Selection({}, dict(self.skipped), self.shapes)
         for name in self.patterns:
             own = next(own for glob, own in allocation.items() if fnmatch.fnmatchcase(name, glob))
             if own is None:
@@ -55,7 +56,7 @@ def select(blocks: Sequence[Block], asked: Pattern | Allocation, *, only: Sequen
             raise InputError(f"--allocation: {glob} matches no matrix; they are named like {sites[0].name}")
     named = [site.name for site in sites if _matches(site.name, list(asked))]
     whole = select_sites(blocks, EVERY, only=only, skip=skip)
-    inside = Selection({name: EVERY for name in whole.patterns if name in named}, dict(whole.skipped))
+    inside = Selection({name: EVERY for name in whole.patterns if name in named}, dict(whole.skipped), whole.shapes)
     inside.skipped.update((name, "not in --allocation") for name in whole.patterns if name not in named)
     found = inside.spread(asked)
     for site in sites:
@@ -80,10 +81,9 @@ def select_sites(blocks: Sequence[Block], pattern: Pattern, *, only: Sequence[st
         for glob in globs:
             if not fnmatch.filter([site.name for site in sites], glob):
                 raise InputError(f"{flag} {glob!r} matches no site; sites are named like {sites[0].name}")
-    selection, misfits = (
-        Selection({}, {name: why for block in blocks for name, why in unreached(block).items()}),
-        dict[str, str](),
-    )
+    skipped = {name: why for block in blocks for name, why in unreached(block).items()}
+    selection = Selection({}, skipped, {site.name: (site.rows, site.columns) for site in sites})
+    misfits: dict[str, str] = {}
     for site in sites:
         if only and not _matches(site.name, only):
             selection.skipped[site.name] = "not in --only"

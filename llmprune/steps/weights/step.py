@@ -20,7 +20,8 @@ from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Feeds, Keeper, Resume, Work
 from llmprune.steps.weights.reconstruct import check_batches
-from llmprune.steps.weights.selection import Selection, select_sites
+from llmprune.steps.weights.selection import Selection, select
+from llmprune.steps.weights.spreading import UNIFORM, spread
 from llmprune.steps.weights.visitor import WeightPruner
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import stream
@@ -32,13 +33,12 @@ class PruneWeights:
     title = "pattern"
 
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
-        assert job.pattern is not None
         self._job, self._skeleton, self._work = job, skeleton, Work.on_disk(skeleton, scratch)
-        self._selection = select_sites(skeleton.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
+        self._selection = choose(job, skeleton.describe())
         self.skipped: Mapping[str, str] = self._selection.skipped
 
     def __str__(self) -> str:
-        return self._selection.describe(self._job.pattern)
+        return self._selection.describe(asked(self._job))
 
     def probed(self, texts: Texts) -> int:
         return 0
@@ -49,10 +49,25 @@ class PruneWeights:
         resume = Resume.of(job, manifest, writer)
         if manifest:
             copy_extras(self._skeleton.checkpoint.folder, into)
-        prune_weights(job, self._work, self._selection, texts, record, edited, resume)
+        selection = spread(job, self._work, self._selection, texts, record, manifest)
+        prune_weights(job, self._work, selection, texts, record, edited, resume)
         if manifest:
             with job.clock("write"):
                 writer.finish()
+
+
+def choose(job: Job, blocks: Sequence[Block]) -> Selection:
+    """The sites that `job` asks for, each with the pattern of all or the one that the user's file has for it."""
+    wanted = job.allocation if job.allocation is not None else job.pattern
+    assert wanted is not None
+    return select(blocks, wanted, only=job.config.only, skip=job.config.skip)
+
+
+def asked(job: Job) -> str:
+    """The sparsity in words, such as `60%`, `60% spread by sensitivity` or `the patterns of mine.json`."""
+    if job.allocation is not None:
+        return f"the patterns of {job.config.allocation}"
+    return f"{job.pattern}" + (f" spread by {job.config.allocate}" if job.config.allocate != UNIFORM else "")
 
 
 def prune_weights(

@@ -8,13 +8,14 @@ HiGHS (Huangfu & Hall, "Parallelizing the dual revised simplex method", 2018) as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from llmprune.base.errors import InputError
-from llmprune.job.scan import Allocation, Scan, Scanned, loss, total_weights
+from llmprune.job.scan import Allocation, Scan, loss, total_weights
 from llmprune.numerics.patterns import Pattern, Unstructured
 from llmprune.steps.weights.allocate.base import exact, levels, share
 
@@ -53,4 +54,4 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], m
     if found.x is None:
         raise InputError("no choice of patterns is small enough: allow more")
     starts = np.cumsum([0, *counts])
-    return [int(found.x[low:high].argmax()) for low, high in zip(starts[:-1], starts[1:], strict=True)]
+    return [int(found.x[low:high].argmax()) for low, high in pairwise(starts)]
