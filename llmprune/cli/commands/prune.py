@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,12 @@ NAMES: dict[str, Callable[[], list[str]]] = {
 def add(parser: argparse.ArgumentParser) -> None:
     """The fields of `PruneConfig`, and a file that has them."""
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; flags win over it")
-    for field in dataclasses.fields(PruneConfig):
+    add_fields(parser, dataclasses.fields(PruneConfig))
+
+
+def add_fields(parser: argparse.ArgumentParser, fields: Iterable[dataclasses.Field[Any]]) -> None:
+    """Flags for fields of `PruneConfig`."""
+    for field in fields:
         flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%(default)s", str(field.default))
         if field.name in NAMES:
             text += f": {', '.join(NAMES[field.name]())}"

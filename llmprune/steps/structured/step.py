@@ -98,6 +98,9 @@ class RemoveStructure:
     def probed(self, texts: Texts) -> int:
         return self._dense(texts).probed(self._sizing.probes) if self._sizing.probes else 0
 
+    def scanned(self) -> int:
+        return 0
+
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job = self._job
         known = job.ranks.agree(manifest.known if manifest else {})

@@ -8,7 +8,7 @@ measured (as Sieberling et al., "EvoPress", 2025, measure it).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +59,6 @@ class Scanner:
     Attributes:
         sites: names of those that are to be scanned.
         grid: the patterns that errors are measured at.
-        known: what an earlier, unfinished scan has measured, by block; `keep` hears what has been, after each.
     """
 
     job: Job
@@ -67,13 +66,16 @@ class Scanner:
     texts: Texts
     sites: frozenset[str]
     grid: Sequence[Pattern]
-    known: Mapping[str, Any] = field(default_factory=dict)
-    keep: Keep = lambda measured: None
-    _found: list[dict[str, Any]] = field(default_factory=list)
+    _measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _going: list[Activations] = field(default_factory=list)
 
-    def scan(self, record: RunRecord) -> Scan:
-        """One pass over the model, which is as before when it ends; `record` says what it is."""
+    def scan(self, record: RunRecord, known: Mapping[str, Any], keep: Keep) -> Scan:
+        """One pass over the model, which is as before when it ends.
+
+        Args:
+            record: says which model and text these are.
+            known: what an earlier, unfinished scan has measured, by block; `keep` hears all that has been, after each block.
+        """
         job, work = self.job, self.work
         windows = first(self.texts.calibration, PROBED, job.ranks.size)
         feed, few = self._record(self.texts.calibration), self._record(windows)
@@ -83,7 +85,8 @@ class Scanner:
             for going in self._going:
                 with job.clock("probe"):
                     going.advance(block)
-            self._scan(block, feed, few)
+            self._scan(block, feed, few, known.get(str(block.index)))
+            keep({**known, **self._measured})
 
         with observable(work.model, all_tokens=job.config.all_experts):
             stream(work.source, _Feeds(job, feed, few, len(work.blocks) - 1), _Nothing(), visit)
@@ -91,7 +94,8 @@ class Scanner:
         share = windows.share(ranks.rank, ranks.size)
         with work.outside(), job.clock("probe"):
             nats = streamed_divergences(work.model, blocks, few, self._going, share, work.device, ranks)
-        matrices = [Scanned(**one, nats=own) for one, own in zip(self._found, nats, strict=True)]
+        every = [one for measured in self._measured.values() for one in measured]
+        matrices = [Scanned(**one, nats=own) for one, own in zip(every, nats, strict=True)]
         return Scan(
             model=record.model,
             calibration=record.calibration,
@@ -115,9 +119,9 @@ class Scanner:
                 folder=work.scratch,
             )
 
-    def _scan(self, block: Block, feed: Activations, few: Activations) -> None:
+    def _scan(self, block: Block, feed: Activations, few: Activations, known: list[dict[str, Any]] | None) -> None:
         """Measure the block's curves, unless an earlier scan has, and send its probes on their way."""
-        known, found = self.known.get(str(block.index)), dict[str, _Seen]()
+        found = dict[str, _Seen]()
         grid = [*dict.fromkeys([*(() if known else self.grid), PROBE])]
         scores = dict[str, Tensor]()
         for group in passes(self._stages(block, feed)):
@@ -136,11 +140,9 @@ class Scanner:
                 probed = solved if pattern == PROBE else probed
             self._probe(block, probed, few)
         _count_outliers(found, scores)
-        measured = [_measured(name, block, one) for name, one in found.items()]
-        self._found += known or measured
-        shown = [Scanned(**one, nats=0.0) for one in self._found[-len(measured) :]]
-        self.job.progress.scanned(shown, str(PROBE))
-        self.keep({**self.known, str(block.index): self._found[-len(measured) :]})
+        measured = known or [_measured(name, block, one) for name, one in found.items()]
+        self._measured[str(block.index)] = measured
+        self.job.progress.scanned([Scanned(**one, nats=0.0) for one in measured], str(PROBE))
 
     def _stages(self, block: Block, feed: Activations) -> list[Stage]:
         sites = {site.name: site for site in block.sites if site.name in self.sites}
@@ -266,3 +268,9 @@ def _measured(name: str, block: Block, one: _Seen) -> dict[str, Any]:
         "errors": one.errors(),
         "outliers": one.outliers,
     }
+
+
+def followed(sites: Iterable[str], texts: Texts, processes: int) -> int:
+    """Tokens that a scan of `sites` follows to the end of the model: the dense ones and, from each matrix on, its probe's."""
+    kinds = {re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in sites}
+    return (2 + len(kinds)) * first(texts.calibration, PROBED, processes).ids.numel()

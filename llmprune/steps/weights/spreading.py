@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from llmprune.output.resume import Manifest
 from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import REACH, levels, share
-from llmprune.steps.weights.scanning import Scanner
+from llmprune.steps.weights.scanning import Keep, Scanner
 from llmprune.steps.weights.selection import Selection
 
 UNIFORM = "uniform"
@@ -54,16 +54,9 @@ def _decide(
     manifest: Manifest | None,
 ) -> dict[str, Any]:
     assert job.pattern is not None
-
-    def keep(found: Any) -> None:
-        if manifest:
-            manifest.known = {"scan": found}
-            manifest.begin()
-
     scan = job.scan
     if scan is None:
-        scanner = Scanner(job, work, texts, frozenset(selection.patterns), grid(job.pattern), measured, keep)
-        scan = scanner.scan(record)
+        scan = scanner_of(job, work, selection, texts).scan(record, measured, kept_in(manifest))
     scan = fitting(scan, selection)
     allocation: Allocation = ALLOCATORS.get(job.config.allocate).allocate(scan, job.pattern)
     allocation = job.ranks.agree(allocation)
@@ -76,6 +69,23 @@ def _decide(
         "reckoned_loss_uniform": reckoned[0],
         "text": describe(scan.matrices, allocation, job.config.allocate, *reckoned),
     }
+
+
+def scanner_of(job: Job, work: Work, selection: Selection, texts: Texts) -> Scanner:
+    """Of what it takes to spread the job's pattern."""
+    assert job.pattern is not None
+    return Scanner(job, work, texts, frozenset(selection.patterns), grid(job.pattern))
+
+
+def kept_in(manifest: Manifest | None) -> Keep:
+    """Keeps what a scan has measured so far for a run that goes on; nothing on a process that does not write."""
+
+    def keep(measured: Mapping[str, Any]) -> None:
+        if manifest:
+            manifest.known = {"scan": measured}
+            manifest.begin()
+
+    return keep
 
 
 def grid(pattern: Pattern) -> list[Pattern]:

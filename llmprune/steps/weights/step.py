@@ -20,8 +20,9 @@ from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Feeds, Keeper, Resume, Work
 from llmprune.steps.weights.reconstruct import check_batches
+from llmprune.steps.weights.scanning import followed
 from llmprune.steps.weights.selection import Selection, select
-from llmprune.steps.weights.spreading import UNIFORM, spread
+from llmprune.steps.weights.spreading import UNIFORM, grid, spread
 from llmprune.steps.weights.visitor import WeightPruner
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import stream
@@ -41,7 +42,14 @@ class PruneWeights:
         return self._selection.describe(asked(self._job))
 
     def probed(self, texts: Texts) -> int:
-        return 0
+        return followed(self._selection.patterns, texts, self._job.ranks.size) if self._scans() else 0
+
+    def scanned(self) -> int:
+        return len(grid(self._job.pattern)) if self._job.pattern is not None and self._scans() else 0
+
+    def _scans(self) -> bool:
+        """Whether the dense model is scanned first."""
+        return self._job.config.allocate != UNIFORM and self._job.scan is None
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, edited = self._job, set[str]()
