@@ -16,14 +16,14 @@ from llmprune.base.files import SCAN
 from llmprune.base.folders import publish
 from llmprune.base.processes import joined
 from llmprune.base.words import command_line, count
-from llmprune.data.windows import Texts
+from llmprune.data.windows import Given, Texts
 from llmprune.job.allocation import as_texts
 from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
 from llmprune.job.progress import Progress
 from llmprune.job.record import RunRecord
 from llmprune.job.scan import Scan, Scanned, total_weights
-from llmprune.models.resolve import ModelFolder, resolve
+from llmprune.models.resolve import ModelFolder, resolve, spelled
 from llmprune.models.skeleton import Skeleton, find_tokenizer
 from llmprune.numerics.patterns import NM, Pattern, Unstructured, parse
 from llmprune.output.resume import Manifest, continued, partial_folder
@@ -74,22 +74,32 @@ class ScanModel:
                 (into / f"allocation-{name.replace('%', 'pct').replace(':', 'of')}.json").write_text(text, encoding="utf-8")
 
 
-def scan(model: str | Path, output: str | Path, *, progress: Progress | None = None, **options: Any) -> Scan:
+def scan(
+    model: str | Path,
+    output: str | Path,
+    *,
+    calibration: str | Path | Given = "auto",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Scan:
     """Measure the error curves and sensitivities of a model's matrices, block by block, and write them to a folder:
     `scan.json`, and files that `--allocation` takes. Goes on from an unfinished scan.
 
     Args:
         model: a bundled name, a folder or a Hub id.
+        calibration: as for `prune`.
         options: those of `prune` that say how to calibrate and compute.
 
     Raises:
         InputError: bad input, in one line; nothing has been written.
     """
-    fixed = {"model": str(model), "output": str(output), "sparsity": str(PROBE), "method": "sparsegpt", "eval_text": "none"}
+    given = None if isinstance(calibration, (str, Path)) else calibration
+    named = {"model": spelled(model), "calibration": str(calibration) if given is None else "given tokens"}
+    fixed = {**named, "output": str(output), "sparsity": str(PROBE), "method": "sparsegpt", "eval_text": "none"}
     config = PruneConfig.create({**options, **fixed})
     check_folders(config)
     with torch.no_grad(), plain_errors(), joined() as ranks:
-        job = Job(config, None, progress or Progress(), ranks)
+        job = Job(config, given, progress or Progress(), ranks)
         folder, into = resolve(config.model), user_path(str(output), "output")
         claim_output(job, into, folder.path)
         with job.clock:
