@@ -2,6 +2,7 @@
 
 | verb | what it does |
 |---|---|
+| `scan` | what each matrix loses at which sparsity |
 | `prune` | prune a model, in memory or from folder to folder |
 | `load` | a model that llmprune wrote, or any other; 2:4 layers packed |
 | `pack`, `unpack` | a folder with 2:4 matrices as values and codes, and back, bit for bit |
@@ -24,5 +25,6 @@ from llmprune.output.verify import verify
 from llmprune.reports.html import report
 from llmprune.runs.compare import compare
 from llmprune.runs.prune import Result, prune
+from llmprune.runs.scan import scan
 
-__all__ = ["Result", "bench", "compare", "evaluate", "load", "pack", "prune", "push", "report", "unpack", "verify"]
+__all__ = ["Result", "bench", "compare", "evaluate", "load", "pack", "prune", "push", "report", "scan", "unpack", "verify"]

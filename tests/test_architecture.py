@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"formats", "measure", "output", "reports", "runs"},
     "cli": {
         *("base", "models", "formats", "solvers", "cost", "job", "measure", "output", "reports", "runs"),
-        "steps/structured",
+        *("steps/structured", "steps/weights"),
     },
     "__init__": {"base", "api"},
     "__main__": {"cli"},

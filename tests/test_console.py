@@ -16,6 +16,7 @@ import llmprune
 from llmprune.base import hardware
 from llmprune.cli.console import Console
 from llmprune.cli.main import main
+from llmprune.cost import energy
 from llmprune.job.record import COMPUTED, Perplexity, RunRecord
 from llmprune.output.card import model_card
 from llmprune.reports.page import content
@@ -109,7 +110,7 @@ def test_what_is_computed_is_not_said_to_be_measured(records: dict[str, RunRecor
     record = evaluated(records["structure"])
     labels = [line.split("│")[1].strip() for line in shown(record, terminal=False) if line.startswith("│")]
     at = labels.index(COMPUTED)
-    sizes = ["parameters", "multiplications a token", "bytes of keys and values a token"]
+    sizes = ["parameters", "multiplications a token", "bytes of keys and values a token", energy.TITLE]
     assert labels[at + 1 :] == [*sizes, "weight bytes"]
     assert {"loss, nats a token more", "pruning time / time of its forward passes"} <= set(labels[:at])
     measured, _, computed = model_card(record, "out").partition(f"\n\n| {COMPUTED} | |\n")

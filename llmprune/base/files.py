@@ -14,6 +14,7 @@ from llmprune.base.errors import InputError, reason, user_path
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PACKED = "packed.json"  # what a folder of packed 2:4 matrices holds instead
+SCAN = "scan.json"  # what `llmprune scan` measured
 RECORD, SCHEMA = "llmprune.json", 1  # of a run: its file, and which form that has
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from llmprune.base.errors import InputError, MachineError, denied, reason
-from llmprune.base.files import PACKED, RECORD, fsync
+from llmprune.base.files import PACKED, RECORD, SCAN, fsync
 from llmprune.base.words import size
 
 
@@ -76,7 +76,7 @@ def _filled(folder: Path) -> bool:
 
 def _ours(folder: Path) -> bool:
     """Whether llmprune wrote it."""
-    return (folder / RECORD).is_file() or (folder / PACKED).is_file()
+    return any((folder / name).is_file() for name in (RECORD, PACKED, SCAN))
 
 
 def _replaced(target: Path) -> Path:

@@ -19,6 +19,7 @@ from llmprune.base.words import command_line, count, literal, size
 from llmprune.cost.footprint import changes
 from llmprune.job.progress import Progress
 from llmprune.job.record import COMPUTED, Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
+from llmprune.job.scan import Scanned
 from llmprune.job.speedup import speed_rows
 from llmprune.models.resolve import spelled
 
@@ -64,7 +65,7 @@ class Console(Progress):
         for title, value in {
             "model": f"{model['name']} ({model['class']}, {parameters}, {count(model['blocks'], 'block')})",
             what: asked,
-            "method": f"{record.recipe['text']}{order if arguments['sparsity'] else ''}",
+            "method": f"{record.recipe['text']}{order if arguments['sparsity'] or arguments['allocation'] else ''}",
             "calibration": f"{text['text']}, {count(text['samples'], 'window')} x {text['seqlen']} tokens, seed {text['seed']}",
             "compute": _compute(record.compute),
             **({"needs": record.predicted["text"]} if record.predicted else {}),
@@ -104,6 +105,10 @@ class Console(Progress):
             f"  block fit {result.before:.3%} -> {result.after:.3%} ({count(result.steps, 'step')}, rate {result.rate:g}, "
             f"{size(result.nbytes)})"
         )
+
+    def scanned(self, matrices: Sequence[Scanned], pattern: str) -> None:
+        errors = "  ".join(f"{one.kind} {_share(one.errors.get(pattern))}" for one in matrices)
+        self._came = f"scanned; output error at {pattern}: {errors}"
 
     def removed(self, removal: Removal) -> None:
         self._gone.append(removal)
@@ -192,7 +197,7 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
         yield "loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}"
     yield from speed_rows(record.structure)
     if record.sites:
-        asked = str(record.arguments["sparsity"])
+        asked = record.arguments["sparsity"] or "by matrix"
         share = record.zeros() / record.weights()
         yield f"zeros in {count(len(record.sites), 'pruned matrix')} (asked: {asked})", "", f"{share:.2%}"
         yield "nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}"

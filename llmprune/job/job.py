@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 
 from llmprune.base.clock import Clock
+from llmprune.base.errors import user_path
 from llmprune.base.notation import ALLOWANCES
 from llmprune.base.processes import Ranks
 from llmprune.data.windows import Given
+from llmprune.job.allocation import read_allocation
 from llmprune.job.naming import output_folder
 from llmprune.job.options import PruneConfig
 from llmprune.job.progress import Progress
 from llmprune.job.recipes import Recipe, choose_recipe
+from llmprune.job.scan import Allocation, Scan
 from llmprune.numerics.patterns import Pattern, parse
 from llmprune.solvers import METHODS
 
@@ -23,7 +26,13 @@ _WINDOWS, _TOKENS = 8, 4096  # run at once where nobody says otherwise: so many 
 
 @dataclass(slots=True)
 class Job:
-    """What was asked. Method and pattern are looked up at once, so that a mistake costs no work."""
+    """What was asked. Method, pattern and files are looked up at once, so that a mistake costs no work.
+
+    Attributes:
+        pattern: where all matrices together have one.
+        allocation: the user's own patterns by matrix.
+        scan: what an earlier scan has measured.
+    """
 
     config: PruneConfig
     given: Given | None
@@ -32,12 +41,17 @@ class Job:
     clock: Clock = field(default_factory=Clock)
     recipe: Recipe = field(init=False)
     pattern: Pattern | None = field(init=False)
+    allocation: Allocation | None = field(init=False)
+    scan: Scan | None = field(init=False)
 
     def __post_init__(self) -> None:
         recipe, asked = choose_recipe(self.config), self.config.true_sequential
         published = METHODS.get(recipe.method).true_sequential
         self.recipe = replace(recipe, true_sequential=published if asked is None else asked)
-        self.pattern = parse(self.config.sparsity) if self.config.sparsity is not None else None
+        config = self.config
+        self.pattern = parse(config.sparsity) if config.sparsity is not None else None
+        self.allocation = read_allocation(user_path(config.allocation, "allocation")) if config.allocation else None
+        self.scan = Scan.load(user_path(config.scan, "scan")) if config.scan else None
 
     def method(self) -> str:
         """In words."""
@@ -51,7 +65,7 @@ class Job:
         if config.heads is not None or config.neurons is not None or config.budgets:
             fitted = "" if config.refit is False else f" + least squares, {self.recipe.target} target"
             steps.append(f"{config.score}{fitted}{', by layer' if config.per_layer else ''}")
-        return ", then ".join(steps + ([str(self.recipe)] if self.pattern else []))
+        return ", then ".join(steps + ([str(self.recipe)] if config.sparse else []))
 
     def batch(self, length: int, device: torch.device) -> int:
         """How many windows of `length` tokens this process runs at once.

@@ -22,7 +22,10 @@ def output_folder(config: PruneConfig, model: str) -> Path | None:
     parts = [f"{what}{amount}" for what, amount in asked.items() if amount]
     parts += [f"{what}{getattr(config, name)}" for name, what in _BUDGETS.items() if getattr(config, name)]
     parts += [f"{config.target_speedup}{config.for_}"] if config.target_speedup else []
-    parts += [config.sparsity, choose_recipe(config).name] if config.sparsity else []
+    parts += [config.sparsity] if config.sparsity else []
+    parts += [config.allocate] if config.allocate != "uniform" else []
+    parts += [Path(config.allocation).stem] if config.allocation else []
+    parts += [choose_recipe(config).name] if config.sparse else []
     return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
 
 
@@ -33,4 +36,6 @@ def asked_text(arguments: Mapping[str, Any]) -> str:
     parts += [f"{given[name]} of its {counted.noun}" for name, counted in ALLOWANCES.items() if name in given]
     if "target_speedup" in given:
         parts.append(f"{given['target_speedup']} the speed in {given['for_']}")
-    return ", ".join(parts + ([given["sparsity"]] if "sparsity" in given else []))
+    spread = f" spread by {given['allocate']}" if given.get("allocate", "uniform") != "uniform" else ""
+    parts += [f"{given['sparsity']}{spread}"] if "sparsity" in given else []
+    return ", ".join(parts + (["a sparsity for each matrix"] if "allocation" in given else []))

@@ -93,6 +93,14 @@ class PruneConfig:
     reconstruct: bool | None = _option(
         "fit the kept weights and norms of each block to the dense block's output (default: in best only)", None
     )
+    allocate: str = _option(
+        "how the sparsity is spread over matrices, which a scan of the dense model comes before (default: %(default)s)",
+        "uniform",
+    )
+    scan: str | None = _option("the scan to go by: scan.json of llmprune scan (default: scan first)", None, metavar="FILE")
+    allocation: str | None = _option(
+        "instead of --sparsity: a JSON file of patterns by matrix, as llmprune scan writes them", None, metavar="FILE"
+    )
     calibration: str = _option(
         "calibration text: pydoc, wikitext2, c4, ptb, a Hub dataset id, or a .txt, .jsonl, .json, .parquet file, plain or "
         ".gz (default: pydoc for the bundled model, else c4)",
@@ -138,10 +146,12 @@ class PruneConfig:
         for name in ("samples", "seqlen", "batch_size", "round_to", "for_batch", "for_context"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} {number} is impossible: give at least 1")
-        if self.sparsity is None and not self.structured:
+        if self.sparsity is not None and self.allocation is not None:
+            raise InputError("sparsity and allocation exclude each other: the file says how sparse each matrix becomes")
+        if not self.sparse and not self.structured:
             raise InputError(
-                "sparsity is required: pass --sparsity, --heads, --neurons, --layers or --target-params, -bytes, -macs, "
-                "-speedup (in YAML, Python alike)"
+                "sparsity is required: pass --sparsity, --allocation, --heads, --neurons, --layers or --target-params, -bytes, "
+                "-macs, -speedup (in YAML, Python alike)"
             )
         self._check_roads()
         if self.seqlen < 2:
@@ -159,9 +169,11 @@ class PruneConfig:
                 f"{next(iter(self.budgets))} and {amounts[0]} cannot be combined: a budget decides about heads, neurons and "
                 "layers"
             )
-        weights, chosen = self.sparsity is not None, self.heads is not None or self.neurons is not None or budget
+        weights, chosen = self.sparse, self.heads is not None or self.neurons is not None or budget
         uses = {
-            "to prune weights, with --sparsity": (
+            "to spread --sparsity": (self.sparsity is not None, ("allocate",)),
+            "to spread --sparsity otherwise than uniformly, with --allocate": (self.allocate != "uniform", ("scan",)),
+            "to prune weights, with --sparsity or --allocation": (
                 weights, ("method", "quality", "reconstruct", "true_sequential", "only", "skip")
             ),
             "to say what --target-speedup is about": (self.target_speedup is not None, _USE),
@@ -178,6 +190,11 @@ class PruneConfig:
         for purpose, (there, names) in uses.items():
             if idle := [name for name in names if name in given and not there]:
                 raise InputError(f"{idle[0].rstrip('_')} has no effect here: it is there {purpose}")
+
+    @property
+    def sparse(self) -> bool:
+        """Whether weights are to be pruned."""
+        return self.sparsity is not None or self.allocation is not None
 
     @property
     def structured(self) -> bool:

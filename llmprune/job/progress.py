@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord
+from llmprune.job.scan import Scanned
 
 
 class Progress:
@@ -21,6 +23,8 @@ class Progress:
     def site(self, site: SiteRecord) -> None: ...
 
     def reconstructed(self, result: Reconstruction) -> None: ...
+
+    def scanned(self, matrices: Sequence[Scanned], pattern: str) -> None: ...
 
     def removed(self, removal: Removal) -> None: ...
 

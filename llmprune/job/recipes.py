@@ -45,6 +45,7 @@ QUALITIES = {
     "balanced": Recipe("balanced", "annealed", refit=True, target="corrected"),
     "best": Recipe("best", "annealed", refit=True, target="corrected", reconstruct=True),
 }
+SCANNING = Recipe("scan", "sparsegpt", true_sequential=False)  # which errors a scan compares: one sweep a level is quick
 
 
 def choose_recipe(config: PruneConfig) -> Recipe:

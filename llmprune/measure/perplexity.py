@@ -66,7 +66,7 @@ def _measure(
     loss, predicted = torch.zeros((), dtype=torch.float64), 0
     for inputs, output in batches:
         labels = next_token_labels(inputs)
-        for positions in torch.arange(labels.shape[1]).split(_at_once(model, *labels.shape)):
+        for positions in torch.arange(labels.shape[1]).split(at_once(model, *labels.shape)):
             logits, wanted = head(model, blocks, output, positions, **inputs).flatten(0, 1), labels[:, positions].flatten()
             each = functional.cross_entropy(logits.float(), wanted, reduction="none", ignore_index=IGNORED)
             loss += each.cpu().double().sum()
@@ -77,7 +77,7 @@ def _measure(
     return Perplexity(value, windows.text, int(tokens), int(count), windows.ids.shape[1], dtype_name(model.dtype))
 
 
-def _at_once(model: PreTrainedModel, windows: int, tokens: int) -> int:
+def at_once(model: PreTrainedModel, windows: int, tokens: int) -> int:
     """Of how many tokens of each of so many windows the logits are made at once."""
     if not keeps_logits(model):
         return tokens

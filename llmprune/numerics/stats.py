@@ -188,6 +188,13 @@ class Gram(Moments):
         """H / tokens, (in, in)."""
         return self.sum / max(self.tokens, 1)
 
+    @full_float32()
+    def errors(self, dense: Tensor, pruned: Tensor) -> tuple[float, float]:
+        """‖X(W - Ŵ)ᵀ‖² and ‖XWᵀ‖² over the tokens, for W, Ŵ (out, in), by way of the Gram."""
+        gap = dense - pruned
+        lost, whole = (((w @ self.sum) * w).sum(dtype=torch.float64) for w in (gap, dense))
+        return max(float(lost), 0.0), max(float(whole), 0.0)
+
     @cached_property
     def factor(self) -> InverseFactor:
         """The damped inverse factor, computed once for all matrices that share this input. Only after the last `add`."""

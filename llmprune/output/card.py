@@ -50,7 +50,7 @@ def model_card(record: RunRecord, name: str) -> str:
 
 def _front_matter(record: RunRecord, name: str) -> str:
     tags = ["llmprune", "pruned", *(["structured-pruning"] if record.structure else [])]
-    tags += ["sparse", record.recipe["method"]] if record.arguments["sparsity"] else []
+    tags += ["sparse", record.recipe["method"]] if record.sites else []
     facts = {
         "library_name": "llmprune" if record.structure.get("differ_by_layer") else "transformers",
         "pipeline_tag": "text-generation",

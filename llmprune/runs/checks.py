@@ -15,6 +15,7 @@ from llmprune.job.recipes import choose_recipe
 from llmprune.models.resolve import ModelFolder, look_up
 from llmprune.solvers import METHODS
 from llmprune.steps.structured.scores import SCORES
+from llmprune.steps.weights.allocate import ALLOCATORS
 
 
 def check_names(config: PruneConfig) -> None:
@@ -22,6 +23,7 @@ def check_names(config: PruneConfig) -> None:
     for kind, name, known in (
         ("method", choose_recipe(config).method, METHODS.names()),
         ("score", config.score, SCORES.names()),
+        ("allocation", config.allocate, ALLOCATORS.names()),
     ):
         if name not in known:
             raise unknown(kind, name, known)

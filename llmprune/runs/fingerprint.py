@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llmprune.data.windows import Texts
+from llmprune.job.allocation import as_texts
 from llmprune.job.flags import flag
 from llmprune.job.job import Job
 from llmprune.job.record import RunRecord, versions
@@ -26,6 +27,8 @@ def fingerprint(job: Job, checkpoint: Checkpoint, texts: Texts, record: RunRecor
         **options,
         **{f"version of {package}": version for package, version in versions().items()},
         **{what: text.digest() if text else None for what, text in windows.items()},
+        "--allocation holds": as_texts(job.allocation) if job.allocation else None,
+        "--scan holds": job.scan.digest() if job.scan else None,
         "model": checkpoint.fingerprint(),
         "compute": f"{record.compute['dtype']} on {record.compute['device']}",
         "processes": job.ranks.size,

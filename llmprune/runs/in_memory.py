@@ -25,8 +25,8 @@ from llmprune.output.write import write_record
 from llmprune.runs.announce import announce, claim_output
 from llmprune.runs.texts import choose_texts
 from llmprune.steps.base import Work
-from llmprune.steps.weights.selection import select_sites
-from llmprune.steps.weights.step import PruneWeights, prune_weights
+from llmprune.steps.weights.spreading import spread
+from llmprune.steps.weights.step import PruneWeights, asked, choose, prune_weights
 from llmprune.stream.source import ModelSource
 
 
@@ -38,7 +38,7 @@ def prune_in_memory(
     Args:
         why: its dtype was chosen, in words; nothing where nobody chose.
     """
-    if job.config.structured or job.pattern is None:
+    if job.config.structured:
         raise InputError("heads, neurons and layers are removed from folder to folder: pass the model's folder or Hub id")
     output = job.output(folder.name if folder else job.config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -51,7 +51,7 @@ def prune_in_memory(
     pick_device(str(model.device))
     with job.clock("prepare"):
         source = ModelSource(model)
-        selection = select_sites(list(source.blocks()), job.pattern, only=job.config.only, skip=job.config.skip)
+        selection = choose(job, list(source.blocks()))
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         work = Work(
             model,
@@ -70,12 +70,13 @@ def prune_in_memory(
         texts,
         folder,
         title=PruneWeights.title,
-        asked=selection.describe(job.pattern),
+        asked=selection.describe(asked(job)),
         skipped=selection.skipped,
         predicted={},
         why=why,
     )
     with _evaluating(model):
+        selection = spread(job, work, selection, texts, record, None)
         prune_weights(job, work, selection, texts, record, set())
     if output is not None and job.ranks.first:
         with published(output, overwrite=job.config.overwrite) as partial, job.clock("write"):

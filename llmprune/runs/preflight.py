@@ -22,7 +22,7 @@ from llmprune.base.words import size
 from llmprune.cost.matrices import Matrix, matrices
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
-from llmprune.job.recipes import Recipe
+from llmprune.job.recipes import SCANNING, Recipe
 from llmprune.measure.perplexity import LOGITS
 from llmprune.models.experts import experts_per_token
 from llmprune.models.sites import Block
@@ -95,11 +95,13 @@ def estimate(
     checkpoint: int,
     processes: int = 1,
     probed: int = 0,
+    scanned: int = 0,
     all_experts: bool = False,
     pinned: bool = False,
 ) -> Needs:
     """What pruning needs. `blocks` may be on the meta device; `checkpoint` is the bytes of its tensors; `probed` are tokens
-    whose hidden states are followed besides, through half of the blocks on average; `all_experts`: each sees every token;
+    whose hidden states are followed besides, through half of the blocks on average; `scanned`: patterns that a scan of the
+    dense model, which comes before, measures errors at; `all_experts`: each sees every token;
     `pinned`: hidden states rest in pinned memory, as those of a GPU do.
     """
     config, (_, length) = model.get_text_config(), texts.calibration.ids.shape
@@ -118,9 +120,8 @@ def estimate(
     inside = max(sizes) * (dtype.itemsize * (1 + streams) + 4 * _FIT * recipe.reconstruct)
     if recipe.reconstruct:
         made += int(4 * _SAVED * batch * length * max(sum(one.rows * one.share for one in own) for own in by_block))
-    passes = (
-        _STAGES * streams * tokens + 2 * evaluated + probed / processes / 2 + _BACKWARD * PASSES * tokens * recipe.reconstruct
-    )
+    passes = (_STAGES * streams + (scanned > 0)) * tokens + 2 * evaluated + probed / processes / 2
+    passes += _BACKWARD * PASSES * tokens * recipe.reconstruct
     hidden, inside_block = (_resting(width * dtype.itemsize, batch * length, pinned) for width in (config.hidden_size, held))
     solving = max(_statistics(block, own, recipe) for block, own in zip(blocks, by_block, strict=True))
     solving += max((_solving(one, recipe) for one in every), default=0)
@@ -131,8 +132,8 @@ def estimate(
         solving=solving,
         output=int(_FILES * checkpoint),
         forward=2 * (passes * sum(one.rows * one.columns * one.share for one in every) + 2 * evaluated * head),
-        statistics=sum(_counting(one, recipe, tokens) for one in every),
-        solve=sum(_work(one, recipe, processes) for one in every),
+        statistics=sum(_counting(one, recipe, tokens) + _counting(one, SCANNING, tokens) * (scanned > 0) for one in every),
+        solve=sum(_work(one, recipe, processes) + scanned * _work(one, SCANNING, processes) for one in every),
     )
 
 
@@ -217,7 +218,15 @@ def describe(needs: Needs, seconds: float, *, mapped: bool) -> str:
 
 
 def predict(
-    job: Job, work: Work, config: PretrainedConfig, blocks: Sequence[Block], texts: Texts, output: Path, *, probed: int
+    job: Job,
+    work: Work,
+    config: PretrainedConfig,
+    blocks: Sequence[Block],
+    texts: Texts,
+    output: Path,
+    *,
+    probed: int,
+    scanned: int,
 ) -> dict[str, Any]:
     """What the run will need, by formula, for the record.
 
@@ -235,6 +244,7 @@ def predict(
         checkpoint=work.nbytes,
         processes=job.ranks.size,
         probed=probed,
+        scanned=scanned,
         all_experts=job.config.all_experts,
         pinned=work.device.type == "cuda" and not mapped,
     )

@@ -35,7 +35,7 @@ def schedule(job: Job, output: Path) -> list[Stage]:
     asked: list[tuple[Job, type[Step]]] = []
     if job.config.structured:
         asked.append((job, RemoveStructure))
-    if job.pattern is not None:
+    if job.config.sparse:
         asked.append((job.weights_only(output) if asked else job, PruneWeights))
     folders = [*(between_folder(output) for _ in asked[1:]), partial_folder(output)]
     return [Stage(own, kind, output, into) for (own, kind), into in zip(asked, folders, strict=True)]
@@ -76,7 +76,8 @@ class Stage:
             scratch = existing_parent(self.output) if job.config.activations == "disk" else None
             step, work = self.kind(job, skeleton, scratch), Work.on_disk(skeleton, scratch)
             texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=place.bundled)
-            predicted = predict(job, work, config, skeleton.describe(), texts, self.output, probed=step.probed(texts))
+            needs = {"probed": step.probed(texts), "scanned": step.scanned()}
+            predicted = predict(job, work, config, skeleton.describe(), texts, self.output, **needs)
         said = {"title": step.title, "asked": str(step), "why": why}
         record = announce(job, work, texts, place, **said, skipped=step.skipped, predicted=predicted)
         return Begun(self, step, checkpoint, texts, record)

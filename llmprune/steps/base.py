@@ -89,6 +89,10 @@ class Step(Protocol):
         """Calibration tokens that are followed through the model besides the windows."""
         ...
 
+    def scanned(self) -> int:
+        """Patterns at which each matrix's error is measured first; 0: there is no scan."""
+        ...
+
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         """Write the model's new folder, all but its card and record, and fill in `record`.
 

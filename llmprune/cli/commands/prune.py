@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,26 @@ from llmprune.job.flags import flag
 from llmprune.job.options import TARGETS, PruneConfig
 from llmprune.solvers import METHODS
 from llmprune.steps.structured.scores import SCORES
+from llmprune.steps.weights.allocate import ALLOCATORS
 
 SUMMARY = "prune a model after training, block by block"
 EXAMPLE = "llmprune --model llama --sparsity 2:4"
-NAMES: dict[str, Callable[[], list[str]]] = {"method": METHODS.names, "score": SCORES.names}  # what options name
+NAMES: dict[str, Callable[[], list[str]]] = {
+    "method": METHODS.names,
+    "score": SCORES.names,
+    "allocate": ALLOCATORS.names,
+}  # what options name
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The fields of `PruneConfig`, and a file that has them."""
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a YAML file; flags win over it")
-    for field in dataclasses.fields(PruneConfig):
+    add_fields(parser, dataclasses.fields(PruneConfig))
+
+
+def add_fields(parser: argparse.ArgumentParser, fields: Iterable[dataclasses.Field[Any]]) -> None:
+    """Flags for fields of `PruneConfig`."""
+    for field in fields:
         name, text = flag(field.name), field.metadata["help"].replace("%(default)s", str(field.default))
         if field.name in NAMES:
             text += f": {', '.join(NAMES[field.name]())}"

@@ -30,7 +30,7 @@ from llmprune.steps.structured.removal import SmallerBlocks
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scouting import Ask, Scout, Scouted
 from llmprune.steps.structured.sizing import Amounts, Builder, sized
-from llmprune.steps.weights.selection import select_sites
+from llmprune.steps.weights.step import choose
 from llmprune.stream.engine import stream
 from llmprune.stream.source import CheckpointSource
 
@@ -91,14 +91,17 @@ class RemoveStructure:
         self._builder = Builder(skeleton)
         self._sizing = (Budget if job.config.budgets else Amounts)(self._builder, job)
         trial = self._builder.target(*self._sizing.trial)  # of the size that is asked for, other layers aside, but of a budget
-        if job.pattern:  # whose step comes after this one
-            select_sites(trial.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
+        if job.config.sparse:  # whose step comes after this one
+            choose(job, trial.describe())
 
     def __str__(self) -> str:
         return str(self._sizing)
 
     def probed(self, texts: Texts) -> int:
         return self._dense(texts).probed(self._sizing.probes) if self._sizing.probes else 0
+
+    def scanned(self) -> int:
+        return 0
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job = self._job

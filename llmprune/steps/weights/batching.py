@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from llmprune.base.errors import InputError
 from llmprune.models.sites import Site, Stage
 from llmprune.numerics.patterns import Pattern
 from llmprune.solvers import METHODS
+from llmprune.solvers.base import Solution
 from llmprune.steps.weights.observing import Observed
 
 _STACK = 4  # rows a column up to which a stage is solved as one matrix: beyond, only memory would grow
@@ -36,6 +41,22 @@ class Batch:
         """Of each site of a stack."""
         return [site.rows for site in self.stacks[0]]
 
+    def dense(self) -> list[Tensor]:
+        """Float32 copies of the weights of each stack, those of its sites one below the other.
+
+        Raises:
+            InputError: they are not finite.
+        """
+        return [_weights(stack) for stack in self.stacks]
+
+    def by_site(self, dense: Sequence[Tensor], found: Solution) -> Iterator[tuple[Site, Observed, Tensor, Solution]]:
+        """Each site with what it was fed, its dense weights and its part of the solution."""
+        each = found.unbind() if len(self.stacks) > 1 else [found]
+        for stack, seen, before, after in zip(self.stacks, self.seen, dense, each, strict=True):
+            rows = [site.rows for site in stack]
+            for site, w, own in zip(stack, before.split(rows), after.split(rows), strict=True):
+                yield site, seen, w, own
+
     def most(self) -> int:
         """How many matrices are best solved at once."""
         columns, device = self.stacks[0][0].columns, self.stacks[0][0].weight.device.type
@@ -50,6 +71,15 @@ class Batch:
         """The same in batches of at most `most` matrices."""
         starts = range(0, len(self.stacks), self.most())
         return [Batch(self.stacks[i : i + self.most()], self.seen[i : i + self.most()], self.pattern) for i in starts]
+
+
+def _weights(stack: Sequence[Site]) -> Tensor:
+    for site in stack:
+        if not bool(torch.isfinite(site.weight).all()):
+            raise InputError(f"the weights of {site.name} hold NaN or infinity")
+    if len(stack) == 1:
+        return stack[0].weight.to(torch.float32, copy=True)
+    return torch.cat([site.weight.float() for site in stack])
 
 
 def make_batches(

@@ -66,3 +66,11 @@ def blend_experts(group: Sequence[Stage], observed: Sequence[Observed]) -> None:
     columns = {stage[0].pool: stage[0].columns for stage in group}
     for pool, statistics in pools.items():
         blend_with_pool(statistics, columns[pool])
+
+
+def passes(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """The stages that are collected together: experts that are fed from the same hidden states share a pass."""
+    groups: dict[str, list[Stage]] = {}
+    for stage in stages:
+        groups.setdefault(stage[0].pool or stage[0].name, []).append(stage)
+    return list(groups.values())

@@ -4,26 +4,68 @@ from __future__ import annotations
 
 import fnmatch
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
+from llmprune.job.scan import Allocation
 from llmprune.models.discover import unreached
 from llmprune.models.sites import Block
-from llmprune.numerics.patterns import Pattern
+from llmprune.numerics.patterns import Pattern, Unstructured
+
+EVERY = Unstructured(0.5)  # which every matrix can have
+STAYS_DENSE = "dense in the allocation"
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """`patterns`: site name -> pattern. `skipped`: what is left alone -> why."""
+    """`patterns`: site name -> pattern. `skipped`: what is left alone -> why. `shapes`: of all sites, (rows, columns)."""
 
     patterns: dict[str, Pattern]
     skipped: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
 
-    def describe(self, pattern: Pattern | None) -> str:
+    def describe(self, asked: str) -> str:
         """In words, such as `2:4 in 28 matrices, 0 left out`."""
-        return f"{pattern} in {count(len(self.patterns), 'matrix')}, {len(self.skipped)} left out"
+        return f"{asked} in {count(len(self.patterns), 'matrix')}, {len(self.skipped)} left out"
+
+    def spread(self, allocation: Allocation) -> Selection:
+        """The same sites with patterns of their own, by name or glob; those that stay dense are left out."""
+        found = Selection({}, dict(self.skipped), self.shapes)
+        for name in self.patterns:
+            own = next(own for glob, own in allocation.items() if fnmatch.fnmatchcase(name, glob))
+            if own is None:
+                found.skipped[name] = STAYS_DENSE
+            else:
+                found.patterns[name] = own
+        return found
+
+
+def select(blocks: Sequence[Block], asked: Pattern | Allocation, *, only: Sequence[str], skip: Sequence[str]) -> Selection:
+    """The sites that are to be pruned, each with its pattern: `asked`, or what it has for the site's name.
+
+    Raises:
+        InputError: as `select_sites`; or `asked` has a name or glob that matches nothing.
+    """
+    if not isinstance(asked, Mapping):
+        return select_sites(blocks, asked, only=only, skip=skip)
+    sites = [site for block in blocks for site in block.sites]
+    for glob in asked:
+        if not fnmatch.filter([site.name for site in sites], glob):
+            raise InputError(f"--allocation: {glob} matches no matrix; they are named like {sites[0].name}")
+    named = [site.name for site in sites if _matches(site.name, list(asked))]
+    whole = select_sites(blocks, EVERY, only=only, skip=skip)
+    inside = Selection({name: EVERY for name in whole.patterns if name in named}, dict(whole.skipped), whole.shapes)
+    inside.skipped.update((name, "not in --allocation") for name in whole.patterns if name not in named)
+    found = inside.spread(asked)
+    for site in sites:
+        own = found.patterns.get(site.name)
+        if own is not None and (misfit := own.misfit(site.rows, site.columns)):
+            raise InputError(f"--allocation: {site.name} cannot be {own}: {misfit}")
+    if not found.patterns:
+        raise InputError("--allocation leaves nothing to prune: all that it names stays dense or is left out")
+    return found
 
 
 def select_sites(blocks: Sequence[Block], pattern: Pattern, *, only: Sequence[str], skip: Sequence[str]) -> Selection:
@@ -39,10 +81,9 @@ def select_sites(blocks: Sequence[Block], pattern: Pattern, *, only: Sequence[st
         for glob in globs:
             if not fnmatch.filter([site.name for site in sites], glob):
                 raise InputError(f"{flag} {glob!r} matches no site; sites are named like {sites[0].name}")
-    selection, misfits = (
-        Selection({}, {name: why for block in blocks for name, why in unreached(block).items()}),
-        dict[str, str](),
-    )
+    skipped = {name: why for block in blocks for name, why in unreached(block).items()}
+    selection = Selection({}, skipped, {site.name: (site.rows, site.columns) for site in sites})
+    misfits: dict[str, str] = {}
     for site in sites:
         if only and not _matches(site.name, only):
             selection.skipped[site.name] = "not in --only"

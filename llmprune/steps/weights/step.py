@@ -20,7 +20,9 @@ from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Feeds, Keeper, Resume, Work
 from llmprune.steps.weights.reconstruct import check_batches
-from llmprune.steps.weights.selection import Selection, select_sites
+from llmprune.steps.weights.scanning import followed
+from llmprune.steps.weights.selection import Selection, select
+from llmprune.steps.weights.spreading import UNIFORM, grid, spread
 from llmprune.steps.weights.visitor import WeightPruner
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import stream
@@ -32,16 +34,22 @@ class PruneWeights:
     title = "pattern"
 
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
-        assert job.pattern is not None
         self._job, self._skeleton, self._work = job, skeleton, Work.on_disk(skeleton, scratch)
-        self._selection = select_sites(skeleton.describe(), job.pattern, only=job.config.only, skip=job.config.skip)
+        self._selection = choose(job, skeleton.describe())
         self.skipped: Mapping[str, str] = self._selection.skipped
 
     def __str__(self) -> str:
-        return self._selection.describe(self._job.pattern)
+        return self._selection.describe(asked(self._job))
 
     def probed(self, texts: Texts) -> int:
-        return 0
+        return followed(self._selection.patterns, texts, self._job.ranks.size) if self._scans() else 0
+
+    def scanned(self) -> int:
+        return len(grid(self._job.pattern)) if self._job.pattern is not None and self._scans() else 0
+
+    def _scans(self) -> bool:
+        """Whether the dense model is scanned first."""
+        return self._job.config.allocate != UNIFORM and self._job.scan is None
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, edited = self._job, set[str]()
@@ -49,10 +57,25 @@ class PruneWeights:
         resume = Resume.of(job, manifest, writer)
         if manifest:
             copy_extras(self._skeleton.checkpoint.folder, into)
-        prune_weights(job, self._work, self._selection, texts, record, edited, resume)
+        selection = spread(job, self._work, self._selection, texts, record, manifest)
+        prune_weights(job, self._work, selection, texts, record, edited, resume)
         if manifest:
             with job.clock("write"):
                 writer.finish()
+
+
+def choose(job: Job, blocks: Sequence[Block]) -> Selection:
+    """The sites that `job` asks for, each with the pattern of all or the one that the user's file has for it."""
+    wanted = job.allocation if job.allocation is not None else job.pattern
+    assert wanted is not None
+    return select(blocks, wanted, only=job.config.only, skip=job.config.skip)
+
+
+def asked(job: Job) -> str:
+    """The sparsity in words, such as `60%`, `60% spread by sensitivity` or `the patterns of mine.json`."""
+    if job.allocation is not None:
+        return f"the patterns of {job.config.allocation}"
+    return f"{job.pattern}" + (f" spread by {job.config.allocate}" if job.config.allocate != UNIFORM else "")
 
 
 def prune_weights(

@@ -24,7 +24,7 @@ from llmprune.numerics.stats import SAMPLE_TOKENS, CrossGram, Gram, InputSample,
 from llmprune.solvers import METHODS
 from llmprune.solvers.base import Solution
 from llmprune.steps.weights.batching import make_batches
-from llmprune.steps.weights.observing import Observed, blend_experts
+from llmprune.steps.weights.observing import Observed, blend_experts, passes
 from llmprune.steps.weights.reconstruct import reconstruct
 from llmprune.steps.weights.sharing import Round, make_rounds, solve
 from llmprune.stream.activations import Activations, PairedDense
@@ -133,10 +133,7 @@ class WeightPruner:
         stages: list[Stage] = [stage for stage in planned if stage]
         if not self.recipe.true_sequential:
             return [stages] if stages else []
-        groups: dict[str, list[Stage]] = {}  # experts that are fed from the same hidden states share a pass
-        for stage in stages:
-            groups.setdefault(stage[0].pool or stage[0].name, []).append(stage)
-        return list(groups.values())
+        return passes(stages)
 
     def _observe(self, stage: Stage, device: torch.device) -> Observed:
         columns = stage[0].columns
@@ -155,18 +152,15 @@ class WeightPruner:
         masks: dict[str, Tensor] = {}
         with self.clock("solve"):
             start = time.perf_counter()
-            dense = {batch: [_weights(stack) for stack in batch.stacks] for batch in batches}
+            dense = {batch: batch.dense() for batch in batches}
             found = solve(work, dense, self.recipe, self.ranks)
             synchronize(self.clock.device)
             seconds = (time.perf_counter() - start) / sum(site.rows for site in sites)
             records = []
             for batch, solution in found.items():
-                each = solution.unbind() if len(batch.stacks) > 1 else [solution]
-                for stack, seen, before, after in zip(batch.stacks, batch.seen, dense[batch], each, strict=True):
-                    rows = [site.rows for site in stack]
-                    for site, w, own in zip(stack, before.split(rows), after.split(rows), strict=True):
-                        masks[site.name] = own.mask
-                        records.append(self._write(block, site, w, own, seen, seconds * len(w)))
+                for site, seen, w, own in batch.by_site(dense[batch], solution):
+                    masks[site.name] = own.mask
+                    records.append(self._write(block, site, w, own, seen, seconds * len(w)))
         self.records += records
         self.edited.update(site.parameter for site in sites)
         for record in records:
@@ -207,17 +201,3 @@ class WeightPruner:
         self.edited.update(changed)
         self.reconstructions.append(result)
         self.progress.reconstructed(result)
-
-
-def _weights(stack: Stage) -> Tensor:
-    """A float32 copy of the weights, those of several sites one below the other.
-
-    Raises:
-        InputError: they are not finite.
-    """
-    for site in stack:
-        if not bool(torch.isfinite(site.weight).all()):
-            raise InputError(f"the weights of {site.name} hold NaN or infinity")
-    if len(stack) == 1:
-        return stack[0].weight.to(torch.float32, copy=True)
-    return torch.cat([site.weight.float() for site in stack])
