@@ -1,4 +1,5 @@
-"""llmprune's commands and Python files, each run in a fork of one process that has imported torch, which takes 4 s a time.
+"""llmprune's commands and Python files, each run in a fork of one process that has imported torch and
+lm-eval and read `pydoc`, which takes 10 s a time.
 
 python forks.py serve FD           # FD is a listening socket
 python forks.py ask SOCKET llmprune --model ...
@@ -68,12 +69,16 @@ def run(program: str, arguments: list[str]) -> int:
 
 
 def serve(listening: socket.socket) -> None:
+    import lm_eval.models.huggingface  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import llmprune
+    from llmprune.data.pydoc import documents
 
     for name in llmprune.__all__:
         getattr(llmprune, name)  # imports where it lives
+    for split in ("calibration", "evaluation"):
+        documents(split)  # reads them for all
     while True:
         connection, _ = listening.accept()
         asked, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)

@@ -14,10 +14,18 @@ from test_sparse import pruned
 import llmprune
 from llmprune.base.errors import InputError
 from llmprune.cli.main import main
+from llmprune.measure import speed
 from llmprune.measure.bench import LayerTime, ModelTime, advice, bench
 from llmprune.measure.speed import side_by_side
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured need not be precise here: turns are short, and little is copied."""
+    monkeypatch.setattr(speed, "_LEAST", speed._LEAST / 10)
+    monkeypatch.setattr(speed, "_COPIED", {"cpu": 2**20})
 
 
 def test_every_shape_and_batch_is_measured(saved, tmp_path: Path) -> None:

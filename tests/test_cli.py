@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -19,16 +20,6 @@ import llmprune
 from llmprune.cli.main import main
 
 QUICK = ["--samples", "4", "--seqlen", "64", "--eval-text", "none"]
-
-
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llmprune", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -413,19 +404,22 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("limit", "words"), [(20_000, "cannot copy"), (300_000, "cannot write the weights")])
-def test_a_full_disk_is_one_line(limit: int, words: str, folder: Path, text: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line(
+    limit: int, words: str, folder: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A limit on file size stands in for a full disk: the tokenizer, or the embeddings, cannot be written."""
-    code = (
-        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from llmprune.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    )
     run = ["--model", str(folder), "--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", code, *run], capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stderr
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        code = main(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    errors = capfd.readouterr().err
+    assert code == 3, errors
+    assert words in errors
+    assert errors.count("\n") == 1
+    assert "Traceback" not in errors
     left = {".out.partial"} if "weights" in words else set()  # blocks are finished: with room again, it goes on
     assert {path.name for path in tmp_path.iterdir()} == {"source", "text.txt"} | left
     assert main(run) == 0
@@ -443,13 +437,13 @@ def test_a_hub_model_takes_the_same_road(folder: Path, text: Path, tmp_path: Pat
             "HF_HUB_DISABLE_XET": "1",
         }
         run = ["--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(tmp_path / "out")]
-        done = command("--model", "acme/tiny", *run, **environment)
-        assert done.returncode == 0, done.stderr
-        absent = command("--model", "acme/absent", *run[:-1], str(tmp_path / "other"), **environment)
-    assert absent.returncode == 2
-    assert "no model acme/absent on the Hub" in absent.stderr
+        commands = [["--model", "acme/tiny", *run], ["--model", "acme/absent", *run[:-1], str(tmp_path / "other")]]
+        code = f"from llmprune.cli.main import main\nfor command in {commands!r}: print(main(command))"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert [line for line in done.stdout.splitlines() if len(line) == 1] == ["0", "2"], done.stderr
+    assert "no model acme/absent on the Hub" in done.stderr
     assert "base_model: acme/tiny" in (tmp_path / "out" / "README.md").read_text()
-    local = command("--model", str(folder), *run[:-1], str(tmp_path / "local"))
-    assert local.returncode == 0, local.stderr
+    assert main(["--model", str(folder), *run[:-1], str(tmp_path / "local")]) == 0
     for shard in sorted((tmp_path / "local").glob("*.safetensors")):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()

@@ -13,6 +13,7 @@ import torch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
+import gpu_check  # noqa: E402
 from gpu.rows import Results, Row  # noqa: E402
 
 HEADER = {"date": "2026-01-01", "device": "cpu", "versions": {"torch": "1"}}
@@ -64,22 +65,17 @@ def test_a_file_of_another_device_is_not_mixed_in(tmp_path):
         results(path, header=HEADER | {"device": "gpu"})
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(SCRIPTS / "gpu_check.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_the_plan_lists_rows_and_measures_nothing(tmp_path):
-    ran = run("--plan", "--output", str(tmp_path))
-    assert ran.returncode == 0, ran.stderr
-    assert {"checks", "prune", "  8B, 2 blocks, balanced"} <= set(ran.stdout.splitlines())
+def test_the_plan_lists_rows_and_measures_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--plan", "--output", str(tmp_path)])
+    assert gpu_check.main() == 0
+    assert {"checks", "prune", "  8B, 2 blocks, balanced"} <= set(capsys.readouterr().out.splitlines())
     assert not list(tmp_path.iterdir())
 
 
 def test_every_piece_runs_at_tiny_sizes(tmp_path):
     pieces = ("checks", "sweep", "layers", "solvers", "e2e")
-    ran = run("--small", "--only", *pieces, "--output", str(tmp_path))
+    command = [sys.executable, str(SCRIPTS / "gpu_check.py"), "--small", "--only", *pieces, "--output", str(tmp_path)]
+    ran = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for piece in pieces:
         found = json.loads((tmp_path / f"gpu_{piece}.json").read_text())

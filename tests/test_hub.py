@@ -103,33 +103,31 @@ def test_push_twice_sends_large_files_once(folder: Path, hub: Hub) -> None:
 
 
 READ_BACK = """
-import sys, torch
+import sys
+import torch
 from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+model, info = AutoModelForCausalLM.from_pretrained("me/dense", output_loading_info=True)
 assert not any(info.values()), info
 assert "llmprune" not in sys.modules
-torch.save(model.state_dict(), sys.argv[2])
-"""
-READ_PACKED = """
-import sys, torch, llmprune
-torch.save(llmprune.load(sys.argv[1], device="cpu", dense=True).state_dict(), sys.argv[2])
+torch.save(model.state_dict(), "dense.pt")
+import llmprune
+torch.save(llmprune.load("me/packed", device="cpu", dense=True).state_dict(), "packed.pt")
 """
 
 
-@pytest.mark.parametrize(("what", "code"), [("folder", READ_BACK), ("packed", READ_PACKED)])
-def test_what_was_pushed_reads_back_bit_for_bit(
-    what: str, code: str, hub: Hub, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue(what)
-    llmprune.push(folder, "me/tiny", private=True)
-    assert hub.repositories["me/tiny"].private
-    run = [sys.executable, "-c", code, "me/tiny", str(tmp_path / "state.pt")]
-    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment(hub, tmp_path))
+def test_what_was_pushed_reads_back_bit_for_bit(folder: Path, packed: Path, hub: Hub, tmp_path: Path) -> None:
+    """The dense one with plain transformers, before anything of ours is imported."""
+    for name, pushed in {"dense": folder, "packed": packed}.items():
+        llmprune.push(pushed, f"me/{name}", private=True)
+        assert hub.repositories[f"me/{name}"].private
+    run, env = [sys.executable, "-c", READ_BACK], environment(hub, tmp_path)
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
-    here = llmprune.load(folder, device="cpu", dense=True).state_dict()
-    there = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert here.keys() == there.keys()
-    assert all(torch.equal(here[name], there[name]) for name in here)
+    for name, pushed in {"dense": folder, "packed": packed}.items():
+        here = llmprune.load(pushed, device="cpu", dense=True).state_dict()
+        there = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 def test_the_command_in_a_fresh_process(folder: Path, hub: Hub, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,7 @@ import llmprune
 from llmprune.base import processes
 from llmprune.base.errors import InputError
 from llmprune.base.processes import Ranks, joined
+from llmprune.cli.main import main
 from llmprune.data.pydoc import documents
 from llmprune.data.windows import Windows
 from llmprune.output.verify import verify
@@ -78,18 +79,25 @@ def run(source, out, how, *names):
         sys.exit(f"error: {error}")
 
 llmprune.prune  # imports it, for all
-processes, errors = [], []
-for rank in range(int(os.environ["WORLD_SIZE"])):
-    errors.append(tempfile.TemporaryFile())
-    processes.append(os.fork())
-    if not processes[-1]:
-        os.dup2(errors[-1].fileno(), 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        run(*sys.argv[2:])
-        sys.exit()
-ended = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-said = [file.seek(0) or file.read().decode() for file in errors]
-print(json.dumps(list(zip(ended, said))))
+for line in sys.stdin:
+    shared, *arguments = json.loads(line)
+    processes, errors = [], []
+    for rank in range(int(shared["WORLD_SIZE"])):
+        errors.append(tempfile.TemporaryFile())
+        processes.append(os.fork())
+        if not processes[-1]:
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            os.dup2(0, 1)
+            os.dup2(errors[-1].fileno(), 2)
+            os.environ |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            run(*arguments)
+            sys.exit()
+    signal.signal(signal.SIGALRM, lambda *_: [os.kill(process, signal.SIGKILL) for process in processes])
+    signal.alarm(240)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    signal.alarm(0)
+    said = [file.seek(0) or file.read().decode() for file in errors]
+    print(json.dumps(list(zip(ended, said))), flush=True)
 """
 
 
@@ -102,17 +110,30 @@ def free_port() -> int:
     raise OSError("no free port")
 
 
-def start(size: int, *arguments: object) -> list[tuple[int, str]]:
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[..., list[tuple[int, str]]]]:
     """Exit codes and errors of the processes of one run, each a fork of one that has imported torch, which takes seconds."""
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _RUN, str(TESTS), *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | shared, stdout=subprocess.PIPE, check=True, timeout=240)
-    return [(code, said) for code, said in json.loads(done.stdout.splitlines()[-1])]
+    command, env = [sys.executable, "-c", _RUN, str(TESTS)], os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def started(size: int, *arguments: object) -> list[tuple[int, str]]:
+            shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            print(json.dumps([shared, *map(str, arguments)]), file=process.stdin, flush=True)
+            return [(code, said) for code, said in json.loads(process.stdout.readline())]
+
+        yield started
+        process.stdin.close()
 
 
-def together(size: int, *arguments: object) -> None:
-    for code, errors in start(size, *arguments):
-        assert code == 0, errors
+@pytest.fixture
+def together(start) -> Callable[..., None]:
+    def run(size: int, *arguments: object) -> None:
+        for code, errors in start(size, *arguments):
+            assert code == 0, errors
+
+    return run
 
 
 def by_name(sites: Iterable[dict]) -> list[dict]:
@@ -145,7 +166,7 @@ def reordered(seed: int) -> torch.Tensor:
     ("llama", 4, ["unstructured", "one_pass"]),
     ("mixtral", 2, ["unstructured", "balanced"]),
 ])  # fmt: skip
-def test_processes_find_what_one_finds(family: str, size: int, cases: list[str], saved, tmp_path: Path) -> None:
+def test_processes_find_what_one_finds(family: str, size: int, cases: list[str], together, saved, tmp_path: Path) -> None:
     """Sums in another order move near ties, and later blocks follow: by no more than in one process whose batches hold the
     same windows in another order. Measured over six orders: `balanced` .018 to .034 of the masks, two processes .024; `best`
     .027 to .032, two processes .028; Mixtral's `balanced` .021 to .039, two processes .040; the others 0.
@@ -201,7 +222,7 @@ def test_a_launcher_says_who_runs_on_this_machine(monkeypatch: pytest.MonkeyPatc
     assert processes._ranks() == Ranks(9, 16, local=1, here=8)
 
 
-def test_every_process_adds_its_own_windows(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_adds_its_own_windows(together, saved, tmp_path: Path) -> None:
     """What only the second process sees changes the result, to what one process finds from all of it."""
     source = saved(tiny_model("llama"))
     together(2, source, tmp_path / "many", "lives", "wanda")
@@ -214,7 +235,7 @@ def test_every_process_adds_its_own_windows(saved, tmp_path: Path, monkeypatch: 
     assert {site.tokens for site in one.sites} == {WINDOWS.numel()}
 
 
-def test_the_first_process_chooses_the_dtype(saved, tmp_path: Path) -> None:
+def test_the_first_process_chooses_the_dtype(start, saved, tmp_path: Path) -> None:
     """Where others measure other speeds."""
     source = saved(tiny_model("llama").to(torch.bfloat16))
     chosen = "bfloat16: stored so, and its products are 4.0x as fast as float32's here"
@@ -223,7 +244,7 @@ def test_the_first_process_chooses_the_dtype(saved, tmp_path: Path) -> None:
     ] * 2
 
 
-def test_a_process_that_dies_ends_the_run_and_it_goes_on_later(saved, tmp_path: Path) -> None:
+def test_a_process_that_dies_ends_the_run_and_it_goes_on_later(start, together, saved, tmp_path: Path) -> None:
     source = saved(tiny_model("llama"))
     together(2, source, tmp_path / "whole", "lives", "balanced")
     (first, told), (second, _) = start(2, source, tmp_path / "out", "dies", "balanced")
@@ -238,7 +259,7 @@ def test_a_process_that_dies_ends_the_run_and_it_goes_on_later(saved, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["balanced", "both"])
-def test_an_error_of_one_process_is_told_and_ends_the_run(name: str, saved, tmp_path: Path) -> None:
+def test_an_error_of_one_process_is_told_and_ends_the_run(name: str, start, saved, tmp_path: Path) -> None:
     (first, lost), (second, told) = start(2, saved(tiny_model("llama")), tmp_path / "out", "errs", name)
     assert (first, second) == (1, 1)
     assert told.strip().splitlines()[-1] == "error: only here"
@@ -246,7 +267,7 @@ def test_an_error_of_one_process_is_told_and_ends_the_run(name: str, saved, tmp_
     assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == []
 
 
-def test_processes_make_the_same_smaller_model(saved, tmp_path: Path) -> None:
+def test_processes_make_the_same_smaller_model(together, saved, tmp_path: Path) -> None:
     source = saved(tiny_model("llama"))
     together(2, source, tmp_path / "many", "lives", *SMALLER)
     for name, case in SMALLER.items():
@@ -260,7 +281,9 @@ def test_processes_make_the_same_smaller_model(saved, tmp_path: Path) -> None:
             assert mine["error"] == pytest.approx(other.error, rel=0.1, abs=1e-4)
 
 
-def test_the_command_under_a_launcher(tmp_path: Path) -> None:
+def test_the_command_under_a_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The bundled model: the same perplexity to three digits, shown once; a mistake is told once."""
     (tmp_path / "text.txt").write_text("\n\n".join(documents("evaluation"))[:40_000])
     run = ["-m", "llmprune", "--model", "llama", "--sparsity", "2:4", "--samples", "16", "--seqlen", "128"]
@@ -272,9 +295,11 @@ def test_the_command_under_a_launcher(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("float32 on cpu, 2 processes") == 1
-    alone = subprocess.run([sys.executable, *run, "--output", "one"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    shown = [re.search(r"perplexity .*?│ +([\d.]+) │ +([\d.]+) │", text) for text in (done.stdout, alone.stdout)]
-    assert all(shown), alone.stdout
+    monkeypatch.chdir(tmp_path)
+    assert main([*run[2:], "--output", "one"]) == 0
+    alone = capsys.readouterr().out
+    shown = [re.search(r"perplexity .*?│ +([\d.]+) │ +([\d.]+) │", text) for text in (done.stdout, alone)]
+    assert all(shown), alone
     for two, one in zip(*(found.groups() for found in shown if found), strict=True):
         assert float(two) == pytest.approx(float(one), rel=5e-4)
     wrong = subprocess.run(

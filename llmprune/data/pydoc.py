@@ -9,6 +9,7 @@ interpreter's. Leaves out tests, tkinter and idlelib, which not every installati
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import inspect
@@ -39,12 +40,18 @@ def documents(split: Split) -> list[str]:
     Raises:
         InputError: this interpreter carries no documentation.
     """
+    return list(_documents(split))
+
+
+@functools.cache
+def _documents(split: Split) -> tuple[str, ...]:
+    """Once a process, as reading them takes a second: a model and its baseline are evaluated on the same, and so are cells."""
     seen: set[str] = set()
     texts = ["\n\n".join(_first_seen(parts, seen)) for _, parts in sorted(_pieces(split))]
     texts = [text for text in texts if text]
     if not texts:
         raise InputError(f"this Python ({sys.prefix}) carries no documentation to read; pass a text file instead")
-    return texts
+    return tuple(texts)
 
 
 def _pieces(split: Split) -> Iterator[tuple[str, list[str]]]:

@@ -25,7 +25,8 @@ from llmprune.numerics.stats import Gram
 from llmprune.runs.compare import dense_perplexity
 from llmprune.solvers import METHODS
 
-SHAPES = [(7, 260), (130, 1024), (33, 12), (512, 4096), (1024, 776)]
+SMALL = [(7, 260), (33, 12)]
+SHAPES = [*SMALL, (130, 1024), (512, 4096), (1024, 776)]
 TOKENS = (1, 3, 8, 16, 17, 33, 64)
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the norm: what rounding the outputs costs, with room
 SOLVERS = ("wanda", "sparsegpt", "annealed", "alps")
@@ -37,7 +38,7 @@ def rows(place: Place) -> list[Row]:
             f"{name} {rows}x{columns} {str(dtype).removeprefix('torch.')}", partial(kernel, place, name, (rows, columns), dtype)
         )
         for dtype in BOUNDS
-        for rows, columns in (SHAPES[:3] if place.small else SHAPES)
+        for rows, columns in (SMALL if place.small else SHAPES)
         for name in ("gemv", "decode", "decompress", "cusparselt")
     ]
     found.append(Row("a graph of packed products", partial(in_graph, place)))
@@ -130,8 +131,11 @@ def as_on_cpu(place: Place, name: str) -> Found:
 
 
 def _pruned(place: Place, folder: Path | None, **options: Any) -> Any:
-    own: dict[str, Any] = {"samples": 16, "seqlen": 64, "eval_text": "none", "dtype": "float32"}
-    own |= {"method": "sparsegpt"} if place.small else {"quality": "fast"}
+    own: dict[str, Any] = {"eval_text": "none", "dtype": "float32"}
+    if place.small:
+        own |= {"method": "sparsegpt", "calibration": torch.arange(3, 67).view(4, 16)}
+    else:
+        own |= {"quality": "fast", "samples": 16, "seqlen": 64}
     return llmprune.prune("llama", sparsity="2:4", output=folder, device=str(place.device), **(own | options))
 
 
