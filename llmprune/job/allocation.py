@@ -21,7 +21,7 @@ def read_allocation(path: Path) -> Allocation:
     """
     saved = read_json(path)
     if not saved or "matrices" in saved:
-        raise InputError(f'{path} is no allocation: give a JSON object of patterns by name, such as {{"*.q_proj": "45%"}}')
+        raise InputError(f'{path} is no allocation: give a JSON object of patterns by name, such as {{"*.0.*": "45%"}}')
     found: dict[str, Pattern | None] = {}
     for name, text in saved.items():
         if not isinstance(text, (str, float)):
