@@ -4,7 +4,8 @@
     python scripts/gpu_check.py --only checks sweep --output eval/results
     TRITON_INTERPRET=1 python scripts/gpu_check.py --small --output FOLDER   # all of it on a CPU, to prove the script
 
-Each piece writes `gpu_PIECE.json` with the device and the versions. Numbers are of random weights of the shapes of Llamas, but
+Each piece writes `gpu_PIECE.json` with the device and the versions; a whole `sweep` on a GPU also writes the table of kernel
+settings by shape, `by_shape.json`. Numbers are of random weights of the shapes of Llamas, but
 for the runs of the bundled model. It needs no installation: `PYTHONPATH=.` is enough. Exit code 1: a row failed or is wrong;
 3: the device no longer answers this process, and the same command goes on behind the row that did it.
 """
@@ -24,6 +25,7 @@ from gpu.rows import DeviceLost, Results, Row, failed
 from gpu.shapes import Place
 
 from llmprune.base.words import count
+from llmprune.formats.kernels import plan
 from llmprune.job.record import versions
 
 PIECES: dict[str, Callable[[Place], list[Row]]] = {
@@ -64,6 +66,8 @@ def main() -> int:
         except DeviceLost as error:
             print(f"{piece}: the device no longer answers ({error}): run the same command again", file=sys.stderr)
             return 3
+        if piece == "sweep" and place.fast and not results.left:
+            plan.write(sweep.better(results.rows))
         wrong = [key for key, row in results.rows.items() if failed(row)]
         bad += len(wrong)
         left = f", {len(results.left)} left for want of time" if results.left else ""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import gpu_check  # noqa: E402
 from gpu.rows import Results, Row  # noqa: E402
+from gpu.sweep import better  # noqa: E402
+
+from llmprune.formats.kernels import plan  # noqa: E402
+from llmprune.formats.kernels.plan import SETTINGS, Settings  # noqa: E402
 
 HEADER = {"date": "2026-01-01", "device": "cpu", "versions": {"torch": "1"}}
 FOREVER = float("inf")
@@ -70,6 +75,25 @@ def test_the_plan_lists_rows_and_measures_nothing(tmp_path, monkeypatch, capsys)
     assert gpu_check.main() == 0
     assert {"checks", "prune", "  8B, 2 blocks, balanced"} <= set(capsys.readouterr().out.splitlines())
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_sweep_found_clearly_faster_becomes_the_table(tmp_path):
+    def row(default: float, *best: tuple[Settings, float]) -> dict:
+        return {"default": default, "best": [asdict(own) | {"seconds": seconds, "rate": 1.0} for own, seconds in best]}
+
+    wide = Settings(rows=64, warps=4)
+    found = better({
+        "compile": {"seconds": 3.0},
+        "256x512 x 1": {"default": 9.0, "best": [{"rows": 8, "warps": 1, "chunks": 1, "seconds": 1.0}]},  # another kernel's
+        "256x512 x 8": row(2.0, (wide, 1.0), (SETTINGS[8], 1.2)),
+        "256x512 x 16": row(2.0, (wide, 1.0), (SETTINGS[16], 1.01)),  # within what two sweeps differ by
+        "256x512 x 32": row(1.1, (wide, 1.0)),
+        "best of all shapes x 8": {"best": []},
+        "256x512 x 64": {"raised": "RuntimeError: out of luck"},
+    })  # fmt: skip
+    assert found == {(256, 512, 8): wide, (256, 512, 32): wide}
+    plan.write(found, tmp_path / "table.json")
+    assert plan.read(tmp_path / "table.json") == found
 
 
 def test_every_piece_runs_at_tiny_sizes(tmp_path):

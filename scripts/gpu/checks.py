@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def rows(place: Place) -> list[Row]:
         for name in ("gemv", "decode", "decompress", "cusparselt")
     ]
     found.append(Row("a graph of packed products", partial(in_graph, place)))
+    found.append(Row("two streams", partial(in_two_streams, place)))
     found += [Row(f"{name} as on the CPU", partial(as_on_cpu, place, name)) for name in SOLVERS]
     found.append(Row("streamed and in memory", partial(streamed_and_resident, place)))
     found.append(Row("activations on disk", partial(on_disk, place)))
@@ -112,6 +114,30 @@ def in_graph(place: Place) -> Found:
             expected = x.double() @ layer.weight.double().T
             if not float((out.double() - expected).norm() / expected.norm()) < BOUNDS[torch.bfloat16]:
                 wrong.append(tokens)
+    return {"wrong": wrong, "right": not wrong}
+
+
+def in_two_streams(place: Place) -> Found:
+    """Products that two streams have under way at once must be, to the last bit, those that one after the other gives: the
+    sums of shared blocks of rows, and the counters of who has arrived, belong to a stream."""
+    size, times = (512, 2) if place.small else (4096, 50)
+    layers = [Sparse24Linear.from_dense(two_of_four(size, size, torch.bfloat16, place.device)) for _ in range(2)]
+    for layer in layers:
+        layer.prepare()
+    streams = [torch.cuda.stream(torch.cuda.Stream(place.device)) if place.fast else nullcontext() for _ in layers]
+    wrong = []
+    for tokens in (1, 8, 64, 200):
+        inputs = [torch.randn(tokens, size, device=place.device, dtype=torch.bfloat16) for _ in layers]
+        expected = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        synchronize(place.device)
+        found: list[list[Tensor]] = [[], []]
+        for _ in range(times):
+            for layer, x, stream, own in zip(layers, inputs, streams, found, strict=True):
+                with stream:
+                    own.append(layer(x))
+        synchronize(place.device)
+        if not all(torch.equal(one, wanted) for own, wanted in zip(found, expected, strict=True) for one in own):
+            wrong.append(tokens)
     return {"wrong": wrong, "right": not wrong}
 
 

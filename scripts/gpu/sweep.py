@@ -1,11 +1,14 @@
-"""`sweep`: settings of the kernels for few tokens by shape; the best go into `llmprune/formats/kernels/plan.py`."""
+"""`sweep`: settings of the kernels for few tokens by shape. What is clearly better than the defaults goes into the table that
+`llmprune/formats/kernels/plan.py` reads."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import product
@@ -22,7 +25,7 @@ from gpu.rows import Found, Row
 from gpu.shapes import FUSED, Place, two_of_four
 from llmprune.base.hardware import synchronize
 from llmprune.formats.kernels import decode, gemv, reference
-from llmprune.formats.kernels.plan import Rows, Settings
+from llmprune.formats.kernels.plan import SETTINGS, Rows, Settings, Shape
 from llmprune.formats.kernels.reference import Packed
 from llmprune.formats.kernels.timing import copies, graphed
 
@@ -30,6 +33,7 @@ SIZES = (1, 2, 8, 16, 32, 64)  # tokens: those of `gemv24`, and as `decode24` pa
 WAVES = (1, 2, 3, 4, 6)
 Own = Settings | Rows
 _WORKERS, _REPLAYS, _SHOWN = 14, 8, 6
+_BETTER = 1.05  # times as fast as the default that is worth a row in the table: between two sweeps a time differs by 2% to 4%
 
 
 def rows(place: Place) -> list[Row]:
@@ -92,6 +96,20 @@ def best_of_all(place: Place, shapes: list[tuple[int, int]], size: int) -> Found
     scored = {own: exp(mean(log(table[own] / low) for table, low in zip(tables, least, strict=True))) for own in everywhere}
     best = sorted(((score, own) for own, score in scored.items()), key=itemgetter(0))[:_SHOWN]
     return {"best": [asdict(own) | {"of_the_best": score} for score, own in best]}
+
+
+def better(rows: Mapping[str, Found]) -> dict[Shape, Settings]:
+    """Of a sweep's rows: the settings of `decode24` by shape that are clearly better than those of all shapes."""
+    found: dict[Shape, Settings] = {}
+    for key, row in rows.items():
+        matched = re.fullmatch(r"(\d+)x(\d+) x (\d+)", key)
+        if not matched or "best" not in row or (size := int(matched[3])) not in SETTINGS:
+            continue
+        times = {Settings(**{name: own[name] for name in asdict(SETTINGS[size])}): own["seconds"] for own in row["best"]}
+        best = min(times, key=times.__getitem__)
+        if times.get(SETTINGS[size], row["default"]) / times[best] > _BETTER:
+            found[int(matched[1]), int(matched[2]), size] = best
+    return found
 
 
 @cache

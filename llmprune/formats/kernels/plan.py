@@ -1,11 +1,14 @@
 """How the decode kernel is launched: its tile and pipeline by number of tokens, and how many programs share the work.
 
-`SETTINGS` is what `scripts/kernel_facts.py` shows to compile well; `BY_SHAPE` is for what a sweep on a device has found better.
+`SETTINGS` is what `scripts/kernel_facts.py` shows to compile well; `BY_SHAPE`, in `by_shape.json`, is what a sweep on a device
+has found better (`scripts/gpu_check.py --only sweep`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 MOST = 64  # tokens
 _SIZES = (8, 16, 32, 64)  # what tokens are padded to
@@ -66,7 +69,20 @@ class Plan:
 # By padded tokens. A warp multiplies 16 rows: more warps a tile would expand the same weights again, but 64 tokens need the
 # registers of four.
 SETTINGS = {8: Settings(joined=True), 16: Settings(), 32: Settings(), 64: Settings(warps=4)}
-BY_SHAPE: dict[tuple[int, int, int], Settings] = {}  # by rows, columns (padded to whole chunks), padded tokens
+Shape = tuple[int, int, int]  # rows, columns (padded to whole chunks), padded tokens
+FILE = Path(__file__).with_name("by_shape.json")
+
+
+def read(path: Path = FILE) -> dict[Shape, Settings]:
+    return {tuple(one.pop("shape")): Settings(**one) for one in json.loads(path.read_text())}
+
+
+def write(found: dict[Shape, Settings], path: Path = FILE) -> None:
+    lines = [json.dumps({"shape": shape, **asdict(own)}) for shape, own in sorted(found.items())]
+    path.write_text("[" + ",\n ".join(lines) + "]\n")
+
+
+BY_SHAPE = read()
 
 
 def padded(tokens: int) -> int:
