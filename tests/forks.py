@@ -26,6 +26,7 @@ TEXT = "my-text.txt"  # a file of the reader's own; here, what runs calibrate an
 # fewer and shorter windows for calibration and evaluation, fewer sizes to time.
 QUICK = {
     "prune": {"--samples": "8", "--seqlen": "64", "--calibration": TEXT, "--eval-text": TEXT},
+    "scan": {"--samples": "8", "--seqlen": "64", "--calibration": TEXT},
     "compare": {"--samples": "8", "--seqlen": "64", "--windows": "4", "--text": TEXT},
     "eval": {"--windows": "4", "--seqlen": "128"},
     "bench": {"--tokens": "1", "--batches": "1", "--length": "8"},

@@ -383,16 +383,19 @@ def test_interrupting_before_the_first_block_leaves_nothing(number: signal.Signa
 
 
 def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
-    process = start("--samples", "64", "--output", "out", cwd=tmp_path)
+    run = ("--samples", "64", "--seqlen", "128", "--output", "out")
+    process = start(*run, cwd=tmp_path)
     wait_for(process, "block 2/")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert re.search(r"finished: \d blocks?; the same command goes on from there", output)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    again = start("--samples", "64", "--output", "out", cwd=tmp_path)
+    again = start(*run, cwd=tmp_path)
     wait_for(again, "note: going on after block")
-    second = start("--samples", "64", "--output", "out", cwd=tmp_path)
+    again.send_signal(signal.SIGSTOP)
+    second = start(*run, cwd=tmp_path)
     assert second.wait(timeout=60) == 2
+    again.send_signal(signal.SIGCONT)
     assert second.stderr is not None
     assert "another run is writing out" in second.stderr.read()
     shown, _ = again.communicate(timeout=120)
