@@ -67,11 +67,9 @@ def measure(name: str, quality: str, pattern: str, way: str, seed: int, text: st
     options: dict[str, Any] = {"calibration": "pydoc", "eval_text": "none", "samples": SAMPLES, "seqlen": LENGTH, "seed": seed}
     run = llmprune.prune(model, tokenizer=tokenizer, quality=quality, sparsity=pattern, allocate=way, **options)
     loss = math.log(perplexity(model, held_out).value / dense_perplexity(folder, WINDOWS).value)
-    sites = run.record.sites
     return {
         **{"model": Path(name).name, "quality": quality, "pattern": pattern, "way": way, "seed": seed, "excess_loss": loss},
         "divergence": divergence(folder, text, model) if text else None,
-        "sparsity": sum(site.sparsity * site.rows * site.columns for site in sites) / sum(s.rows * s.columns for s in sites),
         "seconds": run.record.seconds,
         "allocation": run.record.recipe.get("allocation"),
         "date": date.today().isoformat(),
@@ -119,8 +117,8 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"By `scripts/compare_allocation.py`, {SAMPLES} calibration windows of {LENGTH} tokens; {WINDOWS} windows of held-out",
         f"documentation; KL on {OTHER} windows of another text ({result['text']}). Shares are of the uniform value with the",
-        "same draw of calibration text: mean ± standard deviation (draws). As many weights go everywhere; of 2:4, as many bytes",
-        "stay. Seconds are the pruning's with its scan, as multiples of the uniform run's.",
+        "same draw of calibration text: mean ± standard deviation (draws). As many weights go everywhere; with 2:4, as many",
+        "bytes stay. Seconds are the pruning's with its scan, as multiples of the uniform run's.",
         "",
         table(result["cells"]),
     ])  # fmt: skip
