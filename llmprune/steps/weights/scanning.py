@@ -26,8 +26,10 @@ from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.numerics.patterns import Pattern, Unstructured
 from llmprune.numerics.stats import Gram, InputSample
+from llmprune.output.resume import Manifest
 from llmprune.steps.base import Work
 from llmprune.steps.weights.batching import make_batches
+from llmprune.steps.weights.library import Library
 from llmprune.steps.weights.observing import Observed, blend_experts, passes
 from llmprune.steps.weights.sharing import make_rounds, solve
 from llmprune.stream.activations import Activations
@@ -59,6 +61,8 @@ class Scanner:
     Attributes:
         sites: names of those that are to be scanned.
         grid: the patterns that errors are measured at.
+        library: keeps the matrices solved at those, where that is asked for.
+        probes: whether to measure what pruning each matrix alone costs the model; else that counts as nothing.
     """
 
     job: Job
@@ -66,6 +70,8 @@ class Scanner:
     texts: Texts
     sites: frozenset[str]
     grid: Sequence[Pattern]
+    library: Library | None = None
+    probes: bool = True
     _measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _going: list[Activations] = field(default_factory=list)
 
@@ -95,7 +101,9 @@ class Scanner:
         with work.outside(), job.clock("probe"):
             nats = streamed_divergences(work.model, blocks, few, self._going, share, work.device, ranks)
         every = [one for measured in self._measured.values() for one in measured]
-        matrices = [Scanned(**one, nats=own) for one, own in zip(every, nats, strict=True)]
+        matrices = [
+            Scanned(**one, nats=own) for one, own in zip(every, nats if self.probes else [0.0] * len(every), strict=True)
+        ]
         return Scan(
             model=record.model,
             calibration=record.calibration,
@@ -138,7 +146,11 @@ class Scanner:
             for pattern in grid:
                 solved = self._solve(group, observed, pattern, found)
                 probed = solved if pattern == PROBE else probed
-            self._probe(block, probed, few)
+                if self.library and not known and pattern in self.grid:
+                    for name, weights in solved.items():
+                        self.library.put(name, pattern, weights)
+            if self.probes:
+                self._probe(block, probed, few)
         _count_outliers(found, scores)
         measured = known or [_measured(name, block, one) for name, one in found.items()]
         self._measured[str(block.index)] = measured
@@ -274,3 +286,14 @@ def followed(sites: Iterable[str], texts: Texts, processes: int) -> int:
     """Tokens that a scan of `sites` follows to the end of the model: the dense ones and, from each matrix on, its probe's."""
     kinds = {re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in sites}
     return (2 + len(kinds)) * first(texts.calibration, PROBED, processes).ids.numel()
+
+
+def kept_in(manifest: Manifest | None) -> Keep:
+    """Keeps what a scan has measured so far for a run that goes on; nothing on a process that does not write."""
+
+    def keep(measured: Mapping[str, Any]) -> None:
+        if manifest:
+            manifest.known |= {"scan": measured}
+            manifest.begin()
+
+    return keep
