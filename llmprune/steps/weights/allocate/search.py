@@ -1,11 +1,14 @@
 """By trying: patterns are moved between matrices, and what predicts most as the dense model does goes on (after Sieberling et
 al., "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", 2025).
 
-A generation is some children of the best so far, in each of which a few matrices keep a level more and others as many weights
-less. All are tried on few tokens, those that do best on more, beside their parent. The search starts from the same pattern
-everywhere and from what sensitivities propose, and in the end these two and what was found are tried on yet more tokens; the
-best of the three is what counts. Levels are those that matrices have been solved at, farther apart than those which
-`sensitivity` chooses from.
+A generation is some children of the best so far, tried on few tokens; those that do best are tried on more, beside their parent.
+What EvoPress draws at random is measured here as long as that leads on: each matrix alone is moved a level up and down in the
+pruned parent, on few tokens, and integer programs over what that costs, which prefer fewer moves to more, propose the children.
+From a parent that they do not better, children are drawn: a few matrices keep a level more, others as many weights less.
+
+The search starts from the better of the same pattern everywhere and what sensitivities propose. In the end these two and what
+was found are tried on yet more tokens, and the best of the three counts. Levels are those that matrices have been solved at,
+farther apart than those which `sensitivity` chooses from.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TypeAlias
 
 from llmprune.job.scan import Allocation, Scan, Scanned, loss, total_weights
@@ -24,7 +28,8 @@ measures = True
 CHILDREN = 16
 ROUNDS = ((2048, 4), (8192, 1))  # tokens, and how many candidates go on from there
 LAST = 32768  # tokens that decide in the end
-_STALE = 40  # generations without a better one, after which the search ends
+STALE = 30  # generations without a better one, after which the search ends
+PENALTIES = (0.0, 0.1, 0.2, 0.4, 0.8)  # on a move, times what a move costs or gains in the median
 _SLACK = 1e-9  # of the budget: rounding
 
 Picked: TypeAlias = tuple[int, ...]  # of each matrix the number of its level
@@ -78,38 +83,67 @@ def allocate(scan: Scan, pattern: Pattern, trials: Trials | None = None) -> Allo
     uniform = tuple(each.index(pattern) for each in space.choices)
     losses = [[loss(one, scan.probe, own) for own in each] for one, each in zip(space.matrices, space.choices, strict=True)]
     reckoned = tuple(choose(losses, space.sizes, space.most))
-    found = _evolve(space, [uniform, reckoned], trials)
-    ends = [uniform, reckoned, found]
-    nats = trials.measured([space.allocation(own) for own in ends], LAST)
-    best = space.allocation(ends[nats.index(min(nats))])
-    trials.keep({**trials.known, "tokens": LAST, "nats": dict(zip(("uniform", "sensitivity", "found"), nats, strict=True))})
+    found = _evolve(space, (uniform, reckoned), trials)
+    ends = {"uniform": uniform, "sensitivity": reckoned, "found": found}
+    nats = dict(zip(ends, trials.measured([space.allocation(own) for own in ends.values()], LAST), strict=True))
+    trials.keep({**trials.known, "tokens": LAST, "nats": nats})
+    best = space.allocation(ends[min(nats, key=nats.__getitem__)])
     if not isinstance(pattern, Unstructured):
         return best
     return exact(space.matrices, {name: own.sparsity for name, own in best.items() if isinstance(own, Unstructured)}, pattern)
 
 
-def _evolve(space: _Space, start: list[Picked], trials: Trials) -> Picked:
-    """The best that generations come to, from `start` or from what is known."""
-    parents = [tuple(own) for own in trials.known.get("parents", start)]
-    generation, stale = trials.known.get("generation", 0), trials.known.get("stale", 0)
+def _evolve(space: _Space, start: Sequence[Picked], trials: Trials) -> Picked:
+    """The best that generations come to, from `start` or from what an earlier run knows."""
+    parent, stale = tuple(trials.known.get("parent", ())), trials.known.get("stale", 0)
+    generation = trials.known.get("generation", 0)
+    if not parent:
+        parent, _ = _best(space, start, ROUNDS[-1][0], trials)
     going = True
-    while going and stale < _STALE:
+    while going and stale < STALE:
         rng = random.Random(f"{trials.seed} {generation}")
-        children = [space.child(parents[number % len(parents)], rng) for number in range(CHILDREN)]
-        best, nats = _select(space, parents, children, trials)
-        stale = 0 if best not in parents else stale + 1
-        parents, generation = [best], generation + 1
-        going = trials.keep({"parents": parents, "generation": generation, "stale": stale, "best": nats})
-    return parents[0]
+        drawn = (space.child(parent, rng) for _ in range(CHILDREN))
+        best, nats = _select(space, parent, list(drawn) if stale else _proposed(space, parent, trials), trials)
+        stale = 0 if best != parent else stale + 1
+        parent, generation = best, generation + 1
+        going = trials.keep({"parent": parent, "generation": generation, "stale": stale, "best": nats})
+    return parent
 
 
-def _select(space: _Space, parents: Sequence[Picked], children: Sequence[Picked], trials: Trials) -> tuple[Picked, float]:
-    """The best of all, and its divergence on the last round's tokens; parents need not stand the test of the first rounds."""
-    some = [own for own in dict.fromkeys(children) if own not in parents]
-    for number, (tokens, survivors) in enumerate(ROUNDS):
-        if number == len(ROUNDS) - 1:
-            some = [*parents, *some]
-        nats = trials.measured([space.allocation(own) for own in some], tokens)
-        order = sorted(range(len(some)), key=nats.__getitem__)[:survivors]
-        some, nats = [some[i] for i in order], [nats[i] for i in order]
-    return some[0], nats[0]
+def _proposed(space: _Space, parent: Picked, trials: Trials) -> list[Picked]:
+    """Children that are reckoned to do best, by what each move of one matrix costs where all others are as in `parent`."""
+    moves = [
+        (i, parent[i] + step) for i in range(len(parent)) for step in (-1, 1) if 0 <= parent[i] + step < len(space.choices[i])
+    ]
+    moved = [(*parent[:i], level, *parent[i + 1 :]) for i, level in moves]
+    before, *after = trials.measured([space.allocation(own) for own in (parent, *moved)], ROUNDS[0][0])
+    costs = {move: nats - before for move, nats in zip(moves, after, strict=True)}
+    options = [
+        [level for level in (own - 1, own, own + 1) if level == own or (i, level) in costs] for i, own in enumerate(parent)
+    ]
+    usual, least = median(map(abs, costs.values())), min(*costs.values(), 0.0)
+    sizes = [[space.sizes[i][level] for level in own] for i, own in enumerate(options)]
+    children = []
+    for penalty in PENALTIES:
+        each = [
+            [costs[i, level] + penalty * usual - least if level != parent[i] else -least for level in own]
+            for i, own in enumerate(options)
+        ]
+        picked = choose(each, sizes, space.most)
+        children.append(tuple(own[number] for own, number in zip(options, picked, strict=True)))
+    return children
+
+
+def _select(space: _Space, parent: Picked, children: Sequence[Picked], trials: Trials) -> tuple[Picked, float]:
+    """The best of all, and its divergence on the last round's tokens; only then the parent is tried, too."""
+    some = [own for own in dict.fromkeys(children) if own != parent]
+    for tokens, survivors in ROUNDS[:-1]:
+        if len(some) > survivors:
+            nats = trials.measured([space.allocation(own) for own in some], tokens)
+            some = [some[i] for i in sorted(range(len(some)), key=nats.__getitem__)[:survivors]]
+    return _best(space, [parent, *some], ROUNDS[-1][0], trials)
+
+
+def _best(space: _Space, some: Sequence[Picked], tokens: int, trials: Trials) -> tuple[Picked, float]:
+    nats = trials.measured([space.allocation(own) for own in some], tokens)
+    return min(zip(some, nats, strict=True), key=lambda one: one[1])
