@@ -1,4 +1,4 @@
-"""An allocation by trying: solve matrices at several levels, let the allocator try what can be made of those, keep what it finds."""
+"""An allocation by trying: solve matrices at several levels, have the allocator try what they make, keep what it finds."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """By trying: patterns are moved between matrices, and what predicts most as the dense model does goes on (after Sieberling et
 al., "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", 2025).
 
-A generation is some children of the best so far, tried on few tokens; those that do best are tried on more, beside their parent.
-What EvoPress draws at random is measured here as long as that leads on: each matrix alone is moved a level up and down in the
+A generation is some children of the best so far, tried on few tokens; those that do best are tried on more, beside it. What
+EvoPress draws at random is measured here as long as that leads on: each matrix alone is moved a level up and down in the
 pruned parent, on few tokens, and integer programs over what that costs, which prefer fewer moves to more, propose the children.
 From a parent that they do not better, children are drawn: a few matrices keep a level more, others as many weights less.
 
@@ -118,17 +118,12 @@ def _proposed(space: _Space, parent: Picked, trials: Trials) -> list[Picked]:
     moved = [(*parent[:i], level, *parent[i + 1 :]) for i, level in moves]
     before, *after = trials.measured([space.allocation(own) for own in (parent, *moved)], ROUNDS[0][0])
     costs = {move: nats - before for move, nats in zip(moves, after, strict=True)}
-    options = [
-        [level for level in (own - 1, own, own + 1) if level == own or (i, level) in costs] for i, own in enumerate(parent)
-    ]
-    usual, least = median(map(abs, costs.values())), min(*costs.values(), 0.0)
+    options = [[own, *(level for level in (own - 1, own + 1) if (i, level) in costs)] for i, own in enumerate(parent)]
+    usual = median(map(abs, costs.values()))
     sizes = [[space.sizes[i][level] for level in own] for i, own in enumerate(options)]
     children = []
     for penalty in PENALTIES:
-        each = [
-            [costs[i, level] + penalty * usual - least if level != parent[i] else -least for level in own]
-            for i, own in enumerate(options)
-        ]
+        each = [[0.0, *(costs[i, level] + penalty * usual for level in own[1:])] for i, own in enumerate(options)]
         picked = choose(each, sizes, space.most)
         children.append(tuple(own[number] for own, number in zip(options, picked, strict=True)))
     return children
