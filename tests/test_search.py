@@ -25,8 +25,8 @@ from llmprune.output.verify import verify
 from llmprune.steps.weights import trying
 from llmprune.steps.weights.allocate import search
 from llmprune.steps.weights.allocate.base import STRIDE, Trials, levels, share
-from llmprune.steps.weights.library import Library, packed, unpacked
-from llmprune.steps.weights.scanning import group_name
+from llmprune.steps.weights.library import Library, group_name, packed, unpacked
+from llmprune.stream.source import ModelSource
 
 IDS = tokens(6, 24)
 OPTIONS = {"calibration": IDS, "batch_size": 2, "method": "wanda", "sparsity": "50%", "allocate": "search"}
@@ -38,7 +38,7 @@ FOUR = a_scan(
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches that end soon: few children, few tokens."""
-    for name, value in {"CHILDREN": 6, "ROUNDS": ((48, 3), (96, 1)), "LAST": 144, "STALE": 2}.items():
+    for name, value in {"CHILDREN": 6, "ROUNDS": ((48, 3), (96, 1)), "LAST": 144, "STALE": 2, "PENALTIES": (0.0, 0.4)}.items():
         monkeypatch.setattr(search, name, value)
 
 
@@ -61,6 +61,7 @@ def trials(loss: Callable[[Allocation], float], told: list[Mapping[str, Any]] | 
 
 def test_finds_the_best_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "STALE", 40)
+    monkeypatch.setattr(search, "PENALTIES", (0.0, 0.1, 0.2, 0.4, 0.8))
     choices = [levels(one, Unstructured(0.6), STRIDE) for one in FOUR.matrices]
     names = [one.name for one in FOUR.matrices]
     possible = [dict(zip(names, own, strict=True)) for own in itertools.product(*choices)]
@@ -109,7 +110,7 @@ def test_masks_are_packed() -> None:
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_candidates_are_measured_as_whole_models(family: str, saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the library's weights put into the model; of those that are alike up to a block, too."""
-    model = tiny_model(family, **EXPERTS.get(family, {}))
+    model = tiny_model(family, num_hidden_layers=2, **EXPERTS.get(family, {}))
     seen: list[tuple[Allocation, float]] = []
     measured = trying.Trial.measured
 
@@ -144,7 +145,7 @@ def whole_kl(model: torch.nn.Module, dense: Mapping[str, torch.Tensor], ids: tor
 
 @pytest.mark.parametrize(("family", "sparsity"), [("llama", "50%"), ("gpt2", "2:4"), ("mixtral", "50%")])
 def test_runs_on_disk_as_in_memory(family: str, sparsity: str, saved, tmp_path: Path) -> None:
-    model = tiny_model(family, **EXPERTS.get(family, {}))
+    model = tiny_model(family, num_hidden_layers=2, **EXPERTS.get(family, {}))
     options = OPTIONS | {"sparsity": sparsity}
     record = llmprune.prune(saved(model), output=tmp_path / "out", dtype="float32", **options).record
     assert verify(tmp_path / "out").problems == ()
@@ -201,7 +202,7 @@ def test_a_run_that_was_killed_goes_on(saved, tmp_path: Path) -> None:
 
 
 def test_a_library_takes_up_what_is_whole(tmp_path: Path) -> None:
-    site = next(iter(llmprune_sites()))
+    site = next(ModelSource(tiny_model("llama")).blocks()).sites[0]
     library = Library(tmp_path / "levels", Ranks())
     assert not library.has("a", ["50%"])
     weight = site.weight.clone()
@@ -211,12 +212,6 @@ def test_a_library_takes_up_what_is_whole(tmp_path: Path) -> None:
     assert torch.equal(library.get("a", parse("50%"), [site])[0], weight)
     library.clear()
     assert not (tmp_path / "levels").exists()
-
-
-def llmprune_sites() -> Sequence[Any]:
-    from llmprune.stream.source import ModelSource
-
-    return next(ModelSource(tiny_model("llama")).blocks()).sites
 
 
 def test_a_scan_saves_the_probes(saved, tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ class ScanModel:
     def scanned(self) -> int:
         return len(GRID)
 
+    def searched(self) -> tuple[int, int]:
+        return 0, 0
+
     def _scanner(self, texts: Texts) -> Scanner:
         return Scanner(self._job, self._work, texts, frozenset(self._selection.patterns), GRID)
 

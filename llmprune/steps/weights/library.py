@@ -6,6 +6,7 @@ processes the first one reads and writes, and tells the others.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from llmprune.base.processes import Ranks
 from llmprune.models.sites import Site
 from llmprune.numerics.patterns import Pattern
+from llmprune.steps.weights.allocate.base import share
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -68,6 +70,18 @@ class Library:
     def _file(self, name: str, pattern: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name.replace('*', 'all')}-{pattern.replace(':', 'of').replace('%', 'pct')}.safetensors"
+
+
+def group_name(site: Site) -> str:
+    """What a site's matrices have in common: its name or, of an expert's, the name with * for the expert's number."""
+    if site.pool is None:
+        return site.name
+    return re.sub(rf"\.{site.part[0]}\.([^.]+)$", r".*.\1", site.name)
+
+
+def library_bytes(weights: int, patterns: Iterable[Pattern], dtype: torch.dtype) -> int:
+    """What so many weights take at all `patterns`."""
+    return int(sum(weights * (dtype.itemsize * share(pattern) + 1 / 8) for pattern in patterns))
 
 
 def packed(mask: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmprune.data.windows import Texts, Windows
 from llmprune.job.job import Job
-from llmprune.job.recipes import SCANNING
+from llmprune.job.recipes import SCANNING, Recipe
 from llmprune.job.record import RunRecord
 from llmprune.job.scan import Scan, Scanned
 from llmprune.measure.divergence import streamed_divergences
@@ -29,7 +29,7 @@ from llmprune.numerics.stats import Gram, InputSample
 from llmprune.output.resume import Manifest
 from llmprune.steps.base import Work
 from llmprune.steps.weights.batching import make_batches
-from llmprune.steps.weights.library import Library
+from llmprune.steps.weights.library import Library, group_name
 from llmprune.steps.weights.observing import Observed, blend_experts, passes
 from llmprune.steps.weights.sharing import make_rounds, solve
 from llmprune.stream.activations import Activations
@@ -62,6 +62,7 @@ class Scanner:
         sites: names of those that are to be scanned.
         grid: the patterns that errors are measured at.
         library: keeps the matrices solved at those, where that is asked for.
+        recipe: what solves them.
         probes: whether to measure what pruning each matrix alone costs the model; else that counts as nothing.
     """
 
@@ -71,6 +72,7 @@ class Scanner:
     sites: frozenset[str]
     grid: Sequence[Pattern]
     library: Library | None = None
+    recipe: Recipe = SCANNING
     probes: bool = True
     _measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _going: list[Activations] = field(default_factory=list)
@@ -108,7 +110,7 @@ class Scanner:
             model=record.model,
             calibration=record.calibration,
             compute=record.compute,
-            method=SCANNING.method,
+            method=self.recipe.method,
             probe=str(PROBE),
             probed=windows.tokens(),
             matrices=matrices,
@@ -177,13 +179,13 @@ class Scanner:
             [stage for stage, _ in pairs],
             [seen for _, seen in pairs],
             dict.fromkeys((site.name for site in sites), pattern),
-            SCANNING.method,
+            self.recipe.method,
         )
         solved: dict[str, list[tuple[Site, Tensor]]] = {}
         with self.job.clock("solve"):
-            for work in make_rounds(batches, SCANNING.method, self.job.ranks.size):
+            for work in make_rounds(batches, self.recipe.method, self.job.ranks.size):
                 dense = {batch: batch.dense() for batch in dict.fromkeys(share.batch for share in work)}
-                for batch, solution in solve(work, dense, SCANNING, self.job.ranks).items():
+                for batch, solution in solve(work, dense, self.recipe, self.job.ranks).items():
                     for site, seen, w, own in batch.by_site(dense[batch], solution):
                         assert isinstance(seen.statistic, Gram)
                         lost, whole = seen.statistic.errors(w, own.weight)
@@ -232,13 +234,6 @@ def first(windows: Windows, tokens: int, least: int) -> Windows:
     """The first windows that have so many tokens, at least so many windows."""
     some = max(tokens // windows.ids.shape[1], least, 1)
     return Windows(windows.ids[:some], windows.text, None if windows.mask is None else windows.mask[:some])
-
-
-def group_name(site: Site) -> str:
-    """What a site's matrices have in common: its name or, of an expert's, the name with * for the expert's number."""
-    if site.pool is None:
-        return site.name
-    return re.sub(rf"\.{site.part[0]}\.([^.]+)$", r".*.\1", site.name)
 
 
 @contextmanager

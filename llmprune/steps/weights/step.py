@@ -20,6 +20,7 @@ from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Feeds, Keeper, Resume, Work
 from llmprune.steps.weights.allocate.base import grid
+from llmprune.steps.weights.library import library_bytes
 from llmprune.steps.weights.reconstruct import check_batches
 from llmprune.steps.weights.scanning import followed
 from llmprune.steps.weights.searching import searches
@@ -49,6 +50,13 @@ class PruneWeights:
     def scanned(self) -> int:
         searched = searches(self._job)
         return len(grid(self._job.pattern, searched=searched)) if self._job.pattern is not None and self._scans() else 0
+
+    def searched(self) -> tuple[int, int]:
+        job, shapes = self._job, self._selection.shapes
+        if job.pattern is None or not searches(job):
+            return 0, 0
+        weights = sum(shapes[name][0] * shapes[name][1] for name in self._selection.patterns)
+        return 60 * job.config.search_minutes, library_bytes(weights, grid(job.pattern, searched=True), self._work.dtype)
 
     def _scans(self) -> bool:
         """Whether the dense model is scanned first."""

@@ -17,8 +17,8 @@ from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site
 from llmprune.numerics.patterns import Pattern
 from llmprune.steps.base import Work
-from llmprune.steps.weights.library import Library
-from llmprune.steps.weights.scanning import first, group_name
+from llmprune.steps.weights.library import Library, group_name
+from llmprune.steps.weights.scanning import first
 from llmprune.stream.activations import Activations
 
 AT_ONCE = 2**16  # tokens whose hidden states are held, of all candidates that stream together
