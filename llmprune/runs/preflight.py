@@ -245,7 +245,7 @@ def predict(
         processes=job.ranks.size,
         probed=step.probed(texts),
         scanned=step.scanned(),
-        scanning=as_tried(job.recipe) if search else SCANNING,
+        scanning=as_tried(job.recipe),
         all_experts=job.config.all_experts,
         pinned=work.device.type == "cuda" and not mapped,
     )

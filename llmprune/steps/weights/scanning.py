@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmprune.data.windows import Texts, Windows
 from llmprune.job.job import Job
-from llmprune.job.recipes import SCANNING, Recipe
+from llmprune.job.recipes import as_tried
 from llmprune.job.record import RunRecord
 from llmprune.job.scan import Scan, Scanned
 from llmprune.measure.divergence import streamed_divergences
@@ -62,7 +62,6 @@ class Scanner:
         sites: names of those that are to be scanned.
         grid: the patterns that errors are measured at.
         library: keeps the matrices solved at those, where that is asked for.
-        recipe: what solves them.
         probes: whether to measure what pruning each matrix alone costs the model; else that counts as nothing.
     """
 
@@ -72,7 +71,6 @@ class Scanner:
     sites: frozenset[str]
     grid: Sequence[Pattern]
     library: Library | None = None
-    recipe: Recipe = SCANNING
     probes: bool = True
     _measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _going: list[Activations] = field(default_factory=list)
@@ -110,7 +108,7 @@ class Scanner:
             model=record.model,
             calibration=record.calibration,
             compute=record.compute,
-            method=self.recipe.method,
+            method=as_tried(job.recipe).method,
             probe=str(PROBE),
             probed=windows.tokens(),
             matrices=matrices,
@@ -172,6 +170,7 @@ class Scanner:
         self, group: Sequence[Stage], observed: Sequence[Observed], pattern: Pattern, found: dict[str, _Seen]
     ) -> dict[str, list[tuple[Site, Tensor]]]:
         """Prune all matrices of `group` to `pattern`, where they can be, and add up what that loses; returns their weights."""
+        recipe = as_tried(self.job.recipe)
         sites = [site for stage in group for site in stage if not pattern.misfit(site.rows, site.columns)]
         fitting = [[site for site in stage if site in sites] for stage in group]
         pairs = [(stage, seen) for stage, seen in zip(fitting, observed, strict=True) if stage]
@@ -179,13 +178,13 @@ class Scanner:
             [stage for stage, _ in pairs],
             [seen for _, seen in pairs],
             dict.fromkeys((site.name for site in sites), pattern),
-            self.recipe.method,
+            recipe.method,
         )
         solved: dict[str, list[tuple[Site, Tensor]]] = {}
         with self.job.clock("solve"):
-            for work in make_rounds(batches, self.recipe.method, self.job.ranks.size):
+            for work in make_rounds(batches, recipe.method, self.job.ranks.size):
                 dense = {batch: batch.dense() for batch in dict.fromkeys(share.batch for share in work)}
-                for batch, solution in solve(work, dense, self.recipe, self.job.ranks).items():
+                for batch, solution in solve(work, dense, recipe, self.job.ranks).items():
                     for site, seen, w, own in batch.by_site(dense[batch], solution):
                         assert isinstance(seen.statistic, Gram)
                         lost, whole = seen.statistic.errors(w, own.weight)

@@ -15,7 +15,6 @@ import msgspec
 from llmprune.base.words import count
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
-from llmprune.job.recipes import as_tried
 from llmprune.job.record import RunRecord
 from llmprune.job.scan import Allocation, Scan
 from llmprune.output.resume import Manifest
@@ -87,7 +86,7 @@ def _solved(
     kept, whole = job.ranks.agree((kept, whole))
     if whole is not None:
         return msgspec.convert(whole, Scan)
-    scanner = Scanner(job, work, texts, sites, levels, library, as_tried(job.recipe), probes=job.scan is None)
+    scanner = Scanner(job, work, texts, sites, levels, library, probes=job.scan is None)
     scan = scanner.scan(record, kept, kept_in(manifest))
     if manifest:
         manifest.known |= {"scanned": asdict(scan)}
