@@ -21,8 +21,8 @@ from typing import TypeAlias
 
 from llmprune.job.scan import Allocation, Scan, Scanned, loss, total_weights
 from llmprune.numerics.patterns import Pattern, Unstructured
+from llmprune.steps.weights.allocate import sensitivity
 from llmprune.steps.weights.allocate.base import STRIDE, Trials, exact, levels, share
-from llmprune.steps.weights.allocate.sensitivity import choose
 
 measures = True
 CHILDREN = 16
@@ -82,12 +82,15 @@ def allocate(scan: Scan, pattern: Pattern, trials: Trials | None = None) -> Allo
     space = _Space.of(scan, pattern)
     uniform = tuple(each.index(pattern) for each in space.choices)
     losses = [[loss(one, scan.probe, own) for own in each] for one, each in zip(space.matrices, space.choices, strict=True)]
-    reckoned = tuple(choose(losses, space.sizes, space.most))
+    reckoned = tuple(sensitivity.choose(losses, space.sizes, space.most))
     found = _evolve(space, (uniform, reckoned), trials)
     ends = {"uniform": uniform, "sensitivity": reckoned, "found": found}
     nats = dict(zip(ends, trials.measured([space.allocation(own) for own in ends.values()], LAST), strict=True))
     trials.keep({**trials.known, "tokens": LAST, "nats": nats})
-    best = space.allocation(ends[min(nats, key=nats.__getitem__)])
+    winner = min(nats, key=nats.__getitem__)
+    if winner == "sensitivity":
+        return sensitivity.allocate(scan, pattern)  # from levels that lie closer
+    best = space.allocation(ends[winner])
     if not isinstance(pattern, Unstructured):
         return best
     return exact(space.matrices, {name: own.sparsity for name, own in best.items() if isinstance(own, Unstructured)}, pattern)
@@ -124,7 +127,7 @@ def _proposed(space: _Space, parent: Picked, trials: Trials) -> list[Picked]:
     children = []
     for penalty in PENALTIES:
         each = [[0.0, *(costs[i, level] + penalty * usual for level in own[1:])] for i, own in enumerate(options)]
-        picked = choose(each, sizes, space.most)
+        picked = sensitivity.choose(each, sizes, space.most)
         children.append(tuple(own[number] for own, number in zip(options, picked, strict=True)))
     return children
 
