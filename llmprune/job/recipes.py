@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 
 from llmprune.base.errors import InputError, unknown
 from llmprune.job.options import PruneConfig
-from llmprune.numerics.stats import Gram
-from llmprune.solvers import METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +46,6 @@ QUALITIES = {
     "best": Recipe("best", "annealed", refit=True, target="corrected", reconstruct=True),
 }
 SCANNING = Recipe("scan", "sparsegpt", true_sequential=False)  # which errors a scan compares: one sweep a level is quick
-
-
-def as_tried(recipe: Recipe) -> Recipe:
-    """What comes nearest to `recipe` where matrices are solved in the dense model, each at several levels, from one pass: what
-    a matrix loses differs by method, and so does what is best.
-    """
-    if METHODS.get(recipe.method).statistic is not Gram:
-        return SCANNING
-    return replace(recipe, target="dense", reconstruct=False, true_sequential=False)
 
 
 def choose_recipe(config: PruneConfig) -> Recipe:

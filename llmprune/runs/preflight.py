@@ -22,7 +22,7 @@ from llmprune.base.words import count, size
 from llmprune.cost.matrices import Matrix, matrices
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
-from llmprune.job.recipes import SCANNING, Recipe, as_tried
+from llmprune.job.recipes import SCANNING, Recipe
 from llmprune.measure.perplexity import LOGITS
 from llmprune.models.experts import experts_per_token
 from llmprune.models.sites import Block
@@ -31,6 +31,7 @@ from llmprune.output.resume import partial_folder
 from llmprune.solvers import METHODS
 from llmprune.steps.base import Step, Work
 from llmprune.steps.weights.reconstruct import PASSES
+from llmprune.steps.weights.scanning import as_tried
 from llmprune.stream.activations import KEPT
 
 # memory, in tensors of the size that is named

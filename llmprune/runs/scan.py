@@ -33,7 +33,8 @@ from llmprune.runs.schedule import Stage
 from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import share
-from llmprune.steps.weights.scanning import PROBE, Scanner, followed, kept_in
+from llmprune.steps.weights.scanning import PROBE, Scanner, followed
+from llmprune.steps.weights.searching import kept_in
 from llmprune.steps.weights.selection import select_sites
 
 GRID: tuple[Pattern, ...] = (*(Unstructured(tenth / 10) for tenth in range(3, 10)), NM(6, 8), NM(2, 4), NM(1, 4))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmprune.data.windows import Texts, Windows
 from llmprune.job.job import Job
-from llmprune.job.recipes import as_tried
+from llmprune.job.recipes import SCANNING, Recipe
 from llmprune.job.record import RunRecord
 from llmprune.job.scan import Scan, Scanned
 from llmprune.measure.divergence import streamed_divergences
@@ -26,7 +26,7 @@ from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.numerics.patterns import Pattern, Unstructured
 from llmprune.numerics.stats import Gram, InputSample
-from llmprune.output.resume import Manifest
+from llmprune.solvers import METHODS
 from llmprune.steps.base import Work
 from llmprune.steps.weights.batching import make_batches
 from llmprune.steps.weights.library import Library, group_name
@@ -229,6 +229,15 @@ class _Nothing:
     def put(self, block: Block) -> None: ...
 
 
+def as_tried(recipe: Recipe) -> Recipe:
+    """What comes nearest to `recipe` where matrices are solved in the dense model, each at several levels, from one pass: what
+    a matrix loses differs by method, and so does what is best.
+    """
+    if METHODS.get(recipe.method).statistic is not Gram:
+        return SCANNING
+    return replace(recipe, target="dense", reconstruct=False, true_sequential=False)
+
+
 def first(windows: Windows, tokens: int, least: int) -> Windows:
     """The first windows that have so many tokens, at least so many windows."""
     some = max(tokens // windows.ids.shape[1], least, 1)
@@ -280,14 +289,3 @@ def followed(sites: Iterable[str], texts: Texts, processes: int) -> int:
     """Tokens that a scan of `sites` follows to the end of the model: the dense ones and, from each matrix on, its probe's."""
     kinds = {re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in sites}
     return (2 + len(kinds)) * first(texts.calibration, PROBED, processes).ids.numel()
-
-
-def kept_in(manifest: Manifest | None) -> Keep:
-    """Keeps what a scan has measured so far for a run that goes on; nothing on a process that does not write."""
-
-    def keep(measured: Mapping[str, Any]) -> None:
-        if manifest:
-            manifest.known |= {"scan": measured}
-            manifest.begin()
-
-    return keep

@@ -22,7 +22,7 @@ from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import Trials, grid
 from llmprune.steps.weights.library import Library
-from llmprune.steps.weights.scanning import Scanner, kept_in
+from llmprune.steps.weights.scanning import Keep, Scanner
 from llmprune.steps.weights.selection import Selection, fitting
 from llmprune.steps.weights.trying import Trial
 
@@ -92,6 +92,17 @@ def _solved(
         manifest.known |= {"scanned": asdict(scan)}
         manifest.begin()
     return scan
+
+
+def kept_in(manifest: Manifest | None) -> Keep:
+    """Keeps what a scan has measured so far for a run that goes on; nothing on a process that does not write."""
+
+    def keep(measured: Mapping[str, Any]) -> None:
+        if manifest:
+            manifest.known |= {"scan": measured}
+            manifest.begin()
+
+    return keep
 
 
 class _Watch:

@@ -15,8 +15,8 @@ from llmprune.output.resume import Manifest
 from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import grid, share
-from llmprune.steps.weights.scanning import Scanner, kept_in
-from llmprune.steps.weights.searching import searched, searches
+from llmprune.steps.weights.scanning import Scanner
+from llmprune.steps.weights.searching import kept_in, searched, searches
 from llmprune.steps.weights.selection import Selection, fitting
 
 UNIFORM = "uniform"
