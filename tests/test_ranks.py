@@ -29,6 +29,7 @@ from llmprune.cli.main import main
 from llmprune.data.pydoc import documents
 from llmprune.data.windows import Windows
 from llmprune.output.verify import verify
+from llmprune.steps.weights.allocate import search
 
 TESTS = Path(__file__).parent
 CASES = {
@@ -43,6 +44,7 @@ SMALLER = {
     "by_layer": {"neurons": "25%", "round_to": 4, "per_layer": True, "layers": "1", "layer_score": "loss", "score": "gradient"},
     "both": {"heads": "2", "sparsity": "2:4", "method": "wanda"},
 }
+SEARCHED = {"searched": {"method": "wanda", "sparsity": "50%", "allocate": "search"}}
 WINDOWS = tokens(13, 40)  # no multiple of 2 or 4: the shares differ
 OPTIONS = {"calibration": WINDOWS, "batch_size": 4}
 
@@ -54,7 +56,10 @@ import llmprune
 from llmprune.base import hardware
 from llmprune.base.errors import InputError
 from llmprune.cli.console import Progress
-from test_ranks import CASES, OPTIONS, SMALLER
+from llmprune.steps.weights.allocate import search
+from test_ranks import CASES, OPTIONS, SEARCHED, SMALLER
+
+search.STALE = 2
 
 class Ends(Progress):
     def __init__(self, how):
@@ -73,7 +78,8 @@ def run(source, out, how, *names):
     hardware.bfloat16_products = lambda: 4.0 if os.environ["RANK"] == "0" else 0.5
     try:
         for name in names:
-            found = llmprune.prune(source, output=f"{out}/{name}", progress=Ends(how), **OPTIONS, **(CASES | SMALLER)[name])
+            case = (CASES | SMALLER | SEARCHED)[name]
+            found = llmprune.prune(source, output=f"{out}/{name}", progress=Ends(how), **OPTIONS, **case)
             print(found.record.compute["dtype"], found.record.compute["why"], sep=": ", file=sys.stderr)
     except InputError as error:
         sys.exit(f"error: {error}")
@@ -265,6 +271,21 @@ def test_an_error_of_one_process_is_told_and_ends_the_run(name: str, start, save
     assert told.strip().splitlines()[-1] == "error: only here"
     assert "another process of this run has ended" in lost
     assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == []
+
+
+def test_processes_search_together(together, saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in another order may lead elsewhere, but start from the same, and come to the same number of weights."""
+    source = saved(tiny_model("llama"))
+    together(2, source, tmp_path / "many", "lives", *SEARCHED)
+    monkeypatch.setattr(search, "STALE", 2)
+    one = llmprune.prune(source, output=tmp_path / "one", **OPTIONS, **SEARCHED["searched"]).record
+    many = json.loads((tmp_path / "many" / "searched" / "llmprune.json").read_text())
+    assert verify(tmp_path / "many" / "searched").problems == ()
+    zeros = sum(round(site["sparsity"] * site["shape"][0] * site["shape"][1]) for site in many["sites"])
+    assert zeros == one.zeros()
+    mine, other = (record["allocation"]["nats"] for record in (many["recipe"], one.recipe))
+    assert mine["uniform"] == pytest.approx(other["uniform"], rel=1e-2)
+    assert mine["found"] < mine["uniform"]
 
 
 def test_processes_make_the_same_smaller_model(together, saved, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ class Console(Progress):
         self._in_block: list[SiteRecord] = []
         self._gone: list[Removal] = []
         self._fit, self._came = "", ""
+        self._best = 0.0  # divergence that a search has come to
 
     def __enter__(self) -> Console:
         return self
@@ -109,6 +110,15 @@ class Console(Progress):
     def scanned(self, matrices: Sequence[Scanned], pattern: str) -> None:
         errors = "  ".join(f"{one.kind} {_share(one.errors.get(pattern))}" for one in matrices)
         self._came = f"scanned; output error at {pattern}: {errors}"
+
+    def searched(self, found: Mapping[str, Any], seconds_left: float) -> None:
+        left = f"{max(seconds_left, 0):.0f} s left at most"
+        told = f"search: generation {found['generation']}, KL {found['best']:.5f} nats a token, {left}"
+        if found["best"] != self._best:
+            self._line(told)
+            self._best = found["best"]
+        if self._console.is_terminal:
+            self._live.update(self._task, now=told)
 
     def removed(self, removal: Removal) -> None:
         self._gone.append(removal)

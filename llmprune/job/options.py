@@ -97,6 +97,7 @@ class PruneConfig:
         "how the sparsity is spread over matrices, which a scan of the dense model comes before (default: %(default)s)",
         "uniform",
     )
+    search_minutes: int = _option("how long --allocate search may look, at most (default: %(default)s)", 10, metavar="N")
     scan: str | None = _option("the scan to go by: scan.json of llmprune scan (default: scan first)", None, metavar="FILE")
     allocation: str | None = _option(
         "instead of --sparsity: a JSON file of patterns by matrix, as llmprune scan writes them", None, metavar="FILE"
@@ -143,7 +144,7 @@ class PruneConfig:
     dtype: str = _option(f"compute dtype: {', '.join(DTYPES)}; auto is {AUTO_DTYPE}", "auto")
 
     def __post_init__(self) -> None:
-        for name in ("samples", "seqlen", "batch_size", "round_to", "for_batch", "for_context"):
+        for name in ("samples", "seqlen", "batch_size", "round_to", "for_batch", "for_context", "search_minutes"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} {number} is impossible: give at least 1")
         if self.sparsity is not None and self.allocation is not None:
@@ -173,6 +174,7 @@ class PruneConfig:
         uses = {
             "to spread --sparsity": (self.sparsity is not None, ("allocate",)),
             "to spread --sparsity otherwise than uniformly, with --allocate": (self.allocate != "uniform", ("scan",)),
+            "to bound a search, with --allocate search": (self.allocate == "search", ("search_minutes",)),
             "to prune weights, with --sparsity or --allocation": (
                 weights, ("method", "quality", "reconstruct", "true_sequential", "only", "skip")
             ),

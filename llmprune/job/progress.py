@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord
 from llmprune.job.scan import Scanned
@@ -25,6 +26,8 @@ class Progress:
     def reconstructed(self, result: Reconstruction) -> None: ...
 
     def scanned(self, matrices: Sequence[Scanned], pattern: str) -> None: ...
+
+    def searched(self, found: Mapping[str, Any], seconds_left: float) -> None: ...
 
     def removed(self, removal: Removal) -> None: ...
 

@@ -8,7 +8,7 @@ reading and writing. Times come out right to about a factor of two; the run's ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from llmprune.base.folders import check_room
 from llmprune.base.hardware import operations_per_second
-from llmprune.base.words import size
+from llmprune.base.words import count, size
 from llmprune.cost.matrices import Matrix, matrices
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
@@ -29,8 +29,9 @@ from llmprune.models.sites import Block
 from llmprune.numerics.stats import SAMPLE_TOKENS, Gram
 from llmprune.output.resume import partial_folder
 from llmprune.solvers import METHODS
-from llmprune.steps.base import Work
+from llmprune.steps.base import Step, Work
 from llmprune.steps.weights.reconstruct import PASSES
+from llmprune.steps.weights.scanning import as_tried
 from llmprune.stream.activations import KEPT
 
 # memory, in tensors of the size that is named
@@ -63,7 +64,7 @@ class Needs:
             embeddings and head, which are there before anything is solved, take beyond `solving`; and what a forward makes.
         solving: bytes of a stage's statistics and samples, or of a block's where it is solved in one pass, and of what a
             solver holds.
-        output: bytes of the output folder.
+        output: bytes of the output folder, and of what a search keeps beside it.
         forward: floating-point operations of running the blocks and the head, in the compute dtype.
         statistics: those of Grams, which are summed in float32 of products in the compute dtype.
         solve: those of solvers, in float32.
@@ -96,12 +97,13 @@ def estimate(
     processes: int = 1,
     probed: int = 0,
     scanned: int = 0,
+    scanning: Recipe = SCANNING,
     all_experts: bool = False,
     pinned: bool = False,
 ) -> Needs:
     """What pruning needs. `blocks` may be on the meta device; `checkpoint` is the bytes of its tensors; `probed` are tokens
     whose hidden states are followed besides, through half of the blocks on average; `scanned`: patterns that a scan of the
-    dense model, which comes before, measures errors at; `all_experts`: each sees every token;
+    dense model, which comes before, measures errors at, by `scanning`; `all_experts`: each sees every token;
     `pinned`: hidden states rest in pinned memory, as those of a GPU do.
     """
     config, (_, length) = model.get_text_config(), texts.calibration.ids.shape
@@ -132,8 +134,8 @@ def estimate(
         solving=solving,
         output=int(_FILES * checkpoint),
         forward=2 * (passes * sum(one.rows * one.columns * one.share for one in every) + 2 * evaluated * head),
-        statistics=sum(_counting(one, recipe, tokens) + _counting(one, SCANNING, tokens) * (scanned > 0) for one in every),
-        solve=sum(_work(one, recipe, processes) + scanned * _work(one, SCANNING, processes) for one in every),
+        statistics=sum(_counting(one, recipe, tokens) + _counting(one, scanning, tokens) * (scanned > 0) for one in every),
+        solve=sum(_work(one, recipe, processes) + scanned * _work(one, scanning, processes) for one in every),
     )
 
 
@@ -224,9 +226,7 @@ def predict(
     blocks: Sequence[Block],
     texts: Texts,
     output: Path,
-    *,
-    probed: int,
-    scanned: int,
+    step: Step,
 ) -> dict[str, Any]:
     """What the run will need, by formula, for the record.
 
@@ -234,6 +234,7 @@ def predict(
         InputError: the disk has too little room for it.
     """
     mapped = job.config.activations == "disk"
+    search, kept_meanwhile = step.searched()
     needs = estimate(
         config,
         blocks,
@@ -243,14 +244,17 @@ def predict(
         batch=job.batch(texts.calibration.ids.shape[1], work.device),
         checkpoint=work.nbytes,
         processes=job.ranks.size,
-        probed=probed,
-        scanned=scanned,
+        probed=step.probed(texts),
+        scanned=step.scanned(),
+        scanning=as_tried(job.recipe),
         all_experts=job.config.all_experts,
         pinned=work.device.type == "cuda" and not mapped,
     )
     kept = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))  # by an earlier run
+    needs = replace(needs, output=needs.output + kept_meanwhile)
     check_room(output, needs.output - kept + (needs.activations * job.ranks.size if mapped else 0))
     seconds = needs.seconds(work.device, work.dtype)
     text = describe(needs, seconds, mapped=mapped)
+    text += f", and a search of at most {count(search // 60, 'minute')}" if search else ""
     short = shortage(needs, work.device, mapped=mapped, here=job.ranks.here)
     return asdict(needs) | {"seconds": seconds, "text": text} | ({"short": short} if short else {})

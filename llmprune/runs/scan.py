@@ -34,8 +34,8 @@ from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import share
 from llmprune.steps.weights.scanning import PROBE, Scanner, followed
+from llmprune.steps.weights.searching import kept_in
 from llmprune.steps.weights.selection import select_sites
-from llmprune.steps.weights.spreading import kept_in
 
 GRID: tuple[Pattern, ...] = (*(Unstructured(tenth / 10) for tenth in range(3, 10)), NM(6, 8), NM(2, 4), NM(1, 4))
 PROPOSED = ("50%", "60%", "70%", "2:4")
@@ -59,6 +59,9 @@ class ScanModel:
 
     def scanned(self) -> int:
         return len(GRID)
+
+    def searched(self) -> tuple[int, int]:
+        return 0, 0
 
     def _scanner(self, texts: Texts) -> Scanner:
         return Scanner(self._job, self._work, texts, frozenset(self._selection.patterns), GRID)

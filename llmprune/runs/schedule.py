@@ -76,8 +76,7 @@ class Stage:
             scratch = existing_parent(self.output) if job.config.activations == "disk" else None
             step, work = self.kind(job, skeleton, scratch), Work.on_disk(skeleton, scratch)
             texts = choose_texts(job.config, config, tokenizer, given=job.given, bundled=place.bundled)
-            needs = {"probed": step.probed(texts), "scanned": step.scanned()}
-            predicted = predict(job, work, config, skeleton.describe(), texts, self.output, **needs)
+            predicted = predict(job, work, config, skeleton.describe(), texts, self.output, step)
         said = {"title": step.title, "asked": str(step), "why": why}
         record = announce(job, work, texts, place, **said, skipped=step.skipped, predicted=predicted)
         return Begun(self, step, checkpoint, texts, record)

@@ -93,6 +93,10 @@ class Step(Protocol):
         """Patterns at which each matrix's error is measured first; 0: there is no scan."""
         ...
 
+    def searched(self) -> tuple[int, int]:
+        """Seconds that a search for patterns takes at most, and bytes that it keeps on the disk meanwhile; 0: there is none."""
+        ...
+
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         """Write the model's new folder, all but its card and record, and fill in `record`.
 

@@ -103,6 +103,9 @@ class RemoveStructure:
     def scanned(self) -> int:
         return 0
 
+    def searched(self) -> tuple[int, int]:
+        return 0, 0
+
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job = self._job
         known = job.ranks.agree(manifest.known if manifest else {})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmprune.data.windows import Texts, Windows
 from llmprune.job.job import Job
-from llmprune.job.recipes import SCANNING
+from llmprune.job.recipes import SCANNING, Recipe
 from llmprune.job.record import RunRecord
 from llmprune.job.scan import Scan, Scanned
 from llmprune.measure.divergence import streamed_divergences
@@ -26,8 +26,10 @@ from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.numerics.patterns import Pattern, Unstructured
 from llmprune.numerics.stats import Gram, InputSample
+from llmprune.solvers import METHODS
 from llmprune.steps.base import Work
 from llmprune.steps.weights.batching import make_batches
+from llmprune.steps.weights.library import Library, group_name
 from llmprune.steps.weights.observing import Observed, blend_experts, passes
 from llmprune.steps.weights.sharing import make_rounds, solve
 from llmprune.stream.activations import Activations
@@ -59,6 +61,8 @@ class Scanner:
     Attributes:
         sites: names of those that are to be scanned.
         grid: the patterns that errors are measured at.
+        library: keeps the matrices solved at those, where that is asked for.
+        probes: whether to measure what pruning each matrix alone costs the model; else that counts as nothing.
     """
 
     job: Job
@@ -66,6 +70,8 @@ class Scanner:
     texts: Texts
     sites: frozenset[str]
     grid: Sequence[Pattern]
+    library: Library | None = None
+    probes: bool = True
     _measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _going: list[Activations] = field(default_factory=list)
 
@@ -95,12 +101,14 @@ class Scanner:
         with work.outside(), job.clock("probe"):
             nats = streamed_divergences(work.model, blocks, few, self._going, share, work.device, ranks)
         every = [one for measured in self._measured.values() for one in measured]
-        matrices = [Scanned(**one, nats=own) for one, own in zip(every, nats, strict=True)]
+        matrices = [
+            Scanned(**one, nats=own) for one, own in zip(every, nats if self.probes else [0.0] * len(every), strict=True)
+        ]
         return Scan(
             model=record.model,
             calibration=record.calibration,
             compute=record.compute,
-            method=SCANNING.method,
+            method=as_tried(job.recipe).method,
             probe=str(PROBE),
             probed=windows.tokens(),
             matrices=matrices,
@@ -138,7 +146,11 @@ class Scanner:
             for pattern in grid:
                 solved = self._solve(group, observed, pattern, found)
                 probed = solved if pattern == PROBE else probed
-            self._probe(block, probed, few)
+                if self.library and not known and pattern in self.grid:
+                    for name, weights in solved.items():
+                        self.library.put(name, pattern, weights)
+            if self.probes:
+                self._probe(block, probed, few)
         _count_outliers(found, scores)
         measured = known or [_measured(name, block, one) for name, one in found.items()]
         self._measured[str(block.index)] = measured
@@ -158,6 +170,7 @@ class Scanner:
         self, group: Sequence[Stage], observed: Sequence[Observed], pattern: Pattern, found: dict[str, _Seen]
     ) -> dict[str, list[tuple[Site, Tensor]]]:
         """Prune all matrices of `group` to `pattern`, where they can be, and add up what that loses; returns their weights."""
+        recipe = as_tried(self.job.recipe)
         sites = [site for stage in group for site in stage if not pattern.misfit(site.rows, site.columns)]
         fitting = [[site for site in stage if site in sites] for stage in group]
         pairs = [(stage, seen) for stage, seen in zip(fitting, observed, strict=True) if stage]
@@ -165,13 +178,13 @@ class Scanner:
             [stage for stage, _ in pairs],
             [seen for _, seen in pairs],
             dict.fromkeys((site.name for site in sites), pattern),
-            SCANNING.method,
+            recipe.method,
         )
         solved: dict[str, list[tuple[Site, Tensor]]] = {}
         with self.job.clock("solve"):
-            for work in make_rounds(batches, SCANNING.method, self.job.ranks.size):
+            for work in make_rounds(batches, recipe.method, self.job.ranks.size):
                 dense = {batch: batch.dense() for batch in dict.fromkeys(share.batch for share in work)}
-                for batch, solution in solve(work, dense, SCANNING, self.job.ranks).items():
+                for batch, solution in solve(work, dense, recipe, self.job.ranks).items():
                     for site, seen, w, own in batch.by_site(dense[batch], solution):
                         assert isinstance(seen.statistic, Gram)
                         lost, whole = seen.statistic.errors(w, own.weight)
@@ -216,17 +229,19 @@ class _Nothing:
     def put(self, block: Block) -> None: ...
 
 
+def as_tried(recipe: Recipe) -> Recipe:
+    """What comes nearest to `recipe` where matrices are solved in the dense model, each at several levels, from one pass: what
+    a matrix loses differs by method, and so does what is best.
+    """
+    if METHODS.get(recipe.method).statistic is not Gram:
+        return SCANNING
+    return replace(recipe, target="dense", reconstruct=False, true_sequential=False)
+
+
 def first(windows: Windows, tokens: int, least: int) -> Windows:
     """The first windows that have so many tokens, at least so many windows."""
     some = max(tokens // windows.ids.shape[1], least, 1)
     return Windows(windows.ids[:some], windows.text, None if windows.mask is None else windows.mask[:some])
-
-
-def group_name(site: Site) -> str:
-    """What a site's matrices have in common: its name or, of an expert's, the name with * for the expert's number."""
-    if site.pool is None:
-        return site.name
-    return re.sub(rf"\.{site.part[0]}\.([^.]+)$", r".*.\1", site.name)
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import fnmatch
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
-from llmprune.job.scan import Allocation
+from llmprune.job.scan import Allocation, Scan
 from llmprune.models.discover import unreached
 from llmprune.models.sites import Block
 from llmprune.numerics.patterns import Pattern, Unstructured
@@ -40,6 +40,25 @@ class Selection:
             else:
                 found.patterns[name] = own
         return found
+
+
+def fitting(scan: Scan, selection: Selection) -> Scan:
+    """`scan` of the matrices that are to be pruned alone.
+
+    Raises:
+        InputError: it lacks some, or was made of a model whose matrices have other shapes.
+    """
+    kept, left = [], set(selection.patterns)
+    for one in scan.matrices:
+        own = [name for name in left if fnmatch.fnmatchcase(name, one.name)]
+        if own and any(selection.shapes[name] != (one.rows, one.columns) for name in own):
+            raise InputError(f"the scan is of another model: {one.name} is {one.rows} x {one.columns} in it; scan this one")
+        if own:
+            kept.append(replace(one, sites=len(own)))
+        left.difference_update(own)
+    if left:
+        raise InputError(f"the scan lacks {count(len(left), 'matrix')}, such as {min(left)}: scan this model")
+    return replace(scan, matrices=kept)
 
 
 def select(blocks: Sequence[Block], asked: Pattern | Allocation, *, only: Sequence[str], skip: Sequence[str]) -> Selection:

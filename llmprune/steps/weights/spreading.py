@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
-from llmprune.base.errors import InputError
-from llmprune.base.words import count
 from llmprune.data.windows import Texts
 from llmprune.job.allocation import as_texts
 from llmprune.job.job import Job
 from llmprune.job.record import RunRecord
 from llmprune.job.scan import Allocation, Scan, Scanned, loss, total_weights
-from llmprune.numerics.patterns import NM, Pattern, Unstructured, parse
+from llmprune.numerics.patterns import Pattern, Unstructured, parse
 from llmprune.output.resume import Manifest
 from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
-from llmprune.steps.weights.allocate.base import REACH, levels, share
-from llmprune.steps.weights.scanning import Keep, Scanner
-from llmprune.steps.weights.selection import Selection
+from llmprune.steps.weights.allocate.base import grid, share
+from llmprune.steps.weights.scanning import Scanner
+from llmprune.steps.weights.searching import kept_in, searched, searches
+from llmprune.steps.weights.selection import Selection, fitting
 
 UNIFORM = "uniform"
 
@@ -54,11 +51,16 @@ def _decide(
     manifest: Manifest | None,
 ) -> dict[str, Any]:
     assert job.pattern is not None
-    scan = job.scan
-    if scan is None:
-        scan = scanner_of(job, work, selection, texts).scan(record, measured, kept_in(manifest))
-    scan = fitting(scan, selection)
-    allocation: Allocation = ALLOCATORS.get(job.config.allocate).allocate(scan, job.pattern)
+    search: dict[str, Any] = {}
+    if searches(job):
+        scan, allocation, search = searched(job, work, selection, texts, record, manifest)
+    else:
+        found = job.scan
+        if found is None:
+            scanner = Scanner(job, work, texts, frozenset(selection.patterns), grid(job.pattern))
+            found = scanner.scan(record, measured, kept_in(manifest))
+        scan = fitting(found, selection)
+        allocation = ALLOCATORS.get(job.config.allocate).allocate(scan, job.pattern)
     allocation = job.ranks.agree(allocation)
     reckoned = [reckoned_loss(scan, own) for own in (dict.fromkeys(allocation, job.pattern), allocation)]
     return {
@@ -67,54 +69,9 @@ def _decide(
         "probed": scan.probed,
         "reckoned_loss": reckoned[1],
         "reckoned_loss_uniform": reckoned[0],
-        "text": describe(scan.matrices, allocation, job.config.allocate, *reckoned),
+        **search,
+        "text": describe(scan.matrices, allocation, job.config.allocate, *reckoned) + search.get("text", ""),
     }
-
-
-def scanner_of(job: Job, work: Work, selection: Selection, texts: Texts) -> Scanner:
-    """Of what it takes to spread the job's pattern."""
-    assert job.pattern is not None
-    return Scanner(job, work, texts, frozenset(selection.patterns), grid(job.pattern))
-
-
-def kept_in(manifest: Manifest | None) -> Keep:
-    """Keeps what a scan has measured so far for a run that goes on; nothing on a process that does not write."""
-
-    def keep(measured: Mapping[str, Any]) -> None:
-        if manifest:
-            manifest.known = {"scan": measured}
-            manifest.begin()
-
-    return keep
-
-
-def grid(pattern: Pattern) -> list[Pattern]:
-    """The patterns at which errors must be known to spread `pattern`."""
-    if isinstance(pattern, NM):
-        wide = Scanned("", 0, "", 1, 1, 2 * pattern.m, {}, 0.0, 0.0)
-        return [own for own in levels(wide, pattern) if own is not None]
-    assert isinstance(pattern, Unstructured)
-    wanted = [pattern.sparsity + REACH * step / 2 for step in range(-2, 3)]
-    return [Unstructured(round(own, 6)) for own in wanted if 0.005 <= own <= 0.995]
-
-
-def fitting(scan: Scan, selection: Selection) -> Scan:
-    """`scan` of the matrices that are to be pruned alone.
-
-    Raises:
-        InputError: it lacks some, or was made of a model whose matrices have other shapes.
-    """
-    kept, left = [], set(selection.patterns)
-    for one in scan.matrices:
-        own = [name for name in left if fnmatch.fnmatchcase(name, one.name)]
-        if own and any(selection.shapes[name] != (one.rows, one.columns) for name in own):
-            raise InputError(f"the scan is of another model: {one.name} is {one.rows} x {one.columns} in it; scan this one")
-        if own:
-            kept.append(replace(one, sites=len(own)))
-        left.difference_update(own)
-    if left:
-        raise InputError(f"the scan lacks {count(len(left), 'matrix')}, such as {min(left)}: scan this model")
-    return replace(scan, matrices=kept)
 
 
 def reckoned_loss(scan: Scan, allocation: Allocation) -> float:

@@ -19,10 +19,13 @@ from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Feeds, Keeper, Resume, Work
+from llmprune.steps.weights.allocate.base import grid
+from llmprune.steps.weights.library import library_bytes
 from llmprune.steps.weights.reconstruct import check_batches
 from llmprune.steps.weights.scanning import followed
+from llmprune.steps.weights.searching import searches
 from llmprune.steps.weights.selection import Selection, select
-from llmprune.steps.weights.spreading import UNIFORM, grid, spread
+from llmprune.steps.weights.spreading import UNIFORM, spread
 from llmprune.steps.weights.visitor import WeightPruner
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import stream
@@ -45,11 +48,19 @@ class PruneWeights:
         return followed(self._selection.patterns, texts, self._job.ranks.size) if self._scans() else 0
 
     def scanned(self) -> int:
-        return len(grid(self._job.pattern)) if self._job.pattern is not None and self._scans() else 0
+        searched = searches(self._job)
+        return len(grid(self._job.pattern, searched=searched)) if self._job.pattern is not None and self._scans() else 0
+
+    def searched(self) -> tuple[int, int]:
+        job, shapes = self._job, self._selection.shapes
+        if job.pattern is None or not searches(job):
+            return 0, 0
+        weights = sum(shapes[name][0] * shapes[name][1] for name in self._selection.patterns)
+        return 60 * job.config.search_minutes, library_bytes(weights, grid(job.pattern, searched=True), self._work.dtype)
 
     def _scans(self) -> bool:
         """Whether the dense model is scanned first."""
-        return self._job.config.allocate != UNIFORM and self._job.scan is None
+        return self._job.config.allocate != UNIFORM and (self._job.scan is None or searches(self._job))
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, edited = self._job, set[str]()

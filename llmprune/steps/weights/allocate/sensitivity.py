@@ -43,7 +43,7 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], m
     counts = [len(each) for each in costs]
     owner = np.repeat(np.arange(len(counts)), counts)
     one_each = csr_array((np.ones(len(cost)), (owner, np.arange(len(cost)))), shape=(len(counts), len(cost)))
-    scale = max(float(cost.max()), 1e-300)
+    scale = max(float(abs(cost).max()), 1e-300)
     found = milp(
         cost / scale,
         integrality=np.ones(len(cost)),
