@@ -70,6 +70,11 @@ class Windows:
             )
         return Windows(self.ids[rank::size], self.text, None if self.mask is None else self.mask[rank::size])
 
+    def first(self, tokens: int, least: int) -> Windows:
+        """The first windows that have so many tokens, at least so many windows."""
+        some = max(tokens // self.ids.shape[1], least, 1)
+        return Windows(self.ids[:some], self.text, None if self.mask is None else self.mask[:some])
+
     def tokens(self) -> int:
         """Real tokens."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())

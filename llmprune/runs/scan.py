@@ -33,11 +33,12 @@ from llmprune.runs.schedule import Stage
 from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import share
-from llmprune.steps.weights.scanning import PROBE, Scanner, followed
+from llmprune.steps.weights.scanning import Scanner, followed
 from llmprune.steps.weights.searching import kept_in
 from llmprune.steps.weights.selection import select_sites
 
 GRID: tuple[Pattern, ...] = (*(Unstructured(tenth / 10) for tenth in range(3, 10)), NM(6, 8), NM(2, 4), NM(1, 4))
+PROBE = Unstructured(0.7)  # what each matrix is pruned to by itself
 PROPOSED = ("50%", "60%", "70%", "2:4")
 
 
@@ -64,7 +65,7 @@ class ScanModel:
         return 0, 0
 
     def _scanner(self, texts: Texts) -> Scanner:
-        return Scanner(self._job, self._work, texts, frozenset(self._selection.patterns), GRID)
+        return Scanner(self._job, self._work, texts, frozenset(self._selection.patterns), GRID, PROBE)
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         """Write `scan.json`, and what each way of spreading proposes."""

@@ -1,7 +1,7 @@
 """A scan of the dense model, block by block: each matrix's error curve, and what pruning it alone costs the model.
 
 The curves come from one pass over the calibration text and one Gram an input. For the cost each matrix is pruned by itself, to
-`PROBE`, and some windows are followed from there to the end of the model, where the KL divergence from the dense model is
+one pattern, and some windows are followed from there to the end of the model, where the KL divergence from the dense model is
 measured (as Sieberling et al., "EvoPress", 2025, measure it).
 """
 
@@ -24,7 +24,7 @@ from llmprune.job.scan import Scan, Scanned
 from llmprune.measure.divergence import streamed_divergences
 from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site, Stage
-from llmprune.numerics.patterns import Pattern, Unstructured
+from llmprune.numerics.patterns import Pattern, parse
 from llmprune.numerics.stats import Gram, InputSample
 from llmprune.solvers import METHODS
 from llmprune.steps.base import Work
@@ -35,7 +35,6 @@ from llmprune.steps.weights.sharing import make_rounds, solve
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import stream
 
-PROBE = Unstructured(0.7)  # what matrices are pruned to by themselves
 PROBED = 2048  # calibration tokens that are followed to the end of the model
 _OUTLYING = 5  # times a block's mean: what counts as an outlier, as OWL has it
 Keep = Callable[[Mapping[str, Any]], None]
@@ -61,6 +60,7 @@ class Scanner:
     Attributes:
         sites: names of those that are to be scanned.
         grid: the patterns that errors are measured at.
+        probe: what matrices are pruned to by themselves.
         library: keeps the matrices solved at those, where that is asked for.
         probes: whether to measure what pruning each matrix alone costs the model; else that counts as nothing.
     """
@@ -70,6 +70,7 @@ class Scanner:
     texts: Texts
     sites: frozenset[str]
     grid: Sequence[Pattern]
+    probe: Pattern
     library: Library | None = None
     probes: bool = True
     _measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -83,7 +84,7 @@ class Scanner:
             known: what an earlier, unfinished scan has measured, by block; `keep` hears all that has been, after each block.
         """
         job, work = self.job, self.work
-        windows = first(self.texts.calibration, PROBED, job.ranks.size)
+        windows = self.texts.calibration.first(PROBED, job.ranks.size)
         feed, few = self._record(self.texts.calibration), self._record(windows)
         job.progress.start(len(work.blocks), 0)
 
@@ -109,7 +110,7 @@ class Scanner:
             calibration=record.calibration,
             compute=record.compute,
             method=as_tried(job.recipe).method,
-            probe=str(PROBE),
+            probe=str(self.probe),
             probed=windows.tokens(),
             matrices=matrices,
             seconds=dict(job.clock.seconds),
@@ -130,7 +131,7 @@ class Scanner:
     def _scan(self, block: Block, feed: Activations, few: Activations, known: list[dict[str, Any]] | None) -> None:
         """Measure the block's curves, unless an earlier scan has, and send its probes on their way."""
         found = dict[str, _Seen]()
-        grid = [*dict.fromkeys([*(() if known else self.grid), PROBE])]
+        grid = [*dict.fromkeys([*(() if known else self.grid), self.probe])]
         scores = dict[str, Tensor]()
         for group in passes(self._stages(block, feed)):
             with self.job.clock("forward"):
@@ -145,7 +146,7 @@ class Scanner:
             probed: dict[str, list[tuple[Site, Tensor]]] = {}
             for pattern in grid:
                 solved = self._solve(group, observed, pattern, found)
-                probed = solved if pattern == PROBE else probed
+                probed = solved if pattern == self.probe else probed
                 if self.library and not known and pattern in self.grid:
                     for name, weights in solved.items():
                         self.library.put(name, pattern, weights)
@@ -154,7 +155,7 @@ class Scanner:
         _count_outliers(found, scores)
         measured = known or [_measured(name, block, one) for name, one in found.items()]
         self._measured[str(block.index)] = measured
-        self.job.progress.scanned([Scanned(**one, nats=0.0) for one in measured], str(PROBE))
+        self.job.progress.scanned([Scanned(**one, nats=0.0) for one in measured], str(self.probe))
 
     def _stages(self, block: Block, feed: Activations) -> list[Stage]:
         sites = {site.name: site for site in block.sites if site.name in self.sites}
@@ -238,10 +239,19 @@ def as_tried(recipe: Recipe) -> Recipe:
     return replace(recipe, target="dense", reconstruct=False, true_sequential=False)
 
 
-def first(windows: Windows, tokens: int, least: int) -> Windows:
-    """The first windows that have so many tokens, at least so many windows."""
-    some = max(tokens // windows.ids.shape[1], least, 1)
-    return Windows(windows.ids[:some], windows.text, None if windows.mask is None else windows.mask[:some])
+def before_a_run(
+    job: Job, work: Work, sites: frozenset[str], texts: Texts, levels: Sequence[Pattern], library: Library | None = None
+) -> Scanner:
+    """Of what it takes to spread the job's pattern: from half of the windows, since the run then reads them all.
+
+    Args:
+        levels: at which errors are measured. Where the job has a scan, that says what each matrix costs the model.
+    """
+    assert job.pattern is not None
+    windows = texts.calibration
+    half = windows.first(windows.ids.numel() // 2, job.ranks.size)
+    probe = job.pattern if job.scan is None else parse(job.scan.probe)
+    return Scanner(job, work, replace(texts, calibration=half), sites, levels, probe, library, probes=job.scan is None)
 
 
 @contextmanager
@@ -288,4 +298,4 @@ def _measured(name: str, block: Block, one: _Seen) -> dict[str, Any]:
 def followed(sites: Iterable[str], texts: Texts, processes: int) -> int:
     """Tokens that a scan of `sites` follows to the end of the model: the dense ones and, from each matrix on, its probe's."""
     kinds = {re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in sites}
-    return (2 + len(kinds)) * first(texts.calibration, PROBED, processes).ids.numel()
+    return (2 + len(kinds)) * texts.calibration.first(PROBED, processes).ids.numel()

@@ -22,7 +22,7 @@ from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import Trials, grid
 from llmprune.steps.weights.library import Library
-from llmprune.steps.weights.scanning import Keep, Scanner
+from llmprune.steps.weights.scanning import Keep, before_a_run
 from llmprune.steps.weights.selection import Selection, fitting
 from llmprune.steps.weights.trying import Trial
 
@@ -86,8 +86,7 @@ def _solved(
     kept, whole = job.ranks.agree((kept, whole))
     if whole is not None:
         return msgspec.convert(whole, Scan)
-    scanner = Scanner(job, work, texts, sites, levels, library, probes=job.scan is None)
-    scan = scanner.scan(record, kept, kept_in(manifest))
+    scan = before_a_run(job, work, sites, texts, levels, library).scan(record, kept, kept_in(manifest))
     if manifest:
         manifest.known |= {"scanned": asdict(scan)}
         manifest.begin()

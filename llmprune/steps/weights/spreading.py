@@ -15,7 +15,7 @@ from llmprune.output.resume import Manifest
 from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import grid, share
-from llmprune.steps.weights.scanning import Scanner
+from llmprune.steps.weights.scanning import before_a_run
 from llmprune.steps.weights.searching import kept_in, searched, searches
 from llmprune.steps.weights.selection import Selection, fitting
 
@@ -57,7 +57,7 @@ def _decide(
     else:
         found = job.scan
         if found is None:
-            scanner = Scanner(job, work, texts, frozenset(selection.patterns), grid(job.pattern))
+            scanner = before_a_run(job, work, frozenset(selection.patterns), texts, grid(job.pattern))
             found = scanner.scan(record, measured, kept_in(manifest))
         scan = fitting(found, selection)
         allocation = ALLOCATORS.get(job.config.allocate).allocate(scan, job.pattern)

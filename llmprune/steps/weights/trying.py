@@ -18,7 +18,6 @@ from llmprune.models.sites import Block, Site
 from llmprune.numerics.patterns import Pattern
 from llmprune.steps.base import Work
 from llmprune.steps.weights.library import Library, group_name
-from llmprune.steps.weights.scanning import first
 from llmprune.stream.activations import Activations
 
 AT_ONCE = 2**16  # tokens whose hidden states are held, of all candidates that stream together
@@ -59,7 +58,7 @@ class Trial:
     def _text(self, tokens: int) -> _Text:
         """The first windows that have so many tokens, or all there are."""
         ranks, work = self.job.ranks, self.work
-        windows = first(self.texts.calibration, tokens, ranks.size)
+        windows = self.texts.calibration.first(tokens, ranks.size)
         if (number := len(windows.ids)) not in self._texts:
             share = windows.share(ranks.rank, ranks.size)
             batch = self.job.batch(share.ids.shape[1], work.device)

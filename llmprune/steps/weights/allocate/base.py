@@ -68,7 +68,7 @@ def levels(one: Scanned, pattern: Pattern, step: float = STEP) -> list[Pattern |
 def grid(pattern: Pattern, *, searched: bool = False) -> list[Pattern]:
     """The patterns at which errors must be known to spread `pattern` or, where matrices are tried, what they may become."""
     wide = Scanned("", 0, "", 1, 1, 2 * pattern.m if isinstance(pattern, NM) else 1, {}, 0.0, 0.0)
-    return [own for own in levels(wide, pattern, STRIDE if searched else REACH / 2) if own is not None]
+    return [own for own in levels(wide, pattern, STRIDE if searched else REACH) if own is not None]
 
 
 def share(pattern: Pattern | None) -> float:
