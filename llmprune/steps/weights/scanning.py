@@ -231,9 +231,7 @@ class _Nothing:
 
 
 def as_tried(recipe: Recipe) -> Recipe:
-    """What comes nearest to `recipe` where matrices are solved in the dense model, each at several levels, from one pass: what
-    a matrix loses differs by method, and so does what is best.
-    """
+    """What comes nearest to `recipe` where matrices are solved in the dense model, each at several levels, from one pass."""
     if METHODS.get(recipe.method).statistic is not Gram:
         return SCANNING
     return replace(recipe, target="dense", reconstruct=False, true_sequential=False)
