@@ -69,9 +69,9 @@ def test_choices_are_the_best_of_all() -> None:
             for picked in itertools.product(range(3), repeat=4)
             if sum(sizes[i][k] for i, k in enumerate(picked)) <= most
         ]
-        assert tuple(choose(costs, sizes, most)) == min(possible)[1]
+        assert tuple(choose(costs, (sizes, most))) == min(possible)[1]
     with pytest.raises(InputError, match="no choice of patterns is small enough"):
-        choose([[1.0], [1.0]], [[3.0], [3.0]], 1.0)
+        choose([[1.0], [1.0]], ([[3.0], [3.0]], 1.0))
 
 
 @pytest.mark.parametrize("name", [name for name in ALLOCATORS.names() if not getattr(ALLOCATORS.get(name), "measures", False)])

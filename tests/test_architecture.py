@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "output": {"base", "numerics", "models", "data", "formats", "cost", "job"},
     "reports": {"base", "numerics", "models", "formats", "cost", "job", "output"},
     "steps": {"base", "models", "data", "stream", "job", "output"},
-    "steps/weights": {"base", "numerics", "models", "data", "solvers", "stream", "job", "measure", "output", "steps"},
+    "steps/weights": {
+        *("base", "numerics", "models", "data", "solvers", "stream", "formats", "cost", "job", "measure", "output", "steps"),
+    },
     "steps/structured": {
         *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "output"),
         *("steps", "steps/weights"),

@@ -76,7 +76,7 @@ def test_bytes_are_those_of_the_files(family: str, dtype: str, saved, tmp_path: 
         assert cost["memory_bytes"] == sum(parameter.nbytes for parameter in loaded.parameters())
     assert after["disk_bytes"] == record.size["bytes_after"]
     assert "bytes_packed" not in record.size
-    assert "weight bytes on disk" not in [title for title, *_ in changes(record.structure)]
+    assert "weight bytes on disk" not in [title for title, *_ in changes(record.structure, {})]
 
 
 def sizes(file: Path) -> dict[str, int]:

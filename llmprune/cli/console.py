@@ -222,7 +222,7 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
 
 def _computed(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     """What follows from the sizes of tensors."""
-    for what, was, now in changes(record.structure):
+    for what, was, now in changes(record.structure, record.recipe):
         yield what, f"{was:,}", f"{now:,}"
     if "bytes_after" in record.size:
         before, after = record.size["bytes_before"], record.size["bytes_after"]

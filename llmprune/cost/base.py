@@ -10,6 +10,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmprune.models.sites import Block
+from llmprune.models.skeleton import Skeleton
+from llmprune.models.target import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,10 @@ class Sized:
     blocks: Sequence[Block]
     outside: int
     storage: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, model: Skeleton | Target) -> Sized:
+        return cls(model.model, model.describe(), sum(model.outside_on_disk().values()), model.storage())
 
 
 class Cost(Protocol):

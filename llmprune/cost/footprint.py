@@ -17,15 +17,17 @@ def footprint(whole: Sized) -> dict[str, int]:
     return {name: value for name, value in measured.items() if value is not None}
 
 
-def changes(structure: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+def changes(structure: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
     """Title, before and after, of the costs in a record's `structure`: not the bytes on disk, which its `size` has from the
-    files, nor those in memory where they are the same."""
+    files, nor those in memory where they are the same. And of the budgets in its `recipe` that pruned weights met."""
     before, after = structure.get("before", {}), structure.get("after", {})
     on_disk = before.get(disk_bytes.NAME), after.get(disk_bytes.NAME)
     for name, was in before.items():
         same = name == memory_bytes.NAME and (was, after[name]) == on_disk
         if name != disk_bytes.NAME and not same:
             yield _title(name), was, after[name]
+    for title, was, now in recipe.get("allocation", {}).get("budgets", ()):
+        yield title, was, now
 
 
 def _title(name: str) -> str:

@@ -58,13 +58,16 @@ class Job:
         config, steps = self.config, []
         if config.layers is not None:
             steps.append(f"layers by {config.layer_score}")
-        if config.budgets:
-            named = [counted.noun for name, counted in ALLOWANCES.items() if name in config.budgets]
+        structure = config.budgets if config.by == "structure" else {}
+        if structure:
+            named = [counted.noun for name, counted in ALLOWANCES.items() if name in structure]
             named += ["time"] if config.target_speedup else []
             steps.append(f"a budget of {' and '.join(named)} by second order")
-        if config.heads is not None or config.neurons is not None or config.budgets:
+        if config.heads is not None or config.neurons is not None or structure:
             fitted = "" if config.refit is False else f" + least squares, {self.recipe.target} target"
             steps.append(f"{config.score}{fitted}{', by layer' if config.per_layer else ''}")
+        if config.by == "weights":
+            steps.append(f"a budget of {' and '.join(ALLOWANCES[name].noun for name in config.budgets)} by sensitivity")
         return ", then ".join(steps + ([str(self.recipe)] if config.sparse else []))
 
     def batch(self, length: int, device: torch.device) -> int:

@@ -25,6 +25,7 @@ def output_folder(config: PruneConfig, model: str) -> Path | None:
     parts += [config.sparsity] if config.sparsity else []
     parts += [config.allocate] if config.allocate != "uniform" else []
     parts += [Path(config.allocation).stem] if config.allocation else []
+    parts += [config.by] if config.by != "structure" else []
     parts += [choose_recipe(config).name] if config.sparse else []
     return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
 
@@ -33,7 +34,8 @@ def asked_text(arguments: Mapping[str, Any]) -> str:
     """What a run was asked for, in words; `arguments` are a record's, of any version."""
     given = {name: value for name, value in arguments.items() if value}
     parts = [f"{given[what]} fewer {what}" for what in ("heads", "neurons", "layers") if what in given]
-    parts += [f"{given[name]} of its {counted.noun}" for name, counted in ALLOWANCES.items() if name in given]
+    means = ", by pruning weights" if given.get("by") == "weights" else ""
+    parts += [f"{given[name]} of its {counted.noun}{means}" for name, counted in ALLOWANCES.items() if name in given]
     if "target_speedup" in given:
         parts.append(f"{given['target_speedup']} the speed in {given['for_']}")
     spread = f" spread by {given['allocate']}" if given.get("allocate", "uniform") != "uniform" else ""

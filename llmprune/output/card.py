@@ -103,7 +103,7 @@ def _numbers(record: RunRecord) -> list[str]:
     for what, *values in speed_rows(record.structure):
         measured.append((what, " and ".join(value for value in values if value)))
     computed = [("parameters of the dense model", f"{record.model['parameters']:,}")]
-    for what, before, after in changes(record.structure):
+    for what, before, after in changes(record.structure, record.recipe):
         computed.append((f"{what}, before and after", f"{before:,} and {after:,}"))
     return [*_rows("measured in this run", measured), *_rows(COMPUTED, computed)]
 

@@ -162,7 +162,9 @@ def _phase_memory(record: RunRecord) -> dict[str, Any]:
 
 def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
     stored = record.size
-    rows: list[tuple[str, int, int, Callable[[Any], str]]] = [(*change, "{:,}".format) for change in changes(record.structure)]
+    rows: list[tuple[str, int, int, Callable[[Any], str]]] = [
+        (*change, "{:,}".format) for change in changes(record.structure, record.recipe)
+    ]
     if record.sites:
         rows.append(("nonzero weights in pruned matrices", stored["nonzero_before"], stored["nonzero_after"], "{:,}".format))
     rows.append(

@@ -29,6 +29,8 @@ from llmprune.steps.weights.spreading import spread
 from llmprune.steps.weights.step import PruneWeights, asked, choose, prune_weights
 from llmprune.stream.source import ModelSource
 
+FROM_FOLDER = "heads, neurons and layers are removed, and budgets kept, from folder to folder: "
+
 
 def prune_in_memory(
     job: Job, model: PreTrainedModel, folder: ModelFolder | None, tokenizer: PreTrainedTokenizerBase | None, why: str
@@ -38,8 +40,8 @@ def prune_in_memory(
     Args:
         why: its dtype was chosen, in words; nothing where nobody chose.
     """
-    if job.config.structured:
-        raise InputError("heads, neurons and layers are removed from folder to folder: pass the model's folder or Hub id")
+    if job.config.structured or job.config.budgets:
+        raise InputError(FROM_FOLDER + "pass the model's folder or Hub id")
     output = job.output(folder.name if folder else job.config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("part of the model is offloaded: pass its folder or Hub id instead, with an output folder")

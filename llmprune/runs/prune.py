@@ -24,7 +24,7 @@ from llmprune.models.skeleton import find_tokenizer, load_config, load_model
 from llmprune.output.resume import continued
 from llmprune.runs.announce import claim_output
 from llmprune.runs.checks import check_folders, check_names
-from llmprune.runs.in_memory import prune_in_memory
+from llmprune.runs.in_memory import FROM_FOLDER, prune_in_memory
 from llmprune.runs.pushing import check_push, push_output
 from llmprune.runs.schedule import schedule
 
@@ -98,7 +98,7 @@ def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedT
     if not isinstance(model, PreTrainedModel):
         folder = resolve(job.config.model)
         tokenizer = tokenizer or find_tokenizer(folder.path)
-        if job.config.structured or job.config.output is not None:
+        if job.config.structured or job.config.budgets or job.config.output is not None:
             return _prune_folder(job, folder, tokenizer)
         config, device = load_config(folder.path), pick_device(job.config.device, job.ranks.local)
         dtype, why = job.ranks.agree(pick_dtype(job.config.dtype, device, config))
@@ -111,7 +111,7 @@ def _prune_folder(job: Job, source: ModelFolder, tokenizer: PreTrainedTokenizerB
     """Each step reads a folder and writes one beside the output; that of the last gets the output's name."""
     output = job.output(source.name)
     if output is None:
-        raise InputError("heads, neurons and layers are removed from folder to folder: name an output folder")
+        raise InputError(FROM_FOLDER + "name an output folder")
     claim_output(job, output, source.path)
     place, record, manifest = source, None, None
     with ExitStack() as unfinished:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from llmprune.base.errors import InputError
 from llmprune.base.notation import ALLOWANCES, Allowance
 from llmprune.cost import disk_bytes, macs, parameters
-from llmprune.cost.base import OfBlocks
+from llmprune.cost.base import OfBlocks, Sized
 from llmprune.models.target import Target
 from llmprune.steps.structured.kinds import Kinds
-from llmprune.steps.structured.sizing import Builder, sized
+from llmprune.steps.structured.sizing import Builder
 
 COUNTED: dict[str, OfBlocks] = {"target_params": parameters, "target_bytes": disk_bytes, "target_macs": macs}
 
@@ -57,7 +57,7 @@ class Counted:
 
     def __init__(self, builder: Builder, kinds: Kinds, option: str, text: str) -> None:
         self._cost, self._noun, config = COUNTED[option], ALLOWANCES[option].noun, builder.skeleton.model.config
-        self._whole = self._cost.measure(sized(builder.skeleton)) or 0
+        self._whole = self._cost.measure(Sized.of(builder.skeleton)) or 0
         self._most = Allowance.parse(text, option).of(self._whole)
         layers = [self._cost.of_block(config, block) for block in builder.blocks]
         prices = {
@@ -82,7 +82,7 @@ class Counted:
 
     def left(self, target: Target) -> int:
         """What the smaller model takes."""
-        return self._cost.measure(sized(target)) or 0
+        return self._cost.measure(Sized.of(target)) or 0
 
     def told(self, target: Target) -> str:
         left = self.left(target)

@@ -12,7 +12,6 @@ from transformers import PretrainedConfig
 from llmprune.base.errors import InputError
 from llmprune.base.notation import Amount
 from llmprune.base.words import count
-from llmprune.cost.base import Sized
 from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
 from llmprune.models.heads import Heads
@@ -105,11 +104,6 @@ class Builder:
         for layer, built, own in zip(layers, target.describe(), sizes, strict=True):
             check_fit(self.blocks[layer], built, own)
         return target
-
-
-def sized(model: Skeleton | Target) -> Sized:
-    """For costs."""
-    return Sized(model.model, model.describe(), sum(model.outside_on_disk().values()), model.storage())
 
 
 class Amounts:

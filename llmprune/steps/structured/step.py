@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.base.errors import InputError
+from llmprune.cost.base import Sized
 from llmprune.cost.footprint import footprint
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
@@ -29,7 +30,7 @@ from llmprune.steps.structured.groups import Sizes
 from llmprune.steps.structured.removal import SmallerBlocks
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scouting import Ask, Scout, Scouted
-from llmprune.steps.structured.sizing import Amounts, Builder, sized
+from llmprune.steps.structured.sizing import Amounts, Builder
 from llmprune.steps.weights.step import choose
 from llmprune.stream.engine import stream
 from llmprune.stream.source import CheckpointSource
@@ -209,7 +210,7 @@ def structure(decision: Decision, target: Target, source: Skeleton) -> dict[str,
         "whole_groups_of_heads": decision.sizes[0].whole if decision.sizes[0].heads else None,
         "per_layer": [{"heads": own.heads, "neurons": own.neurons} for own in decision.sizes],
         "architecture": type(target.model).__name__,
-        "before": footprint(sized(source)),
-        "after": footprint(sized(target)),
+        "before": footprint(Sized.of(source)),
+        "after": footprint(Sized.of(target)),
         "differ_by_layer": target.config.get_text_config().is_heterogeneous,
     }

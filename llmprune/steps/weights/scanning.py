@@ -24,7 +24,7 @@ from llmprune.job.scan import Scan, Scanned
 from llmprune.measure.divergence import streamed_divergences
 from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site, Stage
-from llmprune.numerics.patterns import Pattern, parse
+from llmprune.numerics.patterns import Pattern
 from llmprune.numerics.stats import Gram, InputSample
 from llmprune.solvers import METHODS
 from llmprune.steps.base import Work
@@ -235,21 +235,6 @@ def as_tried(recipe: Recipe) -> Recipe:
     if METHODS.get(recipe.method).statistic is not Gram:
         return SCANNING
     return replace(recipe, target="dense", reconstruct=False, true_sequential=False)
-
-
-def before_a_run(
-    job: Job, work: Work, sites: frozenset[str], texts: Texts, levels: Sequence[Pattern], library: Library | None = None
-) -> Scanner:
-    """Of what it takes to spread the job's pattern: from half of the windows, since the run then reads them all.
-
-    Args:
-        levels: at which errors are measured. Where the job has a scan, that says what each matrix costs the model.
-    """
-    assert job.pattern is not None
-    windows = texts.calibration
-    half = windows.first(windows.ids.numel() // 2, job.ranks.size)
-    probe = job.pattern if job.scan is None else parse(job.scan.probe)
-    return Scanner(job, work, replace(texts, calibration=half), sites, levels, probe, library, probes=job.scan is None)
 
 
 @contextmanager

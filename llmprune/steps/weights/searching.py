@@ -21,8 +21,9 @@ from llmprune.output.resume import Manifest
 from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import Trials, grid
+from llmprune.steps.weights.before import before_a_run
 from llmprune.steps.weights.library import Library
-from llmprune.steps.weights.scanning import Keep, before_a_run
+from llmprune.steps.weights.scanning import Keep
 from llmprune.steps.weights.selection import Selection, fitting
 from llmprune.steps.weights.trying import Trial
 
@@ -86,7 +87,7 @@ def _solved(
     kept, whole = job.ranks.agree((kept, whole))
     if whole is not None:
         return msgspec.convert(whole, Scan)
-    scan = before_a_run(job, work, sites, texts, levels, library).scan(record, kept, kept_in(manifest))
+    scan = before_a_run(job, work, sites, texts, levels, job.pattern, library).scan(record, kept, kept_in(manifest))
     if manifest:
         manifest.known |= {"scanned": asdict(scan)}
         manifest.begin()

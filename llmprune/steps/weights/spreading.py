@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llmprune.data.windows import Texts
@@ -15,63 +16,103 @@ from llmprune.output.resume import Manifest
 from llmprune.steps.base import Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import grid, share
-from llmprune.steps.weights.scanning import before_a_run
+from llmprune.steps.weights.before import before_a_run
+from llmprune.steps.weights.budget import WeightBudget
 from llmprune.steps.weights.searching import kept_in, searched, searches
 from llmprune.steps.weights.selection import Selection, fitting
 
 UNIFORM = "uniform"
+_ADDED = "as if each matrix's loss added up"
 
 
-def spread(job: Job, work: Work, selection: Selection, texts: Texts, record: RunRecord, manifest: Manifest | None) -> Selection:
-    """`selection` with the patterns that the job's way to allocate gives, which an unfinished run may know already.
-
-    Raises:
-        InputError: the job's scan is of another model, or has not measured what is needed.
-    """
-    if job.config.allocate == UNIFORM or job.pattern is None:
-        return selection
-    known = job.ranks.agree(manifest.known if manifest else {})
-    if "allocation" not in known:
-        known = _decide(job, work, selection, texts, record, known.get("scan", {}), manifest)
-        if manifest:
-            manifest.known = known
-            manifest.begin()
-    record.recipe["allocation"] = {name: value for name, value in known.items() if name != "allocation"}
-    job.progress.note(known["text"])
-    return selection.spread({name: _pattern(text) for name, text in known["allocation"].items()})
-
-
-def _decide(
+def spread(
     job: Job,
     work: Work,
     selection: Selection,
     texts: Texts,
     record: RunRecord,
-    measured: dict[str, Any],
     manifest: Manifest | None,
-) -> dict[str, Any]:
-    assert job.pattern is not None
-    search: dict[str, Any] = {}
-    if searches(job):
-        scan, allocation, search = searched(job, work, selection, texts, record, manifest)
-    else:
-        found = job.scan
-        if found is None:
-            scanner = before_a_run(job, work, frozenset(selection.patterns), texts, grid(job.pattern))
-            found = scanner.scan(record, measured, kept_in(manifest))
-        scan = fitting(found, selection)
-        allocation = ALLOCATORS.get(job.config.allocate).allocate(scan, job.pattern)
-    allocation = job.ranks.agree(allocation)
-    reckoned = [reckoned_loss(scan, own) for own in (dict.fromkeys(allocation, job.pattern), allocation)]
-    return {
-        "allocation": dict(as_texts(allocation)),
-        "how": job.config.allocate,
-        "probed": scan.probed,
-        "reckoned_loss": reckoned[1],
-        "reckoned_loss_uniform": reckoned[0],
-        **search,
-        "text": describe(scan.matrices, allocation, job.config.allocate, *reckoned) + search.get("text", ""),
-    }
+    budget: WeightBudget | None = None,
+) -> Selection:
+    """`selection` with the patterns that the job's way to allocate, or `budget`, gives; an unfinished run may know them.
+
+    Raises:
+        InputError: the job's scan is of another model, or has not measured what is needed.
+    """
+    if budget is None and (job.config.allocate == UNIFORM or job.pattern is None):
+        return selection
+    known = job.ranks.agree(manifest.known if manifest else {})
+    if "allocation" not in known:
+        known = _Spreader(job, work, selection, texts, record, known.get("scan", {}), manifest).decide(budget)
+        if manifest:
+            manifest.known = known
+            manifest.begin()
+    record.recipe["allocation"] = {name: value for name, value in known.items() if name != "allocation"}
+    job.progress.note(known["text"])
+    selection = selection.spread({name: _pattern(text) for name, text in known["allocation"].items()})
+    record.skipped |= selection.skipped
+    return selection
+
+
+@dataclass(frozen=True, slots=True)
+class _Spreader:
+    """`measured`: what an unfinished scan knows, by block."""
+
+    job: Job
+    work: Work
+    selection: Selection
+    texts: Texts
+    record: RunRecord
+    measured: dict[str, Any]
+    manifest: Manifest | None
+
+    def decide(self, budget: WeightBudget | None) -> dict[str, Any]:
+        """The allocation, and what to record of it."""
+        if budget is not None:
+            return self._within(budget)
+        job, search = self.job, dict[str, Any]()
+        assert job.pattern is not None
+        if searches(job):
+            scan, allocation, search = searched(job, self.work, self.selection, self.texts, self.record, self.manifest)
+        else:
+            scan = self._scan(job.pattern, grid(job.pattern))
+            allocation = ALLOCATORS.get(job.config.allocate).allocate(scan, job.pattern)
+        allocation = job.ranks.agree(allocation)
+        uniform, reckoned = (reckoned_loss(scan, own) for own in (dict.fromkeys(allocation, job.pattern), allocation))
+        return {
+            "allocation": dict(as_texts(allocation)),
+            "how": job.config.allocate,
+            "probed": scan.probed,
+            "reckoned_loss": reckoned,
+            "reckoned_loss_uniform": uniform,
+            **search,
+            "text": (
+                f"allocated by {job.config.allocate}: {describe(scan.matrices, allocation)}; reckoned to lose {reckoned:.4f} "
+                f"nats a token, uniform {uniform:.4f}, {_ADDED}{search.get('text', '')}"
+            ),
+        }
+
+    def _within(self, budget: WeightBudget) -> dict[str, Any]:
+        scan = self._scan(budget.towards, budget.grid())
+        allocation = self.job.ranks.agree(budget.allocate(scan))
+        reckoned, budgets = reckoned_loss(scan, allocation), budget.told(allocation)
+        kept = ", ".join(f"{left:,} of {whole:,} {noun} ({left / whole:.1%})" for noun, whole, left in budgets)
+        return {
+            "allocation": dict(as_texts(allocation)),
+            "how": "budget",
+            "probed": scan.probed,
+            "reckoned_loss": reckoned,
+            "budgets": budgets,
+            "text": f"{describe(scan.matrices, allocation)}: {kept}; reckoned to lose {reckoned:.4f} nats a token, {_ADDED}",
+        }
+
+    def _scan(self, pattern: Pattern, levels: Sequence[Pattern]) -> Scan:
+        """The job's, or one of the dense model now, of the selected matrices."""
+        scan, job = self.job.scan, self.job
+        if scan is None:
+            scanner = before_a_run(job, self.work, frozenset(self.selection.patterns), self.texts, levels, pattern)
+            scan = scanner.scan(self.record, self.measured, kept_in(self.manifest))
+        return fitting(scan, self.selection)
 
 
 def reckoned_loss(scan: Scan, allocation: Allocation) -> float:
@@ -79,7 +120,7 @@ def reckoned_loss(scan: Scan, allocation: Allocation) -> float:
     return sum(loss(one, scan.probe, allocation[one.name]) for one in scan.matrices)
 
 
-def describe(matrices: Sequence[Scanned], allocation: Allocation, how: str, uniform: float, reckoned: float) -> str:
+def describe(matrices: Sequence[Scanned], allocation: Allocation) -> str:
     """By kind of matrix, in words."""
     kinds: dict[str, list[Scanned]] = {}
     for one in matrices:
@@ -94,10 +135,7 @@ def describe(matrices: Sequence[Scanned], allocation: Allocation, how: str, unif
         else:
             texts = list(as_texts(dict(enumerate(patterns))).values())  # type: ignore[arg-type]
             parts.append(f"{kind} {', '.join(f'{texts.count(text)} x {text}' for text in dict.fromkeys(texts))}")
-    return (
-        f"allocated by {how}: {'; '.join(parts)}; reckoned to lose {reckoned:.4f} nats a token, uniform {uniform:.4f}, as if "
-        "each matrix's loss added up"
-    )
+    return "; ".join(parts)
 
 
 def _pattern(text: str) -> Pattern | None:

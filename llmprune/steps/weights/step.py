@@ -20,11 +20,12 @@ from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Feeds, Keeper, Resume, Work
 from llmprune.steps.weights.allocate.base import grid
+from llmprune.steps.weights.budget import WeightBudget
 from llmprune.steps.weights.library import library_bytes
 from llmprune.steps.weights.reconstruct import check_batches
 from llmprune.steps.weights.scanning import followed
 from llmprune.steps.weights.searching import searches
-from llmprune.steps.weights.selection import Selection, select
+from llmprune.steps.weights.selection import EVERY, Selection, select
 from llmprune.steps.weights.spreading import UNIFORM, spread
 from llmprune.steps.weights.visitor import WeightPruner
 from llmprune.stream.activations import Activations
@@ -39,17 +40,20 @@ class PruneWeights:
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
         self._job, self._skeleton, self._work = job, skeleton, Work.on_disk(skeleton, scratch)
         self._selection = choose(job, skeleton.describe())
+        self._budget = WeightBudget(job, skeleton, self._selection) if job.config.by == "weights" else None
         self.skipped: Mapping[str, str] = self._selection.skipped
 
     def __str__(self) -> str:
-        return self._selection.describe(asked(self._job))
+        return str(self._budget) if self._budget else self._selection.describe(asked(self._job))
 
     def probed(self, texts: Texts) -> int:
         return followed(self._selection.patterns, texts, self._job.ranks.size) if self._scans() else 0
 
     def scanned(self) -> int:
-        searched = searches(self._job)
-        return len(grid(self._job.pattern, searched=searched)) if self._job.pattern is not None and self._scans() else 0
+        job = self._job
+        if not self._scans() or self._budget:
+            return len(self._budget.grid()) if self._budget and self._scans() else 0
+        return len(grid(job.pattern, searched=searches(job))) if job.pattern is not None else 0
 
     def searched(self) -> tuple[int, int]:
         job, shapes = self._job, self._selection.shapes
@@ -60,7 +64,8 @@ class PruneWeights:
 
     def _scans(self) -> bool:
         """Whether the dense model is scanned first."""
-        return self._job.config.allocate != UNIFORM and (self._job.scan is None or searches(self._job))
+        spreads = self._budget is not None or self._job.config.allocate != UNIFORM
+        return spreads and (self._job.scan is None or searches(self._job))
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, edited = self._job, set[str]()
@@ -68,7 +73,7 @@ class PruneWeights:
         resume = Resume.of(job, manifest, writer)
         if manifest:
             copy_extras(self._skeleton.checkpoint.folder, into)
-        selection = spread(job, self._work, self._selection, texts, record, manifest)
+        selection = spread(job, self._work, self._selection, texts, record, manifest, self._budget)
         prune_weights(job, self._work, selection, texts, record, edited, resume)
         if manifest:
             with job.clock("write"):
@@ -76,10 +81,10 @@ class PruneWeights:
 
 
 def choose(job: Job, blocks: Sequence[Block]) -> Selection:
-    """The sites that `job` asks for, each with the pattern of all or the one that the user's file has for it."""
+    """The sites that `job` asks for, each with the pattern of all or the one that the user's file has for it, or any
+    where a budget decides."""
     wanted = job.allocation if job.allocation is not None else job.pattern
-    assert wanted is not None
-    return select(blocks, wanted, only=job.config.only, skip=job.config.skip)
+    return select(blocks, EVERY if wanted is None else wanted, only=job.config.only, skip=job.config.skip)
 
 
 def asked(job: Job) -> str:

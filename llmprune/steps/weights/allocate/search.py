@@ -82,7 +82,7 @@ def allocate(scan: Scan, pattern: Pattern, trials: Trials | None = None) -> Allo
     space = _Space.of(scan, pattern)
     uniform = tuple(each.index(pattern) for each in space.choices)
     losses = [[loss(one, scan.probe, own) for own in each] for one, each in zip(space.matrices, space.choices, strict=True)]
-    reckoned = tuple(sensitivity.choose(losses, space.sizes, space.most))
+    reckoned = tuple(sensitivity.choose(losses, (space.sizes, space.most)))
     found = _evolve(space, (uniform, reckoned), trials)
     ends = {"uniform": uniform, "sensitivity": reckoned, "found": found}
     nats = dict(zip(ends, trials.measured([space.allocation(own) for own in ends.values()], LAST), strict=True))
@@ -127,7 +127,7 @@ def _proposed(space: _Space, parent: Picked, trials: Trials) -> list[Picked]:
     children = []
     for penalty in PENALTIES:
         each = [[0.0, *(costs[i, level] + penalty * usual for level in own[1:])] for i, own in enumerate(options)]
-        picked = sensitivity.choose(each, sizes, space.most)
+        picked = sensitivity.choose(each, (sizes, space.most))
         children.append(tuple(own[number] for own, number in zip(options, picked, strict=True)))
     return children
 
