@@ -69,6 +69,10 @@ def test_parameters_and_multiplications(family: str, saved, tmp_path: Path) -> N
     assert left <= 0.65 * whole
     assert left > 0.63 * whole  # and no more goes than has to
     assert len({site.pattern for site in record.sites}) > 3
+    page = llmprune.report(out, tmp_path / "page.html")["runs"][0]
+    shown = {row[0]["value"]: (row[1]["value"], row[2]["value"]) for row in page["sizes"]["rows"]}
+    assert shown.items() >= budgets.items()
+    assert page["spread"] == record.recipe["allocation"]["text"]
 
 
 def test_bytes_are_those_of_the_packed_files(saved, tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ _MANY = 400  # cells that are drawn one by one; more become an image
 _FEW = 12  # columns whose cells have room for a number
 # stand-ins, which become the page's own colours
 _INK, _FAINT, _BACK = "#010203", "#010205", "#010207"
-_SERIES = [f"#0102{16 + number:02x}" for number in range(6)]
-_LINES = ("-", "--")
-_VARIABLES = {_INK: "ink", _FAINT: "faint", _BACK: "panel"} | {color: f"s{number}" for number, color in enumerate(_SERIES)}
+SERIES = [f"#0102{16 + number:02x}" for number in range(6)]
+LINES = ("-", "--")
+_VARIABLES = {_INK: "ink", _FAINT: "faint", _BACK: "panel"} | {color: f"s{number}" for number, color in enumerate(SERIES)}
 _TURNS = "heat"  # how the ids end of what the page turns light for dark
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#e9eef5", "#9dbbe0", "#4a7fc1", "#1f4e8c", "#12305a"])
 
@@ -45,7 +45,7 @@ def figures(page: dict[str, Any]) -> dict[str, str]:
             found[f"fit{number}"] = fit(run["fit"])
         if run["kept"]:
             found[f"kept{number}"] = heat(run["kept"], share=True)
-    return {name: _own_names(svg, name) for name, svg in found.items() if svg}
+    return {name: own_names(svg, name) for name, svg in found.items() if svg}
 
 
 def perplexity(runs: Sequence[dict[str, Any]]) -> str:
@@ -54,9 +54,9 @@ def perplexity(runs: Sequence[dict[str, Any]]) -> str:
     shown = [(run, *pair) for run, pair in zip(runs, pairs, strict=True) if None not in pair]
     if not shown:
         return ""
-    with _figure(0.62 + 0.42 * len(shown)) as (axes, finished):
+    with drawing(0.62 + 0.42 * len(shown)) as (axes, finished):
         for row, (run, before, after) in enumerate(shown):
-            color = _SERIES[runs.index(run) % len(_SERIES)]
+            color = SERIES[runs.index(run) % len(SERIES)]
             axes.plot([before, after], [row, row], color=color, linewidth=2, alpha=0.5, solid_capstyle="round")
             axes.plot([before], [row], "o", color=_BACK, markeredgecolor=color, markeredgewidth=1.8, markersize=8)
             axes.plot([after], [row], "o", color=color, markersize=8)
@@ -79,24 +79,24 @@ def growth(runs: Sequence[dict[str, Any]]) -> str:
     shown = [(number, run["growth"]) for number, run in enumerate(runs) if run["growth"]]
     if not shown:
         return ""
-    with _figure(2.5) as (axes, finished):
+    with drawing(2.5) as (axes, finished):
         for number, found in shown:
-            color, blocks = _SERIES[number % len(_SERIES)], found["blocks"]
+            color, blocks = SERIES[number % len(SERIES)], found["blocks"]
             if len(runs) == 1:
                 edges = [[100 * error for error in found[edge]] for edge in ("least", "largest")]
                 axes.fill_between(blocks, *edges, color=color, alpha=0.15, linewidth=0)
-            errors, line = [100 * error for error in found["mean"]], _LINES[number // len(_SERIES) % len(_LINES)]
-            axes.plot(blocks, errors, line, color=color, marker=_marker(blocks), markersize=4)
+            errors, line = [100 * error for error in found["mean"]], LINES[number // len(SERIES) % len(LINES)]
+            axes.plot(blocks, errors, line, color=color, marker=marker(blocks), markersize=4)
         _by_block(axes)
     return finished()
 
 
 def fit(errors: dict[str, Any]) -> str:
     """A block's output error before and after its fit, by depth."""
-    with _figure(2.5) as (axes, finished):
-        for when, color in (("before", _SERIES[5]), ("after", _SERIES[0])):
+    with drawing(2.5) as (axes, finished):
+        for when, color in (("before", SERIES[5]), ("after", SERIES[0])):
             shares = [100 * error for error in errors[when]]
-            axes.plot(errors["blocks"], shares, color=color, marker=_marker(shares), markersize=4, label=f"{when} the fit")
+            axes.plot(errors["blocks"], shares, color=color, marker=marker(shares), markersize=4, label=f"{when} the fit")
         _by_block(axes)
         axes.legend(frameon=False, fontsize=8.5)
     return finished()
@@ -125,14 +125,14 @@ def _by_phase(runs: Sequence[dict[str, float]], what: str) -> str:
     if not phases:
         return ""
     width = 0.72 / len(runs)
-    with _figure(0.5 + len(phases) * max(0.3, 0.13 * len(runs))) as (axes, finished):
+    with drawing(0.5 + len(phases) * max(0.3, 0.13 * len(runs))) as (axes, finished):
         for number, run in enumerate(runs):
             own = [(row, run[phase]) for row, phase in enumerate(phases) if phase in run]
             places = [row + (number - (len(runs) - 1) / 2) * width for row, _ in own]
-            bars = axes.barh(places, [taken for _, taken in own], width * 0.9, color=_SERIES[number % len(_SERIES)])
+            bars = axes.barh(places, [taken for _, taken in own], width * 0.9, color=SERIES[number % len(SERIES)])
             if len(runs) == 1:
                 axes.bar_label(bars, [_short(taken) for _, taken in own], padding=4)
-        axes.set_yticks(range(len(phases)), [_plain(phase) for phase in phases])
+        axes.set_yticks(range(len(phases)), [label(phase) for phase in phases])
         axes.set(ylim=(len(phases) - 0.5, -0.5), xlabel=what)
         axes.margins(x=0.12)
         axes.spines["left"].set_visible(False)
@@ -150,9 +150,9 @@ def price(runs: Sequence[dict[str, Any]]) -> str:
             at.setdefault((taken, loss), []).append(number)
     if len(runs) == 1 or not at:
         return ""
-    with _figure(2.5) as (axes, finished):
+    with drawing(2.5) as (axes, finished):
         for place, numbers in at.items():
-            color, labels = _SERIES[numbers[0] % len(_SERIES)], ", ".join(_number(runs, number) for number in numbers)
+            color, labels = SERIES[numbers[0] % len(SERIES)], ", ".join(_number(runs, number) for number in numbers)
             axes.plot(*([one] for one in place), "o", color=color, markersize=8)
             axes.annotate(labels, place, (0, 8), textcoords="offset points", color=color, ha="center")
         axes.set(xlabel="seconds of pruning", ylabel="excess loss")
@@ -167,7 +167,7 @@ def heat(grid: dict[str, Any], *, share: bool) -> str:
     values = np.array(grid["values"], dtype=float)
     rows, columns = values.shape
     top = 1.0 if share else max(float(np.nanmax(values)), 1e-9)
-    with _figure(0.55 + 0.3 * rows) as (axes, finished):
+    with drawing(0.55 + 0.3 * rows) as (axes, finished):
         many = values.size > _MANY
         axes.pcolormesh(np.ma.masked_invalid(values), cmap=_HEAT, vmin=0, vmax=top, rasterized=many, gid=_TURNS)
         if not many:
@@ -177,7 +177,7 @@ def heat(grid: dict[str, Any], *, share: bool) -> str:
             for row, column in np.argwhere(np.isfinite(values)):
                 color, gid = "#ffffff" if values[row, column] > 0.45 * top else "#12305a", f"{row}-{column}-{_TURNS}"
                 axes.text(column + 0.5, row + 0.5, texts[row][column], color=color, ha="center", va="center", size=7.5, gid=gid)
-        axes.set_yticks(np.arange(rows) + 0.5, [_plain(row) for row in grid["rows"]])
+        axes.set_yticks(np.arange(rows) + 0.5, [label(row) for row in grid["rows"]])
         step = -(-columns // _FEW)
         axes.set_xticks(np.arange(0, columns, step) + 0.5, [str(block) for block in grid["blocks"][::step]])
         axes.set(xlabel="block")
@@ -196,7 +196,7 @@ def _gaps(axes: Axes, rows: Any, columns: Any, width: float) -> None:
 def mask(one: dict[str, Any]) -> str:
     """The density picture, and below it a corner weight by weight."""
     corner = np.array(one["corner"])
-    with _figure(2.9, rows=2, ratios=(1, 1.25)) as (panels, finished):
+    with drawing(2.9, rows=2, ratios=(1, 1.25)) as (panels, finished):
         density = np.array(one["density"])
         panels[0].imshow(density, cmap=_HEAT, vmin=0, vmax=1, aspect="auto", interpolation="none")
         panels[1].imshow(corner, cmap=_HEAT, vmin=0, vmax=1.25, aspect="auto", interpolation="none")
@@ -222,7 +222,7 @@ def _corner_title(corner: Any) -> str:
 
 
 @contextmanager
-def _figure(height: float, rows: int = 1, ratios: Sequence[float] = (1,)) -> Iterator[tuple[Any, Callable[[], str]]]:
+def drawing(height: float, rows: int = 1, ratios: Sequence[float] = (1,)) -> Iterator[tuple[Any, Callable[[], str]]]:
     """Axes to draw on, and what gives the SVG afterwards."""
     made: list[str] = []
     with matplotlib.style.context(["default", style(_INK, _FAINT)], after_reset=True), warnings.catch_warnings():
@@ -246,7 +246,7 @@ def _svg(figure: Figure) -> str:
     )
 
 
-def _own_names(svg: str, name: str) -> str:
+def own_names(svg: str, name: str) -> str:
     """The ids of a figure, made its own on a page of many."""
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
@@ -258,7 +258,7 @@ def _number(runs: Sequence[dict[str, Any]], number: int) -> str:
     return str(number + 1) if len(runs) > 1 else ""
 
 
-def _marker(blocks: Sequence[float]) -> str:
+def marker(blocks: Sequence[float]) -> str:
     return "o" if len(blocks) <= 2 * _FEW else ""
 
 
@@ -270,7 +270,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}" if value < 0.1 else f"{100 * value:.0f}"
 
 
-def _plain(text: str, most: int = 28) -> str:
+def label(text: str, most: int = 28) -> str:
     """`text` as a label: what cannot be shown is replaced, and what is long is cut."""
     shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from llmprune.base.notation import listed
 from llmprune.base.words import count
 from llmprune.reports.page import MOST, content
 from llmprune.reports.saved import read_runs
-
-_TEMPLATE = "template.html.jinja"
+from llmprune.reports.saved_scan import is_scan, read_scan
+from llmprune.reports.scan_page import scan_content
 
 
 def report(
@@ -25,10 +24,10 @@ def report(
     benches: str | Path | Sequence[str | Path] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write a page about a run, or several side by side, and beside it all that it says as JSON, which is returned.
+    """Write a page about a run, several side by side, or a scan, and beside it all that it says as JSON, which is returned.
 
     Args:
-        runs: folders that llmprune wrote, packed or not, or their records.
+        runs: folders that llmprune wrote, packed or not, or their records; or one that `llmprune scan` wrote.
         output: the page, a name that ends with .html.
         benches: what `llmprune bench --json` wrote of each run, in their order; none: speed is not shown.
         overwrite: replace what is there.
@@ -40,12 +39,21 @@ def report(
     target = file_to_write(str(output))
     if not 0 < len(names) <= MOST:
         raise InputError(f"{count(len(names), 'run')} on one page: name one or more, and at most {MOST} to tell them apart")
-    found = read_runs(names, measured)
-    inputs = [one.file for one in found] + [user_path(name, "bench") for name in measured]
+    inputs, page = _page(names, measured)
     twin = check_target(target, inputs, overwrite=overwrite)
-    page = content(found)
     write_whole({twin: as_json(page), target: render(page, twin.name)})
     return page
+
+
+def _page(names: Sequence[str], benches: Sequence[str]) -> tuple[list[Path], dict[str, Any]]:
+    """What is read, and all that is said of it."""
+    if scans := [name for name in names if is_scan(name)]:
+        if len(names) > 1 or benches:
+            raise InputError(f"{scans[0]} is a scan, which has a page of its own: name it alone, without --bench")
+        scan = read_scan(scans[0])
+        return [scan.file], scan_content(scan)
+    runs = read_runs(names, benches)
+    return [*(one.file for one in runs), *(user_path(name, "bench") for name in benches)], content(runs)
 
 
 def render(page: dict[str, Any], twin: str) -> str:
@@ -59,12 +67,14 @@ def render(page: dict[str, Any], twin: str) -> str:
         from markupsafe import Markup
 
         from llmprune.reports.figures import figures
+        from llmprune.reports.scan_figures import scan_figures
     except ImportError as error:
         raise InputError(f"a report needs {error.name}, which is not installed: pip install jinja2 matplotlib") from None
-    svg = {name: Markup(text) for name, text in figures(page).items()}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(files("llmprune.reports").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(page=page, svg=svg, twin=twin) + "\n"
+    drawn, name = (figures(page), "runs") if "runs" in page else (scan_figures(page["scan"]), "scan")
+    svg = {name: Markup(text) for name, text in drawn.items()}
+    loader = jinja2.PackageLoader("llmprune", "reports")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template(f"{name}.html.jinja").render(page=page, svg=svg, twin=twin) + "\n"
 
 
 def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> Path:

@@ -15,14 +15,13 @@ from llmprune.job.naming import asked_text
 from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
 from llmprune.job.speedup import speed_rows
 from llmprune.output.again import NO_COMMAND, again
+from llmprune.reports.cells import NONE, Cell, calibration_text, cell, table, text_cell
 from llmprune.reports.masks import masks
 from llmprune.reports.saved import Bench, Saved
 
 MOST = 12  # runs on a page
-NONE = "not measured"
 NOTHING = "none"  # there is nothing to measure
 _MASKS = 4  # on a page of one run; of several, one each at least
-Cell = dict[str, Any]
 
 
 def content(runs: Sequence[Saved]) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "asked": asked_text(asdict(run.config)),
         "method": record.recipe["text"],
         "protocol": _protocol(record),
-        "calibration": _calibration(record.calibration),
+        "calibration": calibration_text(record.calibration),
         "compute": "{dtype} on {device}".format(**record.compute),
         "facts": _facts(record, packed),
         "maps": _maps(record),
@@ -57,6 +56,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "speed": _speed(run.bench) if run.bench else None,
         "matrices": _matrices(record),
         "left_out": _left_out(record.skipped),
+        "spread": record.recipe["allocation"]["text"] if "allocation" in record.recipe else None,
         "command": command,
         "no_command": None if command else NO_COMMAND,
         "versions": run.versions,
@@ -69,18 +69,18 @@ def _facts(record: RunRecord, packed: int | None) -> dict[str, Cell]:
     dense, pruned = record.dense, record.pruned
     stored, weights = record.size, record.weights()
     return {
-        "perplexity_before": _cell(dense.value if dense else None, _figure),
-        "perplexity_after": _cell(pruned.value if pruned else None, _figure),
-        "excess_loss": _cell(excess_loss(dense, pruned) if dense and pruned else None, "{:+.4f}".format),
-        "zeros": _cell(record.zeros() / weights if weights else None, "{:.2%}".format, NOTHING),
-        "output_error": _cell(record.output_error(), "{:.2%}".format, NONE if record.sites else NOTHING),
-        "parameters": _cell(record.model["parameters"], "{:,}".format),
-        "parameters_after": _cell(record.structure.get("after", {}).get("parameters"), "{:,}".format),
-        "bytes_before": _cell(stored["bytes_before"], size),
-        "bytes_after": _cell(stored["bytes_after"] if packed is None else packed, size),
-        "seconds": _cell(record.pruning_seconds(), _seconds),
-        "seconds_in_all": _cell(sum(record.seconds.values()), _seconds),
-        "peak_memory": _cell(max(record.peak_memory.values(), default=None), size),
+        "perplexity_before": cell(dense.value if dense else None, _figure),
+        "perplexity_after": cell(pruned.value if pruned else None, _figure),
+        "excess_loss": cell(excess_loss(dense, pruned) if dense and pruned else None, "{:+.4f}".format),
+        "zeros": cell(record.zeros() / weights if weights else None, "{:.2%}".format, NOTHING),
+        "output_error": cell(record.output_error(), "{:.2%}".format, NONE if record.sites else NOTHING),
+        "parameters": cell(record.model["parameters"], "{:,}".format),
+        "parameters_after": cell(record.structure.get("after", {}).get("parameters"), "{:,}".format),
+        "bytes_before": cell(stored["bytes_before"], size),
+        "bytes_after": cell(stored["bytes_after"] if packed is None else packed, size),
+        "seconds": cell(record.pruning_seconds(), _seconds),
+        "seconds_in_all": cell(sum(record.seconds.values()), _seconds),
+        "peak_memory": cell(max(record.peak_memory.values(), default=None), size),
     }
 
 
@@ -146,11 +146,13 @@ def _fit(fits: Sequence[Reconstruction]) -> dict[str, Any] | None:
 
 def _memory(record: RunRecord) -> dict[str, Any]:
     """What was measured, and what the preflight had expected."""
-    rows = [[_text(f"peak, {place}"), _cell(peak, size), _text("measured")] for place, peak in record.peak_memory.items()]
+    rows = [
+        [text_cell(f"peak, {place}"), cell(peak, size), text_cell("measured")] for place, peak in record.peak_memory.items()
+    ]
     if record.predicted:
         parts = ("activations", "weights", "solving")
-        rows += [[_text(part), _cell(record.predicted[part], size), _text("expected, by formula")] for part in parts]
-    return _table(("memory", "bytes", "how it is known"), rows)
+        rows += [[text_cell(part), cell(record.predicted[part], size), text_cell("expected, by formula")] for part in parts]
+    return table(("memory", "bytes", "how it is known"), rows)
 
 
 def _phase_memory(record: RunRecord) -> dict[str, Any]:
@@ -174,16 +176,16 @@ def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
         packed = stored.get("bytes_packed")
     if packed is not None:
         rows.append(("weight bytes, packed", stored["bytes_before"], packed, size))
-    cells = [[_text(what), _cell(a, show), _cell(b, show), _change(a, b)] for what, a, b, show in rows]
-    return _table(("size", "before", "after", "left"), cells)
+    cells = [[text_cell(what), cell(a, show), cell(b, show), _change(a, b)] for what, a, b, show in rows]
+    return table(("size", "before", "after", "left"), cells)
 
 
 def _timed(record: RunRecord) -> dict[str, Any] | None:
     """A speed that was asked for, predicted and measured."""
-    rows = [list(map(_text, row)) for row in speed_rows(record.structure)]
+    rows = [list(map(text_cell, row)) for row in speed_rows(record.structure)]
     speed = record.structure.get("speed")
     where = f"{speed['device']}, {count(speed['threads'], 'thread')}, {speed['dtype']}" if speed else ""
-    return _table(("whole models, turn about", "dense", "smaller"), rows) | {"where": where} if rows else None
+    return table(("whole models, turn about", "dense", "smaller"), rows) | {"where": where} if rows else None
 
 
 def _packed_bytes(run: Saved) -> int | None:
@@ -196,16 +198,16 @@ def _packed_bytes(run: Saved) -> int | None:
 def _speed(bench: Bench) -> dict[str, Any]:
     rows = [
         [
-            _text(one["phase"]),
-            _cell(one["batch"], str),
-            _cell(one["tokens"] / one["dense"], "{:,.0f}".format),
-            _cell(one["tokens"] / one["packed"], "{:,.0f}".format),
-            _cell(one["dense"] / one["packed"], "{:.2f}x".format),
+            text_cell(one["phase"]),
+            cell(one["batch"], str),
+            cell(one["tokens"] / one["dense"], "{:,.0f}".format),
+            cell(one["tokens"] / one["packed"], "{:,.0f}".format),
+            cell(one["dense"] / one["packed"], "{:.2f}x".format),
         ]
         for one in bench["model"]
     ]
-    table = _table(("phase", "batch", "dense, tokens/s", "2:4, tokens/s", "speed-up"), rows)
-    return table | {"where": f"{bench['device']}, {bench['dtype']}, {bench['date']}", "advice": bench["advice"]}
+    found = table(("phase", "batch", "dense, tokens/s", "2:4, tokens/s", "speed-up"), rows)
+    return found | {"where": f"{bench['device']}, {bench['dtype']}, {bench['date']}", "advice": bench["advice"]}
 
 
 def _matrices(record: RunRecord) -> dict[str, Any] | None:
@@ -215,17 +217,17 @@ def _matrices(record: RunRecord) -> dict[str, Any] | None:
         found.setdefault((site.block, _kind(site.name)), []).append(site)
     rows = [
         [
-            _cell(block, str),
-            _text(kind if len(own) == 1 else f"{kind} ({len(own)})"),
-            _text(own[0].pattern),
-            _text(f"{own[0].shape[0]} x {own[0].shape[1]}"),
-            _cell(mean(site.sparsity for site in own), "{:.2%}".format),
-            _cell(mean_known(site.error for site in own), "{:.2%}".format),
-            _cell(sum(site.seconds for site in own), "{:.3f}".format),
+            cell(block, str),
+            text_cell(kind if len(own) == 1 else f"{kind} ({len(own)})"),
+            text_cell(own[0].pattern),
+            text_cell(f"{own[0].shape[0]} x {own[0].shape[1]}"),
+            cell(mean(site.sparsity for site in own), "{:.2%}".format),
+            cell(mean_known(site.error for site in own), "{:.2%}".format),
+            cell(sum(site.seconds for site in own), "{:.3f}".format),
         ]
         for (block, kind), own in found.items()
     ]
-    return _table(("block", "matrix", "pattern", "shape", "zeros", "error", "seconds"), rows) if rows else None
+    return table(("block", "matrix", "pattern", "shape", "zeros", "error", "seconds"), rows) if rows else None
 
 
 def _compared(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -241,12 +243,12 @@ def _compared(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     rows = [
         [
-            *(_text(run[what]) for what in ("label", "model", "asked", "method")),
+            *(text_cell(run[what]) for what in ("label", "model", "asked", "method")),
             *(run["facts"][fact] for fact in facts.values()),
         ]
         for run in runs
     ]
-    return _table(("run", "model", "asked", "method", *facts), rows)
+    return table(("run", "model", "asked", "method", *facts), rows)
 
 
 def _left_out(skipped: dict[str, str]) -> list[str]:
@@ -259,25 +261,8 @@ def _protocol(record: RunRecord) -> str:
     return f"{count(found.windows, 'window')} of {found.length} tokens of {found.text}{found.computed()}" if found else ""
 
 
-def _calibration(text: dict[str, Any]) -> str:
-    return f"{count(text['samples'], 'window')} of {text['seqlen']} tokens of {text['text']}, seed {text['seed']}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> dict[str, Any]:
-    return {"columns": list(columns), "rows": [list(row) for row in rows]}
-
-
-def _cell(value: float | None, show: Callable[[Any], str], missing: str = NONE) -> Cell:
-    """A number and how it is shown."""
-    return {"value": value, "text": missing if value is None else show(value)}
-
-
-def _text(text: str) -> Cell:
-    return {"value": text, "text": text}
-
-
 def _change(before: float, after: float) -> Cell:
-    return _cell(after / before if before else None, "{:.1%}".format)
+    return cell(after / before if before else None, "{:.1%}".format)
 
 
 def _figure(value: float) -> str:

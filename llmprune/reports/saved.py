@@ -27,18 +27,29 @@ _WORDS = {
 _Blocks = Annotated[int, Meta(ge=1, le=10_000)]
 _Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
-_Model = TypedDict(
-    "_Model",
+ModelFacts = TypedDict(
+    "ModelFacts",
     {"name": str, "hub_id": "str | None", "commit": "str | None", "class": str, "parameters": Count, "blocks": _Blocks},
 )
 
 
-class _Recipe(TypedDict):
-    name: str
+class _Told(TypedDict):
     text: str
 
 
-class _Calibration(TypedDict):
+class _Spread(_Told, total=False):
+    budgets: list[tuple[str, Count, Count]]
+
+
+class _Named(_Told):
+    name: str
+
+
+class _Recipe(_Named, total=False):
+    allocation: _Spread  # where the sparsity was not uniform
+
+
+class CalibrationFacts(TypedDict):
     text: str
     samples: Count
     seqlen: Count
@@ -46,13 +57,13 @@ class _Calibration(TypedDict):
     seed: _Seed
 
 
-class _Computed(TypedDict):
+class ComputeFacts(TypedDict):
     device: str
     dtype: str
     processes: Count
 
 
-class _Compute(_Computed, total=False):
+class _Compute(ComputeFacts, total=False):
     why: str  # records of earlier versions lack it
 
 
@@ -180,7 +191,7 @@ def _read_run(file: Path, label: str) -> Saved:
         for pattern in dict.fromkeys(site.pattern for site in record.sites):
             parse(pattern)
         config = PruneConfig.recorded(record.arguments)
-    except (_Misfit, InputError) as error:
+    except (Misfit, InputError) as error:
         raise InputError(f"{file} is no whole record of a run: {error}; prune again, or name another") from None
     weights = file.name == RECORD and any((file.parent / name).is_file() for name in (SINGLE, INDEX, PACKED))
     return Saved(label, file, file.parent if weights else None, record, config, saved["versions"])
@@ -194,8 +205,8 @@ def read_bench(name: str) -> Bench:
     """
     path = user_path(name, "bench")
     try:
-        return _read(Bench, read_json(path))
-    except _Misfit as error:
+        return read_as(Bench, read_json(path))
+    except Misfit as error:
         raise InputError(f"{path} is not what llmprune bench --json writes: {error}") from None
 
 
@@ -203,20 +214,20 @@ def _read_record(saved: Mapping[str, Any]) -> RunRecord:
     """A record, with what it holds as plain mappings and the ranges of its numbers checked.
 
     Raises:
-        _Misfit: something is missing, of another type or out of range.
+        Misfit: something is missing, of another type or out of range.
     """
     names = ("versions", *(field.name for field in dataclasses.fields(RunRecord)))
     if missing := [name for name in names if name not in saved]:
-        raise _Misfit(f"{missing[0]} is missing")
+        raise Misfit(f"{missing[0]} is missing")
     size, filled = _Weights if saved["sites"] else _Size, {"structure": _Timed, "predicted": _Expected}
-    parts = {"model": _Model, "recipe": _Recipe, "calibration": _Calibration, "compute": _Compute, "size": size}
+    parts = {"model": ModelFacts, "recipe": _Recipe, "calibration": CalibrationFacts, "compute": _Compute, "size": size}
     parts |= {"versions": dict[str, str]} | {name: hint for name, hint in filled.items() if saved[name]}
     for name, hint in parts.items():
-        _read(hint, saved[name], name)
-    record = _read(RunRecord, saved)
+        read_as(hint, saved[name], name)
+    record = read_as(RunRecord, saved)
     for place, fits, wanted in _relations(record):
         if not fits:
-            raise _Misfit(f"{place} should be {wanted}")
+            raise Misfit(f"{place} should be {wanted}")
     return record
 
 
@@ -235,20 +246,20 @@ def _relations(record: RunRecord) -> Iterator[tuple[str, bool, str]]:
     yield "structure", before.keys() == after.keys(), "the same sizes twice"
 
 
-class _Misfit(Exception):
+class Misfit(Exception):
     """A value is not what it should be; the message says where."""
 
 
-def _read(hint: type[T], value: Any, place: str = "") -> T:
+def read_as(hint: type[T], value: Any, place: str = "") -> T:
     """`value`, from JSON, as the type `hint`.
 
     Raises:
-        _Misfit: it is of another type.
+        Misfit: it is of another type.
     """
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
-        raise _Misfit(_plain(str(error), place)) from None
+        raise Misfit(_plain(str(error), place)) from None
 
 
 def _plain(error: str, place: str) -> str:

@@ -153,7 +153,7 @@ def show(found: Scan, model: str, output: str, console: Console) -> None:
             sum(one.weights * (1 - share(allocation[one.name])) for one in own) / total_weights(own)
             for allocation in proposed.values()
         ]
-        told = (f"{min(nats):.4f} to {max(nats):.4f}", *(f"{value:.0%}" for value in mean))
+        told = (f"{min(nats):.4f}-{max(nats):.4f}", *(f"{value:.0%}" for value in mean))
         table.add_row(kind, *(f"{error:.1%}" for error in errors), *told)
     console.print(table)
     console.print(f"wrote {output}; next:", markup=False)

@@ -10,12 +10,14 @@ from llmprune.base.files import file_to_write
 from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
-SUMMARY = "one page about a run, or several side by side, to look at and share"
+SUMMARY = "one page about a run, several side by side, or a scan, to look at and share"
 EXAMPLE = "llmprune report llama-2of4-balanced -o report.html"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder that llmprune wrote, packed or not, or its record")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a folder that llmprune wrote, packed or not, or its record; or a scan's"
+    )
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="page to write (default: %(default)s)")
     parser.add_argument("--bench", action="append", metavar="FILE", help="what llmprune bench --json wrote; once for each RUN")
     parser.add_argument("--overwrite", action="store_true", help="replace the page and its JSON twin")
