@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from conftest import tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from test_structured import OPTIONS, PLAIN, Notes, close, model_of
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
@@ -23,7 +23,6 @@ from llmprune.data.windows import Texts, Windows
 from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
 from llmprune.job.progress import Progress
-from llmprune.measure.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.heads import Heads
 from llmprune.models.skeleton import Skeleton, load_config
@@ -196,11 +195,12 @@ def scouted(folder: Path, ids: torch.Tensor, **options: object) -> Scouted:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_probes_lose_what_the_whole_model_loses(family: str, saved) -> None:
-    """The loss without each layer, and with a part of one layer removed, against the model in memory."""
+    """The divergence without each layer, against the model in memory."""
     model, ids = model_of(family), tokens(6, 24)
     with torch.no_grad():
         found = scouted(saved(model), ids, target_params="85%")
-    dense = perplexity(model, Windows(ids, "given"))
+    with torch.no_grad():
+        dense = functional.log_softmax(model(ids).logits[:, :-1], -1)
     stack = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 3)
     whole = list(stack)
     for number, drop in enumerate(found.drops):
@@ -209,18 +209,21 @@ def test_probes_lose_what_the_whole_model_loses(family: str, saved) -> None:
         name = next(name for name, child in owner.named_children() if child is stack)
         setattr(owner, name, torch.nn.ModuleList(kept))
         model.config.num_hidden_layers = 2
-        assert drop == pytest.approx(math.log(perplexity(model, Windows(ids, "given")).value / dense.value), abs=1e-5)
+        with torch.no_grad():
+            own = functional.log_softmax(model(ids, use_cache=False).logits[:, :-1], -1)
+        assert drop == pytest.approx(float((dense.exp() * (dense - own)).sum(-1).mean()), abs=1e-5)
         model.config.num_hidden_layers = 3
         setattr(owner, name, stack)
 
 
-def test_curves_in_nats_lie_between_their_own_measure_and_the_average() -> None:
+def test_curves_in_nats_go_through_what_was_measured() -> None:
     curves = [Curve([0, 2, 4], [0.0, 1.0, 3.0]), Curve([0, 2, 4], [0.0, 1.0, 4.0])]
     found = in_nats(curves, 2, [0.4, 0.2])
-    assert [one.at(2) for one in found] == pytest.approx([(0.4 * 0.3) ** 0.5, (0.2 * 0.3) ** 0.5])
+    assert [one.at(2) for one in found] == pytest.approx([0.4, 0.2])
     assert found[1].at(4) == pytest.approx(4 * found[1].at(2))
-    assert [one.at(2) for one in in_nats(curves, 2, [0.3, 0.3])] == pytest.approx([0.3, 0.3])
-    assert in_nats(curves, 2, [0.4, -0.1])[1].at(2) == pytest.approx((0.015 * 0.15) ** 0.5)
+    nothing = Curve([0, 2, 4], [0.0, 0.0, 7.0])
+    assert in_nats([*curves, nothing], 2, [0.4, 0.2, 0.0])[2].at(4) == pytest.approx(7 * 0.3 / 10)
+    assert in_nats([nothing], 2, [0.0])[0].at(4) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from llmprune.base.precision import full_float32
 from llmprune.steps.structured.scores.base import Coupled
@@ -58,16 +59,14 @@ def mean(curves: Sequence[Curve]) -> Curve:
 
 
 def in_nats(curves: Sequence[Curve], gone: int, nats: Sequence[float]) -> list[Curve]:
-    """Each layer's curve, scaled by what `gone` parts of all layers lost, one layer at a time.
+    """Each layer's curve, scaled by what the model lost with `gone` parts of this layer alone removed.
 
-    The scale is the geometric mean of what the layer's own measure says and of what all say together: a single measure is
-    noisy. One that is little or less than nothing, for the error that was left, counts as a tenth of what that error costs
-    on average.
+    What loses next to nothing says little of what more would lose: the scale is at least a tenth of the layers' median.
     """
     errors = [curve.at(gone) for curve in curves]
-    typical = sum(nats) / sum(errors) if sum(nats) > 0 and sum(errors) > 0 else 1.0
-    own = [max(lost / error, typical / 10) if error > 0 else typical for lost, error in zip(nats, errors, strict=True)]
-    return [curve.scaled((scale * typical) ** 0.5) for curve, scale in zip(curves, own, strict=True)]
+    own = [lost / error if error > 0 else 0.0 for lost, error in zip(nats, errors, strict=True)]
+    typical = median([scale for scale in own if scale > 0] or [1.0])
+    return [curve.scaled(max(scale, typical / 10)) for curve, scale in zip(curves, own, strict=True)]
 
 
 def allocate(parts: Sequence[Part], save: int) -> list[int]:

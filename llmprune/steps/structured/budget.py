@@ -19,7 +19,7 @@ from llmprune.steps.structured.speed import Speed
 from llmprune.steps.structured.spread import Choice, Layer, Program, Shape
 
 _TRIED = 16  # so many shapes are built, the best first, before the budget is given up
-_IN_VAIN = 1e-3  # nats that removing the whole model for nothing would cost: less than what is measured is uncertain by
+_IN_VAIN = 1e-3  # nats that removing the whole model for nothing would cost: less than any part of it is worth
 _CLOSE = 0.01  # by which a first choice may be measured to be short of what was asked for without another choice
 
 
@@ -143,8 +143,8 @@ class Budget:
 
     def _layer(self, number: int, scouted: Scouted, limits: Sequence[Limit]) -> Layer:
         def lost(loss: float, saves: Sequence[float]) -> float:
-            """A measured gain is the error of the measure; and what nobody asked for is not removed."""
-            return max(loss, 0.0) + _IN_VAIN * sum(more / limit.whole for more, limit in zip(saves, limits, strict=True))
+            """And what nobody asked for is not removed."""
+            return loss + _IN_VAIN * sum(more / limit.whole for more, limit in zip(saves, limits, strict=True))
 
         curves, parts, costs = scouted.curves[number], {}, [limit.layers[number] for limit in limits]
         for name, kind in self._kinds.found.items():

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from llmprune.data.windows import Texts, Windows
 from llmprune.job.job import Job
-from llmprune.job.record import Perplexity, excess_loss
+from llmprune.job.record import Perplexity
+from llmprune.measure.divergence import streamed_divergences
 from llmprune.measure.perplexity import streamed_perplexity
 from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site, Stage
@@ -59,9 +60,9 @@ class Scouted:
     Attributes:
         dense: its perplexity, where a text to evaluate on is named.
         influence: of each block, 1 - mean cosine of a token's hidden state before and after it (Men et al., "ShortGPT", 2024).
-        drops: of each block, nats a token that are lost without it.
+        drops: of each block, KL divergence from the dense model, nats a token, of the model without it.
         errors: by way asked for, the sum over blocks of the relative error that would leave.
-        curves: of each block, by kind, nats a token that removing ever more parts of it would lose.
+        curves: of each block, by kind, the same of the model that has ever more parts of it removed.
         slopes: how the loss depends on what the consumers read, by site name.
     """
 
@@ -141,7 +142,7 @@ class Scout:
         if evaluated is not None and self.texts.evaluation is not None:
             found.dense = self.perplexity(evaluated, self.texts.evaluation)
         if probes.going:
-            self._weigh(found, probes, self.perplexity(few, probes.windows))
+            self._weigh(found, probes, few)
         return found
 
     def _watch(self, block: Block, feed: Activations, few: Activations, ask: Ask, probes: _Probes) -> dict[str, Curve]:
@@ -172,11 +173,14 @@ class Scout:
     def _observe(self, stage: Stage, device: torch.device) -> Observed:
         return observe(stage, device, self.texts.calibration.tokens(), self.job.clock, corrected=False)
 
-    def _weigh(self, found: Scouted, probes: _Probes, dense: Perplexity) -> None:
-        """Turn `found.curves` into nats, by what the probes lost."""
-        nats: dict[str, list[float]] = {}
-        for kind, feed in zip(probes.kinds, probes.going, strict=True):
-            nats.setdefault(kind, []).append(excess_loss(dense, self.perplexity(feed, probes.windows)))
+    def _weigh(self, found: Scouted, probes: _Probes, dense: Activations) -> None:
+        """Turn `found.curves` into nats, by how far the probes are from the dense model."""
+        skeleton, ranks, nats = self.skeleton, self.job.ranks, dict[str, list[float]]()
+        share, blocks = probes.windows.share(ranks.rank, ranks.size), list(skeleton.blocks.values())
+        with skeleton.outside(), self.job.clock("evaluate"):
+            lost = streamed_divergences(skeleton.model, blocks, dense, probes.going, share, skeleton.device, ranks)
+        for kind, own in zip(probes.kinds, lost, strict=True):
+            nats.setdefault(kind, []).append(own)
         found.drops = nats.pop(_DROP, [])
         for kind, lost in nats.items():
             weighed = in_nats([curves[kind] for curves in found.curves], probes.gone[kind], lost)
