@@ -55,8 +55,9 @@ def asked_of(model: str, phase: str, factor: float, scratch: Path) -> Row:
     output = scratch / "out"
     record = llmprune.prune(str(source), output=output, overwrite=True, **options).record
     speed, after = record.structure["speed"], record.structure["after"]
+    left = record.model["blocks"] - len(record.structure["removed_layers"])
     row = {"model": model, "phase": phase, "asked": factor, "predicted": speed["predicted"], "measured": speedup(speed)}
-    row |= {"dense_ms": speed["dense_ms"], "layers": after["layers"], "parameters": after["parameters"], "use": speed["use"]}
+    row |= {"dense_ms": speed["dense_ms"], "layers": left, "parameters": after["parameters"], "use": speed["use"]}
     return row | ({"loss": loss_of(output)} if model == BUNDLED else {})
 
 
@@ -92,13 +93,16 @@ def loss_at(speed: float, phase: str, rows: Sequence[Row]) -> float | None:
 
 
 def page(result: dict[str, Any]) -> str:
+    return "\n".join(["# Budgets of time", "", "By `scripts/bench_budgets.py`.", "", measured(result)])
+
+
+def measured(result: dict[str, Any]) -> str:
+    """The tables, and how they were measured."""
     lines = [
-        "# Budgets of time",
-        "",
-        f"By `scripts/bench_budgets.py` on {result['device']}, {result['threads']} threads, float32, {result['date']}:",
-        "speed-ups asked for with `--target-speedup`, predicted from the measured times of layers, and measured of the whole",
-        "models, turn about with the dense ones. Loss: nats a token more on held-out documentation; uniform: that of heads and",
-        "neurons cut by the same share everywhere at that measured speed, and share: this loss of that.",
+        f"On {result['device']}, {result['threads']} threads, float32, {result['date']}: speed-ups asked for with",
+        "`--target-speedup`, predicted from the measured times of layers, and measured of the whole models, turn about with the",
+        "dense ones. Loss: nats a token more on held-out documentation; uniform: that of heads and neurons cut by the same share",
+        "everywhere, at the speed that was measured, between the two nearest; share: this loss of that.",
         "",
         "| model | use | asked | predicted | measured | of what was asked | layers | parameters | loss | uniform | share |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -112,16 +112,21 @@ def shown(values: Sequence[float], digits: int) -> str:
 
 
 def page(result: dict[str, Any]) -> str:
-    return "\n".join([
-        "# Where the sparsity goes: what each way to spread it gains",
-        "",
-        f"By `scripts/compare_allocation.py`, {SAMPLES} calibration windows of {LENGTH} tokens; {WINDOWS} windows of held-out",
-        f"documentation; KL on {OTHER} windows of another text ({result['text']}). Shares are of the uniform value with the",
-        "same draw of calibration text: mean ± standard deviation (draws). As many weights go everywhere; with 2:4, as many",
-        "bytes stay. Seconds are the pruning's with its scan, as multiples of the uniform run's.",
+    title = ["# Where the sparsity goes: what each way to spread it gains", "", "By `scripts/compare_allocation.py`.", ""]
+    return "\n".join([*title, measured(result)])
+
+
+def measured(result: dict[str, Any]) -> str:
+    """The table, and how it was measured."""
+    lines = [
+        f"{SAMPLES} calibration windows of {LENGTH} tokens; excess loss on {WINDOWS} windows of held-out documentation, KL",
+        f"from the dense model on {OTHER} windows of another text ({result['text']}), in float32. Of each way: its value over",
+        "that of `uniform` with the same draw of calibration text, mean ± standard deviation (draws). As many weights go",
+        "everywhere; at 2:4 at most as many bytes stay. Seconds: the pruning's with its scan, over the uniform run's.",
         "",
         table(result["cells"]),
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 A region of README.md or of a page in docs/ begins with `<!-- NAME -->`, ends with `<!-- /NAME -->` and holds what the function
 of that name below makes of the JSON files; so each number has one source, wherever it stands. Beside the JSON files the tables
-methods.md, structured.md and peers.md and the plot methods.svg are written.
+methods.md, structured.md, peers.md, allocation.md and budgets.md and the plot methods.svg are written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_budgets
+import compare_allocation
 from compare_dtypes import table as dtypes_table
 from compare_peers import share
 from compare_peers import table as peers_table
@@ -254,6 +256,8 @@ REGIONS: dict[str, Callable[[], str]] = {
     "profile-bound": lambda: bound_table(read("profile")),
     "profile-bytes": lambda: bytes_text(read("profile")),
     "profile-batches": lambda: batches_table(read("profile")),
+    "allocation": lambda: compare_allocation.measured(read("allocation")),
+    "budgets": lambda: bench_budgets.measured(read("budgets")),
     "dtypes": lambda: dtypes_table(read("dtypes")),
     "gpu-layers": lambda: gpu_tables.layers(read("gpu_layers")),
     "gpu-whole": lambda: gpu_tables.whole(read("gpu_e2e")),
@@ -277,6 +281,8 @@ def pages() -> dict[Path, str]:
     """All files that hold numbers, as they should be."""
     texts = {RESULTS / "methods.md": listing(read("methods")["cells"]), RESULTS / "peers.md": peers_table(read("peers"))}
     texts[RESULTS / "structured.md"] = structured_table(read("structured")["rows"])
+    texts[RESULTS / "allocation.md"] = compare_allocation.page(read("allocation"))
+    texts[RESULTS / "budgets.md"] = bench_budgets.page(read("budgets"))
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         texts[page] = filled(page.read_text(encoding="utf-8"), page.name)
     everywhere = "".join(texts.values())
