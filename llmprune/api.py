@@ -4,6 +4,7 @@
 |---|---|
 | `scan` | what each matrix loses at which sparsity |
 | `prune` | prune a model, in memory or from folder to folder |
+| `recover` | train what pruning left, its zeros kept |
 | `load` | a model that llmprune wrote, or any other; 2:4 layers packed |
 | `pack`, `unpack` | a folder with 2:4 matrices as values and codes, and back, bit for bit |
 | `evaluate` | perplexity and lm-eval's tasks, alone or beside the dense model |
@@ -25,6 +26,9 @@ from llmprune.output.verify import verify
 from llmprune.reports.html import report
 from llmprune.runs.compare import compare
 from llmprune.runs.prune import Result, prune
+from llmprune.runs.recover import recover
 from llmprune.runs.scan import scan
 
-__all__ = ["Result", "bench", "compare", "evaluate", "load", "pack", "prune", "push", "report", "scan", "unpack", "verify"]
+__all__ = [
+    "Result", "bench", "compare", "evaluate", "load", "pack", "prune", "push", "recover", "report", "scan", "unpack", "verify",
+]  # fmt: skip

@@ -100,9 +100,9 @@ def measured(result: dict[str, Any]) -> str:
     """The tables, and how they were measured."""
     lines = [
         f"On {result['device']}, {result['threads']} threads, float32, {result['date']}: speed-ups asked for with",
-        "`--target-speedup`, predicted from the measured times of layers, and measured of the whole models, turn about with the",
-        "dense ones. Loss: nats a token more on held-out documentation; uniform: that of heads and neurons cut by the same share",
-        "everywhere, at the speed that was measured, between the two nearest; share: this loss of that.",
+        "`--target-speedup`, predicted from the measured times of layers, and measured of the whole models, turn about with",
+        "the dense ones. Loss: nats a token more on held-out documentation; uniform: that of heads and neurons cut by the same",
+        "share everywhere, at the speed that was measured, between the two nearest; share: this loss of that.",
         "",
         "| model | use | asked | predicted | measured | of what was asked | layers | parameters | loss | uniform | share |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmprune.base.words import count
-from llmprune.data.pydoc import documents
+from llmprune.data.pydoc import documents, training
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
@@ -36,13 +36,6 @@ CONTEXT = 512
 def read_peps(path: Path) -> list[str]:
     raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     return ["PEP: " + text for text in raw.decode().split("\nPEP: ") if text]
-
-
-def training_documents() -> list[str]:
-    """The train split without the paragraphs that the held-out splits also have."""
-    held_out = {p for split in ("calibration", "evaluation") for text in documents(split) for p in text.split("\n\n")}
-    kept = ("\n\n".join(p for p in text.split("\n\n") if len(p) < 40 or p not in held_out) for text in documents("train"))
-    return [text for text in kept if text]
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -153,7 +146,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
-    docs, peps = training_documents(), read_peps(args.peps)
+    docs, peps = training(), read_peps(args.peps)
     texts = peps + docs * args.docs_weight
     tokenizer = train_tokenizer(texts, args.vocabulary)
     stream = tokens_of(tokenizer, texts)

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 TEXT = "my-text.txt"  # a file of the reader's own; here, what runs calibrate and are evaluated on
+FEW = "1K"  # tokens to train on
 # What is asked for where an example says nothing, so that examples can be what a reader would type and still take a second:
 # fewer and shorter windows for calibration and evaluation, fewer sizes to time.
 QUICK = {
     "prune": {"--samples": "8", "--seqlen": "64", "--calibration": TEXT, "--eval-text": TEXT},
+    "recover": {"--tokens": FEW, "--batch-size": "4", "--seqlen": "64", "--text": TEXT, "--eval-text": "none"},
     "scan": {"--samples": "8", "--seqlen": "64", "--calibration": TEXT},
     "compare": {"--samples": "8", "--seqlen": "64", "--windows": "4", "--text": TEXT},
     "eval": {"--windows": "4", "--seqlen": "128"},
@@ -36,6 +38,8 @@ QUICK = {
 def quick(arguments: list[str]) -> list[str]:
     """A command line with what it leaves open chosen for speed."""
     prunes = "--model" in arguments or "--config" in arguments
+    if arguments[0] == "recover" and "--tokens" in arguments:  # as many as an example asks for take minutes
+        arguments[arguments.index("--tokens") + 1] = FEW
     chosen = QUICK.get("prune" if prunes else arguments[0], {}) | ({"--limit": "4"} if "--tasks" in arguments else {})
     return arguments + [word for flag, value in chosen.items() if flag not in arguments for word in (flag, value)]
 
@@ -50,6 +54,12 @@ def quick_prune(prune: Any) -> Any:
     return quicker
 
 
+def quick_recover(recover: Any) -> Any:
+    """`llmprune.recover` with fewer tokens of a shorter text."""
+    few = {"tokens": FEW, "batch_size": 4, "seqlen": 64, "text": TEXT, "eval_text": "none"}
+    return lambda *names, **options: recover(*names, **(options | few))
+
+
 def run(program: str, arguments: list[str]) -> int:
     """In the fork: the exit code."""
     import llmprune
@@ -57,6 +67,7 @@ def run(program: str, arguments: list[str]) -> int:
     try:
         if program == "python":
             llmprune.prune = quick_prune(llmprune.prune)
+            llmprune.recover = quick_recover(llmprune.recover)
             runpy.run_path(arguments[0], run_name="__main__")
         else:
             sys.argv = ["llmprune", *quick(arguments)]

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "measure": {"base", "models", "data", "stream", "formats", "cost", "job"},
     "output": {"base", "numerics", "models", "data", "formats", "cost", "job"},
     "reports": {"base", "numerics", "models", "formats", "cost", "job", "output"},
+    "steps/recover": {"base", "models", "data", "job", "output"},
     "steps": {"base", "models", "data", "stream", "job", "output"},
     "steps/weights": {
         *("base", "numerics", "models", "data", "solvers", "stream", "formats", "cost", "job", "measure", "output", "steps"),
@@ -41,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runs": {
         *("base", "numerics", "models", "data", "solvers", "stream", "cost", "job", "measure", "output", "reports"),
-        *("steps", "steps/weights", "steps/structured"),
+        *("steps", "steps/weights", "steps/structured", "steps/recover"),
     },
     "api": {"formats", "measure", "output", "reports", "runs"},
     "cli": {

@@ -143,6 +143,19 @@ class Allowance:
         return left
 
 
+def read_count(what: str, text: str) -> int:
+    """How many, of `2M`, `500K` or `4096`.
+
+    Raises:
+        InputError: it is no such number, or none.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([KMB]?)", text.strip().upper())
+    number = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not number:
+        raise InputError(f"{what} {text.strip()!r} is impossible: give a number such as 500K or 2M")
+    return number
+
+
 def read_speedup(text: str) -> float:
     """How many times as fast, of `1.5x` or `1.5`.
 

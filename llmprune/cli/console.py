@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llmprune.base.words import command_line, count, literal, size
-from llmprune.cost.footprint import changes
-from llmprune.job.progress import Progress
-from llmprune.job.record import COMPUTED, Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
+from llmprune.cli.tables import recovery_table, run_table, share
+from llmprune.job.progress import Progress, Progressed
+from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known
 from llmprune.job.scan import Scanned
-from llmprune.job.speedup import speed_rows
 from llmprune.models.resolve import spelled
 
 _TITLE = len("calibration  ")  # where the values of the header begin
@@ -63,14 +61,18 @@ class Console(Progress):
         model, text, arguments = record.model, record.calibration, record.arguments
         parameters = count(model["parameters"], "parameter")
         order = ", stage by stage" if record.recipe["true_sequential"] else ", one pass a block"
-        for title, value in {
+        facts = {
             "model": f"{model['name']} ({model['class']}, {parameters}, {count(model['blocks'], 'block')})",
             what: asked,
             "method": f"{record.recipe['text']}{order if arguments['sparsity'] or arguments['allocation'] else ''}",
             "calibration": f"{text['text']}, {count(text['samples'], 'window')} x {text['seqlen']} tokens, seed {text['seed']}",
             "compute": _compute(record.compute),
             **({"needs": record.predicted["text"]} if record.predicted else {}),
-        }.items():
+        }
+        self.facts(facts)
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        for title, value in facts.items():
             self._line(f"{title:<{_TITLE}}{value}", _TITLE)
 
     def note(self, text: str) -> None:
@@ -86,7 +88,7 @@ class Console(Progress):
 
     def solving(self, site: str) -> None:
         if self._console.is_terminal:
-            error = f"(last: error {_share(self._in_block[-1].error)})" if self._in_block else ""
+            error = f"(last: error {share(self._in_block[-1].error)})" if self._in_block else ""
             self._live.update(self._task, now=f"{site} {error}")
 
     def site(self, site: SiteRecord) -> None:
@@ -95,7 +97,7 @@ class Console(Progress):
         if self._each_site:
             self._line(
                 f"  {site.name}  {site.pattern}  {site.shape[0]} x {site.shape[1]}  zeros {site.sparsity:.2%}  "
-                f"output error {_share(site.error)}  {count(site.tokens, 'token')}  {site.seconds:.2f} s",
+                f"output error {share(site.error)}  {count(site.tokens, 'token')}  {site.seconds:.2f} s",
                 4,
             )
         if self._console.is_terminal:
@@ -108,7 +110,7 @@ class Console(Progress):
         )
 
     def scanned(self, matrices: Sequence[Scanned], pattern: str) -> None:
-        errors = "  ".join(f"{one.kind} {_share(one.errors.get(pattern))}" for one in matrices)
+        errors = "  ".join(f"{one.kind} {share(one.errors.get(pattern))}" for one in matrices)
         self._came = f"scanned; output error at {pattern}: {errors}"
 
     def searched(self, found: Mapping[str, Any], seconds_left: float) -> None:
@@ -140,18 +142,34 @@ class Console(Progress):
         if self._console.is_terminal:
             self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
 
+    def trained(self, progressed: Progressed) -> None:
+        now = "" if progressed.trained is None else f"trained {progressed.trained:.4f}  "
+        self._line(
+            f"step {progressed.step}/{progressed.steps}  loss: {now}held out {progressed.held_out:.4f}  "
+            f"{progressed.tokens_per_second:,.0f} tokens/s  ETA {_time(progressed.seconds_left)}"
+        )
+
+    def recovered(self, record: RunRecord, output: Path) -> None:
+        self._show(recovery_table(record))
+        self._line(f"wrote {output}; next:")
+        self._console.print(
+            _next_steps(output, own=bool(record.structure.get("differ_by_layer"))), markup=False, soft_wrap=True
+        )
+
     def summary(self, record: RunRecord, output: Path | None) -> None:
         self._stop()
-        table = _table(record)
-        if not self._console.is_terminal:  # as wide as its rows are
-            table.width = self._console.measure(table, options=self._console.options.update(width=_WIDEST)).maximum
-        self._console.print(table, soft_wrap=True)
+        self._show(run_table(record))
         if output is not None:
             self._line(f"wrote {output}; next:")
             steps = _next_steps(output, own=bool(record.structure.get("differ_by_layer")))
             if record.pruned is None:
                 steps += f"\n  {_to_evaluate(record, output)}"
             self._console.print(steps, markup=False, soft_wrap=True)  # to paste, and so whole
+
+    def _show(self, table: Table) -> None:
+        if not self._console.is_terminal:  # as wide as its rows are
+            table.width = self._console.measure(table, options=self._console.options.update(width=_WIDEST)).maximum
+        self._console.print(table, soft_wrap=True)
 
     def _line(self, text: str, indent: int = 0) -> None:
         """On a terminal broken between words, what follows the first line indented; elsewhere whole, as logs want it."""
@@ -165,8 +183,11 @@ class Console(Progress):
     def _eta(self) -> str:
         if not self._done:
             return "-"
-        left = (time.monotonic() - self._began) / self._done * ((self._sites or self._blocks) - self._done)
-        return f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        return _time((time.monotonic() - self._began) / self._done * ((self._sites or self._blocks) - self._done))
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _wrapped(text: str, width: int, indent: int) -> str:
@@ -181,54 +202,6 @@ def _wrapped(text: str, width: int, indent: int) -> str:
         break_on_hyphens=False,
     )
     return "\n".join(lines).replace(_FIXED, " ")
-
-
-def _table(record: RunRecord) -> Table:
-    table = Table("measured in this run", "before", "after", title=None)
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    for row in _measured(record):
-        table.add_row(*row)
-    if computed := list(_computed(record)):
-        table.add_section()
-        table.add_row(f"[bold]{COMPUTED}[/bold]")
-    for row in computed:
-        table.add_row(*row)
-    return table
-
-
-def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """What is measured, before and after."""
-    if record.dense and record.pruned:
-        found = record.pruned
-        protocol = f"{escape(found.text)}, {count(found.windows, 'window')} x {found.length} tokens{found.computed()}"
-        yield f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{found.value:.3f}"
-        yield "loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}"
-    yield from speed_rows(record.structure)
-    if record.sites:
-        asked = record.arguments["sparsity"] or "by matrix"
-        share = record.zeros() / record.weights()
-        yield f"zeros in {count(len(record.sites), 'pruned matrix')} (asked: {asked})", "", f"{share:.2%}"
-        yield "nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}"
-        yield "output error of a matrix, mean", "", _share(record.output_error())
-    for phase, seconds in record.seconds.items():
-        yield f"seconds: {phase}", "", f"{seconds:.1f}"
-    if overhead := record.overhead():
-        yield "pruning time / time of its forward passes", "", f"{overhead:.2f}x"
-    for place, peak in record.peak_memory.items():
-        yield f"peak memory, {place}", "", size(peak)
-
-
-def _computed(record: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """What follows from the sizes of tensors."""
-    for what, was, now in changes(record.structure, record.recipe):
-        yield what, f"{was:,}", f"{now:,}"
-    if "bytes_after" in record.size:
-        before, after = record.size["bytes_before"], record.size["bytes_after"]
-        yield f"weight bytes{' (zeros are stored)' if record.sites else ''}", f"{before:,}", f"{after:,}"
-        if "bytes_packed" in record.size:
-            yield "weight bytes, packed by llmprune pack", f"{before:,}", f"{record.size['bytes_packed']:,}"
 
 
 def _to_evaluate(record: RunRecord, output: Path) -> str:
@@ -278,8 +251,4 @@ def _mean(errors: Sequence[float | None]) -> str:
     """Of one matrix, or of several and how many that is the mean of."""
     known = sum(error is not None for error in errors)
     rest = f" of {len(errors)}; no token reached the others" if known < len(errors) else ""
-    return _share(mean_known(errors)) + (f" (mean of {known}{rest})" if len(errors) > 1 and known else "")
-
-
-def _share(error: float | None) -> str:
-    return "unknown (no token reached it)" if error is None else f"{error:.2%}"
+    return share(mean_known(errors)) + (f" (mean of {known}{rest})" if len(errors) > 1 and known else "")

@@ -25,6 +25,8 @@ Split = Literal["train", "calibration", "evaluation"]
 
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip", "pydoc_data",
                        "site-packages", "dist-packages", "__pycache__"})  # fmt: skip
+_HELD_OUT: tuple[Split, ...] = ("calibration", "evaluation")
+_PARAGRAPH = "\n\n"
 _SHORTEST = 40  # characters: a shorter docstring ("Return self<value.") says nothing
 
 
@@ -43,11 +45,25 @@ def documents(split: Split) -> list[str]:
     return list(_documents(split))
 
 
+def training() -> list[str]:
+    """The train split, without any paragraph that the other splits have, too: what a model may be trained on.
+
+    Raises:
+        InputError: this interpreter carries no documentation.
+    """
+    held_out = {p for split in _HELD_OUT for text in documents(split) for p in text.split(_PARAGRAPH)}
+    kept = (
+        _PARAGRAPH.join(p for p in text.split(_PARAGRAPH) if len(p) < _SHORTEST or p not in held_out)
+        for text in documents("train")
+    )
+    return [text for text in kept if text]
+
+
 @functools.cache
 def _documents(split: Split) -> tuple[str, ...]:
     """Once a process, as reading them takes a second: a model and its baseline are evaluated on the same, and so are cells."""
     seen: set[str] = set()
-    texts = ["\n\n".join(_first_seen(parts, seen)) for _, parts in sorted(_pieces(split))]
+    texts = [_PARAGRAPH.join(_first_seen(parts, seen)) for _, parts in sorted(_pieces(split))]
     texts = [text for text in texts if text]
     if not texts:
         raise InputError(f"this Python ({sys.prefix}) carries no documentation to read; pass a text file instead")

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
+from llmprune.data import pydoc
 from llmprune.data.documents import SEPARATOR, evaluation_protocol, load_documents
 
 Given: TypeAlias = Tensor | Mapping[str, Any] | Sequence[Any]  # calibration samples that the caller tokenised
@@ -113,6 +114,24 @@ def calibration_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, sample
     offset = rng.randrange(len(ids) - there * seqlen + 1)
     windows = ids[offset : offset + there * seqlen].view(there, seqlen)
     return Windows(windows[rng.sample(range(there), samples)], text)
+
+
+def training_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seqlen: int, seed: int) -> Windows:
+    """At most `tokens` tokens in disjoint windows, of documents in random order; of `pydoc` its part for training.
+
+    Raises:
+        InputError: the text holds fewer than two windows.
+    """
+    documents = pydoc.training() if text == "pydoc" else load_documents(text, "calibration")
+    order = random.Random(seed).sample(range(len(documents)), len(documents))
+    ids = _tokenize((documents[i] for i in order), tokenizer, enough=tokens)[:tokens]
+    if len(ids) < 2 * seqlen:
+        raise InputError(
+            f"text {text} has {count(len(ids), 'token')} to train on, fewer than two windows of {seqlen}, of which one is held "
+            "out; pass a shorter --seqlen, more --tokens, or a longer text"
+        )
+    windows = len(ids) // seqlen
+    return Windows(ids[: windows * seqlen].view(windows, seqlen), text)
 
 
 def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, *, seqlen: int) -> Windows:

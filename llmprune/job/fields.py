@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 
 from llmprune.base.errors import InputError, unknown
-from llmprune.base.notation import ALLOWANCES, Allowance, Amount, read_sparsity, read_speedup, sparsity_text
+from llmprune.base.notation import ALLOWANCES, Allowance, Amount, read_count, read_sparsity, read_speedup, sparsity_text
 
 Own = TypeVar("Own", bound="Options")
 _AMOUNTS = {
@@ -23,8 +23,11 @@ _AMOUNTS = {
     **dict.fromkeys(("heads", "neurons", "layers"), "a share such as 25% or a count"),
     **{option: f"a share such as 75% or a number such as {counted.example}" for option, counted in ALLOWANCES.items()},
     "target_speedup": "a factor such as 1.5x",
+    "tokens": "a number such as 2M",
 }
-_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", str: "text", tuple[str, ...]: "a list of text"}
+_WORDS: dict[Any, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple[str, ...]: "a list of text",
+}  # fmt: skip
 
 
 def option(help: str, default: Any = dataclasses.MISSING, *, metavar: str | None = None) -> Any:
@@ -95,6 +98,9 @@ def _text(name: str, value: str) -> str:
         return sparsity_text(read_sparsity(value))
     if name in ALLOWANCES:
         return Allowance.parse(value, name).text
+    if name == "tokens":
+        read_count(name, value)
+        return value.strip()
     if name == "target_speedup":
         return f"{read_speedup(value):g}x"
     if name in _AMOUNTS:

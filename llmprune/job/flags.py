@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from llmprune.job.fields import Options
 from llmprune.job.options import PruneConfig
 
 
@@ -14,10 +15,10 @@ def flag(name: str) -> str:
     return f"--{name.rstrip('_').replace('_', '-')}"
 
 
-def as_flags(options: Mapping[str, Any]) -> list[str]:
-    """The command line's words for options that are not at their defaults."""
+def as_flags(options: Mapping[str, Any], kind: type[Options] = PruneConfig) -> list[str]:
+    """The command line's words for options of `kind` that are not at their defaults."""
     words = []
-    for field_ in dataclasses.fields(PruneConfig):
+    for field_ in dataclasses.fields(kind):
         name, value = flag(field_.name), options.get(field_.name, field_.default)
         if value is None or value == field_.default or (field_.default == () and not value):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,25 @@ from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord
 from llmprune.job.scan import Scanned
 
 
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """Of a training: `step` of `steps`; the loss on held-out windows, that of training since it was last told (None: not yet),
+    and how fast it goes."""
+
+    step: int
+    steps: int
+    held_out: float
+    trained: float | None
+    tokens_per_second: float
+    seconds_left: float
+
+
 class Progress:
     """What the pipeline tells as it works. This one shows nothing; subclasses show what they like."""
 
     def header(self, record: RunRecord, what: str, asked: str) -> None: ...
+
+    def facts(self, facts: Mapping[str, str]) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -35,4 +51,8 @@ class Progress:
 
     def block(self, index: int) -> None: ...
 
+    def trained(self, progressed: Progressed) -> None: ...
+
     def summary(self, record: RunRecord, output: Path | None) -> None: ...
+
+    def recovered(self, record: RunRecord, output: Path) -> None: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmprune.base.words import command_line
 from llmprune.job.flags import as_flags
 from llmprune.job.record import RunRecord
+from llmprune.job.recovery import RecoverConfig
 
 NO_COMMAND = (
     "It was made from Python, of a model in memory or with tokens of its own, so no command makes it again; "
@@ -12,6 +13,7 @@ NO_COMMAND = (
 )
 _NOT_THE_RESULT = ("output", "overwrite", "restart", "push_to_hub", "activations")
 _GIVEN = "given tokens"
+_PRUNED = "pruned"  # a folder on the way
 
 
 def again(record: RunRecord) -> str | None:
@@ -23,4 +25,8 @@ def again(record: RunRecord) -> str | None:
     if model["hub_id"] and model["commit"]:
         options["model"] = f"{model['hub_id']}@{model['commit']}"
     start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
-    return command_line(*start, "llmprune", *as_flags(options))
+    if not record.recovery:
+        return command_line(*start, "llmprune", *as_flags(options))
+    pruned = command_line(*start, "llmprune", *as_flags(options), "--output", _PRUNED)
+    trained = {name: value for name, value in record.recovery["arguments"].items() if name not in ("model", *_NOT_THE_RESULT)}
+    return f"{pruned} && {command_line('llmprune', 'recover', _PRUNED, *as_flags(trained, RecoverConfig))}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
@@ -80,10 +81,26 @@ def _result(found: Perplexity, whose: str) -> EvalResult:
 
 def _summary(record: RunRecord) -> str:
     calibration, asked = record.calibration, asked_text(record.arguments)
+    once = "" if record.recovery else "one shot, "
     return (
-        f"`{record.model['name']}` pruned to **{asked}** by `{record.recipe['text']}` with llmprune, one shot, "
+        f"`{record.model['name']}` pruned to **{asked}** by `{record.recipe['text']}` with llmprune, {once}"
         f"block by block. Calibration: {count(calibration['samples'], 'window')} of {calibration['seqlen']} tokens of "
-        f"{calibration['text']}, seed {calibration['seed']}."
+        f"{calibration['text']}, seed {calibration['seed']}.{_trained(record.recovery)}"
+    )
+
+
+def _trained(recovery: Mapping[str, Any]) -> str:
+    """What training afterwards did, in a sentence."""
+    if not recovery:
+        return ""
+    kd, what = recovery["arguments"]["loss"] == "kd", recovery["arguments"]["train"]
+    aim = f"to imitate `{recovery['teacher']}`" if kd else "to predict the text"
+    measure = "the KL divergence from it" if kd else "the loss"
+    trained = "the kept weights of its blocks" if what == "kept" else "the norms and biases of its blocks"
+    return (
+        f" Afterwards {trained} were trained {aim}, zeros kept, on {recovery['tokens']:,} tokens of {recovery['text']}; on "
+        f"held-out windows of that text {measure} went from {recovery['loss_before']:.4f} to {recovery['loss_after']:.4f} nats "
+        "a token."
     )
 
 

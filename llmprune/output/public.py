@@ -10,9 +10,9 @@ from typing import Any
 from llmprune.data.documents import names_a_file
 from llmprune.job.record import PERPLEXITY_OF, Perplexity, RunRecord
 
-_FOLDERS = ("model", "output", "baseline")
+_FOLDERS = ("model", "output", "baseline", "teacher")
 _TEXTS = ("calibration", "eval_text", "text", "name", "names")
-_HUB_IDS = ("hub_id", "baseline_hub_id")
+_HUB_IDS = ("hub_id", "baseline_hub_id", "teacher_hub_id")
 
 
 def public(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,8 +23,8 @@ def public(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def public_run(record: RunRecord) -> RunRecord:
     """A record without local paths."""
-    hub_ids = set(_hub_ids(record.model))
-    names = ("arguments", "calibration", "dense", "pruned")
+    hub_ids = {*_hub_ids(record.model), *_hub_ids(record.recovery)}
+    names = ("arguments", "calibration", "dense", "pruned", "recovery")
     return dataclasses.replace(record, **{name: _cut(getattr(record, name), name, hub_ids) for name in names})
 
 

@@ -98,11 +98,17 @@ def _sum(saved: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def continued(output: Path, fingerprint: Mapping[str, Any], restart: bool, tell: Callable[[str], None]) -> Iterator[Manifest]:
+def continued(
+    output: Path,
+    fingerprint: Mapping[str, Any],
+    restart: bool,
+    tell: Callable[[str], None],
+    begun: str = "the smaller model, in part or whole",
+) -> Iterator[Manifest]:
     """A hidden folder beside `output` to fill and publish, with what an earlier run of the same fingerprint finished in it.
 
     On an error or ^C it stays, if a block is finished. `restart` empties it first; `tell` hears what a user should know. The
-    folder of a step on the way, `between_folder`, stays and goes with it.
+    folder of a step on the way, `between_folder`, stays and goes with it. `begun`: what is finished where no block is.
 
     Raises:
         InputError: another run works in it, or it cannot be continued.
@@ -122,7 +128,7 @@ def continued(output: Path, fingerprint: Mapping[str, Any], restart: bool, tell:
             raise MachineError(f"cannot write the weights beside {output}: {reason(error)}") from None
         finally:
             if (partial / MANIFEST).exists():
-                done = count(len(manifest.blocks), "block") if manifest.blocks else "the smaller model, in part or whole"
+                done = count(len(manifest.blocks), "block") if manifest.blocks else begun
                 tell(f"finished: {done}; the same command goes on from there")
             else:
                 for folder in (partial, smaller):

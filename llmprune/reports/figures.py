@@ -43,6 +43,8 @@ def figures(page: dict[str, Any]) -> dict[str, str]:
         found |= {f"mask{number}-{own}": mask(one) for own, one in enumerate(run["masks"])}
         if run["fit"]:
             found[f"fit{number}"] = fit(run["fit"])
+        if run["recovery"]:
+            found[f"recovery{number}"] = learning(run["recovery"])
         if run["kept"]:
             found[f"kept{number}"] = heat(run["kept"], share=True)
     return {name: own_names(svg, name) for name, svg in found.items() if svg}
@@ -98,6 +100,19 @@ def fit(errors: dict[str, Any]) -> str:
             shares = [100 * error for error in errors[when]]
             axes.plot(errors["blocks"], shares, color=color, marker=marker(shares), markersize=4, label=f"{when} the fit")
         _by_block(axes)
+        axes.legend(frameon=False, fontsize=8.5)
+    return finished()
+
+
+def learning(told: dict[str, Any]) -> str:
+    """The loss by step of a training, on held-out windows and on those that were trained on."""
+    with drawing(2.5) as (axes, finished):
+        for what, title, color in (("trained", "trained on", SERIES[5]), ("held_out", "held out", SERIES[0])):
+            if told[what]:
+                axes.plot(*zip(*told[what], strict=True), color=color, marker="o", markersize=3, label=title)
+        axes.set(xlabel="step", ylabel=f"{label(told['aim'])}, nats")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
         axes.legend(frameon=False, fontsize=8.5)
     return finished()
 

@@ -46,6 +46,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "kept": _kept(record.removals),
         "removed_layers": record.structure.get("removed_layers", []),
         "fit": _fit(record.reconstructions),
+        "recovery": _recovery(record.recovery),
         "growth": _growth(record.sites or record.removals),
         "seconds": dict(record.seconds),
         "phase_memory": _phase_memory(record),
@@ -178,6 +179,15 @@ def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
         rows.append(("weight bytes, packed", stored["bytes_before"], packed, size))
     cells = [[text_cell(what), cell(a, show), cell(b, show), _change(a, b)] for what, a, b, show in rows]
     return table(("size", "before", "after", "left"), cells)
+
+
+def _recovery(told: dict[str, Any]) -> dict[str, Any] | None:
+    """What training afterwards did."""
+    if not told:
+        return None
+    aim = f"KL from {told['teacher']}" if told["arguments"]["loss"] == "kd" else "loss"
+    trained = f"{told['tokens']:,} tokens of {told['text']}, {told['seconds']:,.0f} s; step {told['best']} is the best"
+    return {"aim": aim, "text": trained, "held_out": told["held_out"], "trained": told["trained"]}
 
 
 def _timed(record: RunRecord) -> dict[str, Any] | None:

@@ -16,10 +16,11 @@ from llmprune.base.errors import InputError, user_path
 from llmprune.base.files import INDEX, PACKED, RECORD, SCHEMA, SINGLE, read_json
 from llmprune.base.words import count
 from llmprune.job.options import PruneConfig
-from llmprune.job.record import Count, Positive, RunRecord, Size
+from llmprune.job.record import Count, Measure, Positive, RunRecord, Size
 from llmprune.numerics.patterns import parse
 
 T = TypeVar("T")
+_LATER = ("recovery",)  # in a record, which those of earlier versions lack
 _WORDS = {
     "array": "a list", "object": "a mapping", "str": "text", "int": "a whole number", "float": "a finite number",
     "bool": "true or false",
@@ -65,6 +66,25 @@ class ComputeFacts(TypedDict):
 
 class _Compute(ComputeFacts, total=False):
     why: str  # records of earlier versions lack it
+
+
+class _Asked(TypedDict):
+    loss: str
+    train: str
+
+
+class _Recovered(TypedDict):
+    arguments: _Asked
+    teacher: str | None
+    text: str
+    tokens: Count
+    steps: Count
+    best: Count
+    loss_before: Measure
+    loss_after: Measure
+    held_out: list[tuple[Count, Measure]]
+    trained: list[tuple[Count, Measure]]
+    seconds: Measure
 
 
 class _Size(TypedDict):
@@ -216,12 +236,12 @@ def _read_record(saved: Mapping[str, Any]) -> RunRecord:
     Raises:
         Misfit: something is missing, of another type or out of range.
     """
-    names = ("versions", *(field.name for field in dataclasses.fields(RunRecord)))
+    names = ("versions", *(field.name for field in dataclasses.fields(RunRecord) if field.name not in _LATER))
     if missing := [name for name in names if name not in saved]:
         raise Misfit(f"{missing[0]} is missing")
-    size, filled = _Weights if saved["sites"] else _Size, {"structure": _Timed, "predicted": _Expected}
+    size, filled = _Weights if saved["sites"] else _Size, {"structure": _Timed, "predicted": _Expected, "recovery": _Recovered}
     parts = {"model": ModelFacts, "recipe": _Recipe, "calibration": CalibrationFacts, "compute": _Compute, "size": size}
-    parts |= {"versions": dict[str, str]} | {name: hint for name, hint in filled.items() if saved[name]}
+    parts |= {"versions": dict[str, str]} | {name: hint for name, hint in filled.items() if saved.get(name)}
     for name, hint in parts.items():
         read_as(hint, saved[name], name)
     record = read_as(RunRecord, saved)

@@ -1,0 +1,77 @@
+"""What `llmprune recover` is told. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmprune.base.errors import InputError, unknown
+from llmprune.base.notation import DTYPES, read_count
+from llmprune.job.fields import Options, option
+
+TRAINED = ("kept", "small")
+LOSSES = ("kd", "ce")
+RATES = {"kept": 3e-4, "small": 1e-3}  # peak learning rates of AdamW
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverConfig(Options):
+    """The options of `llmprune.recover` and of the command.
+
+    Raises:
+        InputError: a value is of the wrong type or out of range.
+    """
+
+    model: str = option("a folder that llmprune wrote, not packed")
+    teacher: str | None = option(
+        "the dense model to imitate: a bundled name, folder or Hub id (default: the one that was pruned)", None, metavar="MODEL"
+    )
+    train: str = option("kept: all kept weights of the blocks; small: their norms and biases (default: %(default)s)", "kept")
+    loss: str = option("kd: KL divergence from the teacher; ce: the text's own next tokens (default: %(default)s)", "kd")
+    text: str = option(
+        "text to train on: as --calibration (default: pydoc's own training part for the bundled model, else c4)", "auto",
+        metavar="TEXT",
+    )  # fmt: skip
+    tokens: str = option("how many to train on, such as 2M (default: %(default)s)", "1M", metavar="N")
+    batch_size: int = option("windows a step (default: %(default)s)", 8, metavar="N")
+    seqlen: int = option("tokens a window, capped at the model's positions (default: %(default)s)", 512)
+    rate: float | None = option(
+        "peak learning rate of AdamW, after which it falls to zero (default: 3e-4, or 1e-3 with --train small)", None
+    )
+    seed: int = option("seed of the order of the text (default: %(default)s)", 0)
+    eval_text: str = option(
+        "text to measure perplexity on, dense, before and after, never trained on: as --calibration, or none (default: as the "
+        "run that pruned it)",
+        "auto", metavar="TEXT",
+    )  # fmt: skip
+    output: str | None = option("folder to write (default: auto, the model's name with -recovered)", None, metavar="DIR")
+    overwrite: bool = option("replace the output folder if it is not empty", False)
+    restart: bool = option("begin anew where an unfinished run to the same output could be continued", False)
+    device: str = option("auto, cpu, cuda, cuda:1, ... (default: %(default)s)", "auto")
+    dtype: str = option(
+        "that models compute in, auto or float32, bfloat16, float16; what is trained is kept in float32 (default: float32)",
+        "float32",
+    )
+
+    def __post_init__(self) -> None:
+        for name, known in (("train", TRAINED), ("loss", LOSSES), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        for name, least in (("batch_size", 1), ("seqlen", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} {getattr(self, name)} is impossible: give at least {least}")
+        if self.rate is not None and not 0 < self.rate < 1:
+            raise InputError(f"rate {self.rate:g} is impossible: give a learning rate between 0 and 1, such as 3e-4")
+        if self.teacher is not None and self.loss == "ce" and self.eval_text == "none":
+            raise InputError("teacher has no effect here: with --loss ce and --eval-text none nothing asks it")
+        if self.steps() < 1:
+            raise InputError(
+                f"tokens {self.tokens} is less than one step of {self.batch_size} windows of {self.seqlen} tokens: ask for "
+                "more, or a smaller --batch-size or --seqlen"
+            )
+
+    def steps(self, seqlen: int | None = None) -> int:
+        """Optimiser steps, with windows of `seqlen` tokens."""
+        return read_count("tokens", self.tokens) // (self.batch_size * (seqlen or self.seqlen))
+
+    def peak(self) -> float:
+        return RATES[self.train] if self.rate is None else self.rate

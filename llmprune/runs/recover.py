@@ -1,0 +1,300 @@
+"""`llmprune recover`: train what pruning left of a model, its zeros kept, and write the result to a new folder."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmprune.base.errors import InputError, plain_errors, user_path
+from llmprune.base.files import PACKED, RECORD
+from llmprune.base.folders import check_output, check_room, publish
+from llmprune.base.folders import recover as put_right
+from llmprune.base.hardware import dtype_name, pick_device, pick_dtype
+from llmprune.base.processes import joined
+from llmprune.base.words import count
+from llmprune.data.documents import names_a_file
+from llmprune.data.windows import Windows, evaluation_windows, training_windows
+from llmprune.job.progress import Progress
+from llmprune.job.record import RunRecord, versions
+from llmprune.job.recovery import RecoverConfig
+from llmprune.measure.perplexity import perplexity
+from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.extras import copy_extras
+from llmprune.models.resolve import ModelFolder, look_up, resolve, spelled
+from llmprune.models.skeleton import Skeleton, find_tokenizer, load_config, load_model, load_tokenizer
+from llmprune.output.resume import Manifest, continued
+from llmprune.output.write import write_record
+from llmprune.reports.saved import read_runs
+from llmprune.runs.prune import Result
+from llmprune.steps.recover.learning import freeze_all_but, keep_zeros, trainable
+from llmprune.steps.recover.training import Plan, Trained, train
+from llmprune.steps.recover.writing import round_to_storage, write_trained
+
+HELD_OUT = 16  # windows that choose the best step, at most, and no more than a tenth
+_CHECKPOINTS = 3  # on the disk at once: the last two and the best
+_MOMENTS = 2  # of AdamW, in float32 as the weights
+_TRAINING = "training"  # the folder of checkpoints, in that of the unfinished run
+
+
+def recover(model: str | Path, output: str | Path | None = None, *, progress: Progress | None = None, **options: Any) -> Result:
+    """Train what is left of a pruned model; what is zero stays zero. Goes on from an unfinished run's last checkpoint.
+
+    The best step by the loss on held-out windows of the training text is kept; where none is better than the beginning, the
+    weights stay as they were.
+
+    Args:
+        model: a folder that llmprune wrote: weights pruned to any pattern, or heads, neurons or layers removed. Not packed.
+        output: the folder to write; None: the model's name with `-recovered`.
+        progress: what to show; nothing by default.
+        options: the other fields of `RecoverConfig`.
+
+    Raises:
+        InputError: bad input, in one line; nothing has been written.
+    """
+    config = RecoverConfig.create({**options, "model": spelled(model), "output": None if output is None else str(output)})
+    with plain_errors():
+        with joined() as ranks:
+            if ranks.size > 1:
+                raise InputError("recover trains in one process: start it without torchrun")
+        return _Recovery.begin(config, progress or Progress()).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Recovery:
+    """What is to be done, checked. `record` is that of the run that pruned the model."""
+
+    config: RecoverConfig
+    progress: Progress
+    folder: Path
+    output: Path
+    record: RunRecord
+    teacher: ModelFolder | None
+    device: torch.device
+    compute: torch.dtype
+    training: Windows
+    evaluation: Windows | None
+
+    @classmethod
+    def begin(cls, config: RecoverConfig, progress: Progress) -> _Recovery:
+        """Raises: InputError: it is not possible."""
+        folder = user_path(config.model, "model")
+        record = _pruned(folder)
+        output = user_path(config.output or f"{folder.name}-recovered", "output")
+        put_right(output)
+        check_output(output, folder, config.overwrite)
+        own, device = load_config(folder), pick_device(config.device, 0)
+        compute, _ = pick_dtype(config.dtype, device, own)
+        tokenizer = load_tokenizer(folder)
+        evaluated = _evaluated(config, record)
+        teacher = _teacher(config, record) if config.loss == "kd" or evaluated else None
+        if teacher:
+            _check_teacher(teacher, own.get_text_config().vocab_size, tokenizer)
+        text = ("pydoc" if _bundled(record) else "c4") if config.text == "auto" else config.text
+        if evaluated and names_a_file(text) and evaluated == text:
+            raise InputError(f"text {text} is what perplexity is measured on: train on another, or pass --eval-text")
+        positions = getattr(own.get_text_config(), "max_position_embeddings", None) or config.seqlen
+        seqlen = min(config.seqlen, positions)
+        steps = config.steps(seqlen)
+        wanted = steps * config.batch_size * seqlen + HELD_OUT * seqlen
+        training = training_windows(text, tokenizer, tokens=wanted, seqlen=seqlen, seed=config.seed)
+        evaluation = evaluation_windows(evaluated, tokenizer, seqlen=seqlen) if evaluated else None
+        return cls(config, progress, folder, output, record, teacher, device, compute, training, evaluation)
+
+    def run(self) -> Result:
+        skeleton = Skeleton(Checkpoint(self.folder), load_config(self.folder), torch.device("meta"), torch.float32)
+        model = load_model(self.folder, load_config(self.folder), self.device, torch.float32)
+        trained = trainable(model, self.config.train)
+        freeze_all_but(model, trained.values())
+        keep_zeros(trained, _parameters_of(skeleton, self.record))
+        everything, own = (sum(p.numel() for p in some) for some in (model.parameters(), trained.values()))
+        check_room(self.output, skeleton.checkpoint.nbytes() + 4 * _CHECKPOINTS * (everything + _MOMENTS * own))
+        teacher = self._load_teacher()
+        self._announce(own)
+        fingerprint = self._fingerprint(skeleton.checkpoint)
+        begun = "training, up to the last checkpoint"
+        with continued(self.output, fingerprint, self.config.restart, self.progress.note, begun) as manifest:
+            values = self._measured(model, teacher) if self.evaluation else {}
+            found = self._train(model, teacher, trained, skeleton, manifest)
+            self.record.dense = values.get("dense")
+            self.record.pruned = perplexity(model.eval(), self.evaluation) if self.evaluation else None
+            self.record.recovery = self._told(found, values)
+            self._write(model, skeleton, trained, manifest.folder)
+            publish(manifest.folder, self.output, overwrite=self.config.overwrite)
+        self.progress.recovered(self.record, self.output)
+        return Result(self.record, None, self.output)
+
+    def _load_teacher(self) -> PreTrainedModel | None:
+        if self.teacher is None:
+            return None
+        teacher = load_model(self.teacher.path, load_config(self.teacher.path), self.device, self.compute)
+        return teacher.requires_grad_(False)
+
+    def _announce(self, trained: int) -> None:
+        config, windows = self.config, self.training
+        seqlen, steps = windows.ids.shape[1], self._steps()
+        each = f"{config.batch_size} windows x {seqlen} tokens"
+        what = "kept weights of the blocks" if config.train == "kept" else "norms and biases of the blocks"
+        aim = f"to imitate {self.teacher.name}" if config.loss == "kd" and self.teacher else "to predict the text"
+        self.progress.facts({
+            "model": f"{self.folder} ({self.record.model['class']}, of {self.record.model['name']})",
+            "training": f"{what} ({count(trained, 'parameter')} with their zeros), {aim}; AdamW, rate {config.peak():g}",
+            "text": f"{windows.text}, {count(steps, 'step')} of {each}, seed {config.seed}",
+            "compute": f"{dtype_name(self.compute)} on {self.device}, weights trained in float32",
+        })  # fmt: skip
+        if (wanted := steps * config.batch_size) > (there := len(self._split()[0].ids)):
+            self.progress.note(f"the text has {count(there, 'window')}: it is read {wanted / there:.1f} times")
+
+    def _steps(self) -> int:
+        return self.config.steps(self.training.ids.shape[1])
+
+    def _split(self) -> tuple[Windows, Windows]:
+        """Windows to train on, and those that are held out."""
+        ids, text = self.training.ids, self.training.text
+        some = max(min(HELD_OUT, len(ids) // 10), 1)
+        return Windows(ids[some:], text), Windows(ids[:some], text)
+
+    def _train(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        trained: Mapping[str, torch.nn.Parameter],
+        skeleton: Skeleton,
+        manifest: Manifest,
+    ) -> Trained:
+        config, (windows, held_out) = self.config, self._split()
+        plan = Plan(
+            windows,
+            held_out,
+            self._steps(),
+            config.batch_size,
+            config.peak(),
+            config.seed,
+            self.compute,
+            manifest.folder / _TRAINING,
+        )
+        aim = teacher if config.loss == "kd" else None
+        storage = skeleton.storage()
+        found = train(model, aim, plan, lambda: round_to_storage(trained, storage), manifest.begin, self.progress.trained)
+        if found.diverged:
+            self.progress.note(f"training was stopped, for it diverged: {found.diverged}; a lower --rate may help")
+        if not found.best:
+            self.progress.note("no step was better than the beginning on held-out text: the weights stay as they were")
+        return found
+
+    @torch.no_grad()
+    def _measured(self, model: PreTrainedModel, teacher: PreTrainedModel | None) -> dict[str, Any]:
+        """Perplexities before training."""
+        assert teacher is not None
+        assert self.evaluation is not None
+        return {"dense": perplexity(teacher, self.evaluation), "before": perplexity(model.eval(), self.evaluation)}
+
+    def _told(self, found: Trained, values: Mapping[str, Any]) -> dict[str, Any]:
+        config, teacher = self.config, self.teacher
+        before, dense = values.get("before"), values.get("dense")
+        return {
+            "arguments": asdict(config),
+            "teacher": teacher.name if teacher else None,
+            "teacher_hub_id": teacher.hub_id if teacher else None,
+            "text": self.training.text,
+            "tokens": found.tokens,
+            "steps": found.steps,
+            "best": found.best,
+            "rate": config.peak(),
+            "loss_before": found.before,
+            "loss_after": found.after,
+            "held_out": found.held_out,
+            "trained": found.trained,
+            "diverged": found.diverged,
+            "seconds": found.seconds,
+            "excess_loss_before": math.log(before.value / dense.value) if before and dense else None,
+            "compute": f"{dtype_name(self.compute)} on {self.device}",
+        }
+
+    def _write(
+        self, model: PreTrainedModel, skeleton: Skeleton, trained: Mapping[str, torch.nn.Parameter], folder: Path
+    ) -> None:
+        shutil.rmtree(folder / _TRAINING, ignore_errors=True)
+        copy_extras(self.folder, folder)
+        write_trained(model, skeleton, trained, folder)
+        write_record(folder, self.record, self.output.name)
+
+    def _fingerprint(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """All that decides the result."""
+        passing = ("model", "teacher", "text", "eval_text", "output", "overwrite", "restart")
+        return {
+            **{f"--{name.replace('_', '-')}": value for name, value in asdict(self.config).items() if name not in passing},
+            **{f"version of {package}": version for package, version in versions().items()},
+            "training text": self.training.digest(),
+            "model": checkpoint.fingerprint(),
+            "teacher": Checkpoint(self.teacher.path).fingerprint() if self.teacher else None,
+            "compute": f"{dtype_name(self.compute)} on {self.device}",
+        }
+
+
+def _pruned(folder: Path) -> RunRecord:
+    """The record of the run that pruned the model.
+
+    Raises:
+        InputError: the folder was not pruned by llmprune, or is packed.
+    """
+    if not folder.is_dir():
+        raise InputError(f"model {folder} is no folder: name one that llmprune wrote")
+    if (folder / PACKED).is_file():
+        raise InputError(f"{folder} is packed: recover the folder that it was packed from, or `llmprune unpack` it first")
+    if not (folder / RECORD).is_file():
+        raise InputError(f"{folder} holds no {RECORD}: recover trains what llmprune pruned")
+    return read_runs([str(folder)])[0].record
+
+
+def _parameters_of(skeleton: Skeleton, record: RunRecord) -> set[str]:
+    """The model's parameters that hold pruned matrices."""
+    pruned = {site.name for site in record.sites}
+    return {site.parameter for block in skeleton.describe() for site in block.sites if site.name in pruned}
+
+
+def _evaluated(config: RecoverConfig, record: RunRecord) -> str | None:
+    """The text that perplexity is measured on."""
+    if config.eval_text == "auto":
+        return record.pruned.text if record.pruned else None
+    return None if config.eval_text == "none" else config.eval_text
+
+
+def _bundled(record: RunRecord) -> bool:
+    try:
+        found = look_up(record.arguments["model"])
+    except InputError:
+        return False
+    return isinstance(found, ModelFolder) and found.bundled
+
+
+def _teacher(config: RecoverConfig, record: RunRecord) -> ModelFolder:
+    """The dense model."""
+    if config.teacher is not None:
+        return resolve(config.teacher)
+    model = record.model
+    if model["name"] == model["class"]:
+        raise InputError("the model that was pruned was one in memory: name its dense twin with --teacher")
+    named = f"{model['hub_id']}@{model['commit']}" if model["hub_id"] and model["commit"] else record.arguments["model"]
+    try:
+        return resolve(named)
+    except InputError as error:
+        raise InputError(f"the dense model is not where it was ({error}): name it with --teacher") from None
+
+
+def _check_teacher(teacher: ModelFolder, vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: InputError: it predicts other tokens."""
+    own = load_config(teacher.path).get_text_config().vocab_size
+    if own != vocabulary:
+        raise InputError(
+            f"teacher {teacher.name} has a vocabulary of {own} tokens, the model one of {vocabulary}: name its own"
+        )
+    other = find_tokenizer(teacher.path)
+    if other is not None and other.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"teacher {teacher.name} has another tokenizer than the model: name the model's own dense twin")

@@ -1,0 +1,1 @@
+"""Train what pruning left: masks stay, zeros stay zero."""

@@ -1,0 +1,261 @@
+"""The loop: transformers' Trainer, with our loss, that keeps the best step and stops where training diverges."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from llmprune.data.windows import Windows
+from llmprune.job.progress import Progressed
+from llmprune.steps.recover.learning import losses
+
+EVALUATIONS = 20  # of the held-out windows while it trains, at most
+_HOPELESS = 2.0  # times the loss that it began with, after which training stops
+_WARMUP = 0.05  # of all steps
+_MOMENTS = (0.9, 0.95)  # of AdamW, as language models are trained with
+
+Point = tuple[int, float]
+Tell = Callable[[Progressed], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to train.
+
+    Attributes:
+        windows: to train on; `held_out`: to choose the best step by. Both of one text, disjoint.
+        rate: the peak of AdamW's, reached after a twentieth of the steps, from which it falls to zero by a cosine.
+        folder: for checkpoints, from which training goes on.
+    """
+
+    windows: Windows
+    held_out: Windows
+    steps: int
+    batch: int
+    rate: float
+    seed: int
+    compute: torch.dtype
+    folder: Path
+
+
+@dataclass(slots=True)
+class Trained:
+    """What came of it. The curves have steps, and losses in nats a token.
+
+    Attributes:
+        best: the step whose weights the model has now; 0: those that it began with.
+        diverged: why training stopped before its end, if it did.
+    """
+
+    before: float
+    after: float
+    best: int
+    steps: int
+    held_out: list[Point]
+    trained: list[Point]
+    tokens: int
+    seconds: float
+    diverged: str | None = None
+
+
+class _Rows(Dataset[dict[str, Tensor]]):
+    def __init__(self, windows: Windows) -> None:
+        self._ids = windows.ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self._ids[index]}
+
+
+class _Distiller(Trainer):
+    """A `Trainer` of our loss."""
+
+    teacher: nn.Module | None = None
+    compute: torch.dtype = torch.float32
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        with torch.autocast(self.args.device.type, self.compute, enabled=self.compute != torch.float32):
+            loss = losses(model, self.teacher, inputs)
+        return (loss, {}) if return_outputs else loss
+
+
+@dataclass
+class _Watch(TrainerCallback):
+    """Tells how it goes, and stops what is hopeless."""
+
+    plan: Plan
+    tell: Tell
+    saved: Callable[[], None]
+    began: float = field(default_factory=time.monotonic)
+    first: int = 0
+    start: float = 0.0
+    since: float | None = None
+    diverged: str | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.began, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
+        logs = told["logs"]
+        if "loss" in logs:
+            self.since = float(logs["loss"])
+            if not math.isfinite(self.since):
+                self._stop(f"the loss is {self.since} after step {state.global_step}", control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
+        found, plan = told["metrics"]["eval_loss"], self.plan
+        taken, done = time.monotonic() - self.began, state.global_step - self.first
+        speed = done * plan.batch * plan.windows.ids.shape[1] / max(taken, 1e-9)
+        left = taken / max(done, 1) * (plan.steps - state.global_step)
+        self.tell(Progressed(state.global_step, plan.steps, found, self.since, speed, left))
+        if not found < _HOPELESS * self.start:
+            self._stop(f"the held-out loss is {found:.4g} after step {state.global_step}, from {self.start:.4g}", control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.saved()
+
+    def _stop(self, why: str, control: TrainerControl) -> None:
+        self.diverged, control.should_training_stop = why, True
+
+
+def train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    plan: Plan,
+    rounded: Callable[[], None],
+    saved: Callable[[], None],
+    tell: Tell,
+) -> Trained:
+    """Train the parameters of `model` that want gradients; it ends with the best weights that were met, rounded.
+
+    Args:
+        teacher: to imitate; None: the text's own tokens are predicted.
+        rounded: rounds the model's weights to what will be written.
+        saved: is called when there is a checkpoint to go on from.
+    """
+    every = max(plan.steps // EVALUATIONS, 1)
+    arguments = TrainingArguments(
+        output_dir=str(plan.folder),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.batch,
+        per_device_eval_batch_size=plan.batch,
+        learning_rate=plan.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(round(_WARMUP * plan.steps), 1),
+        weight_decay=0.0,
+        adam_beta1=_MOMENTS[0],
+        adam_beta2=_MOMENTS[1],
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_strategy="steps",
+        logging_steps=every,
+        logging_nan_inf_filter=False,
+        seed=plan.seed,
+        data_seed=plan.seed,
+        use_cpu=model.device.type == "cpu",
+        report_to=[],
+        disable_tqdm=True,
+        prediction_loss_only=True,
+        label_names=["input_ids"],  # so that it asks for the loss when it evaluates
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    watch = _Watch(plan, tell, saved)
+    beginning = {name: own.detach().clone() for name, own in model.named_parameters() if own.requires_grad}
+    trainer = _Distiller(
+        model=model,
+        args=arguments,
+        train_dataset=_Rows(plan.windows),
+        eval_dataset=_Rows(plan.held_out),
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.teacher, trainer.compute = teacher, plan.compute
+    before = _held_out(model, teacher, plan)
+    watch.start = before
+    last = get_last_checkpoint(str(plan.folder)) if plan.folder.is_dir() else None
+    with _quiet():
+        trainer.train(resume_from_checkpoint=last)
+    state, after = trainer.state, math.inf
+    if state.best_metric is not None and math.isfinite(state.best_metric):
+        rounded()
+        after = _held_out(model.eval(), teacher, plan)
+    best = int(state.best_global_step or 0)
+    if not after < before:
+        best, after = 0, before
+        with torch.no_grad():
+            for name, own in model.named_parameters():
+                if name in beginning:
+                    own.copy_(beginning[name])
+    return Trained(
+        before=before,
+        after=after,
+        best=best,
+        steps=state.global_step,
+        held_out=[(0, before), *_curve(state.log_history, "eval_loss")],
+        trained=_curve(state.log_history, "loss"),
+        tokens=state.global_step * plan.batch * plan.windows.ids.shape[1],
+        seconds=time.monotonic() - watch.began,
+        diverged=watch.diverged,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without bars for every checkpoint that is written, and without torch's advice on loading data."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch.utils.data")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def _held_out(model: PreTrainedModel, teacher: PreTrainedModel | None, plan: Plan) -> float:
+    """The mean loss on the held-out windows."""
+    total = 0.0
+    for inputs in plan.held_out.batches(plan.batch, model.device):
+        with torch.autocast(model.device.type, plan.compute, enabled=plan.compute != torch.float32):
+            total += float(losses(model, teacher, inputs)) * len(inputs["input_ids"])
+    return total / len(plan.held_out.ids)
+
+
+def _curve(history: list[dict[str, float]], name: str) -> list[Point]:
+    """Of finite numbers."""
+    return [(int(one["step"]), float(one[name])) for one in history if name in one and math.isfinite(one[name])]

@@ -1,0 +1,241 @@
+"""Training what pruning left: zeros stay, the best step is kept, and a run that was killed goes on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file
+from test_families import EXPERTS
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmprune
+from llmprune.base.errors import InputError
+from llmprune.data import pydoc
+from llmprune.job.progress import Progress, Progressed
+from llmprune.models.resolve import BUNDLED
+from llmprune.output.verify import verify
+from llmprune.steps.recover.learning import freeze_all_but, keep_zeros, losses, trainable
+
+TRAIN = {"tokens": "1024", "batch_size": 4, "seqlen": 16, "eval_text": "none", "rate": 3e-3}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: own for file in folder.glob("*.safetensors") for name, own in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"The {number} th word of it, {number * number}." for number in range(900)))
+    return str(path)
+
+
+def pruned(tmp_path: Path, text: str, family: str = "llama", **options: object) -> Path:
+    """A tiny model with the bundled tokenizer, pruned."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    model = tiny_model(family, vocab_size=len(tokenizer), **EXPERTS.get(family, {}))
+    for folder in (model, tokenizer):
+        folder.save_pretrained(tmp_path / "source")
+    how = options or {"sparsity": "2:4", "method": "sparsegpt"}
+    some = {"calibration": text, "samples": 4, "seqlen": 16, "eval_text": "none"}
+    llmprune.prune(tmp_path / "source", output=tmp_path / "pruned", **some, **how)
+    return tmp_path / "pruned"
+
+
+@pytest.mark.parametrize(("family", "options"), [
+    ("llama", {}),
+    ("gpt2", {"sparsity": "60%", "method": "wanda", "skip": "*.c_attn"}),
+    ("mixtral", {"sparsity": "50%", "method": "wanda"}),
+    ("llama", {"neurons": "25%", "round_to": 4, "sparsity": "50%", "method": "wanda"}),
+])  # fmt: skip
+def test_zeros_stay_and_the_rest_learns(family: str, options: dict, text: str, tmp_path: Path) -> None:
+    source = pruned(tmp_path, text, family, **options)
+    record = llmprune.recover(source, tmp_path / "out", text=text, **TRAIN).record
+    told, before, after = record.recovery, tensors(source), tensors(tmp_path / "out")
+    assert told["loss_after"] < told["loss_before"]
+    assert verify(tmp_path / "out").problems == ()
+    assert before.keys() == after.keys()
+    matrices = {site.tensor for site in record.sites}
+    for name in before:
+        if name in matrices:
+            assert torch.equal(before[name] == 0, after[name] == 0), name
+            assert not torch.equal(before[name], after[name]), name
+        elif not any(part in name for part in (".layers.", ".h.")):
+            assert torch.equal(before[name], after[name]), name  # embeddings, final norm, head
+    assert (tmp_path / "out" / "README.md").read_text().count("zeros kept, on 1,024 tokens") == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_result_is_what_was_measured(text: str, tmp_path: Path, read_elsewhere) -> None:
+    """The best step's weights as they are on disk give the held-out loss that the record has, by a naive twin; and they load
+    in another process."""
+    source = pruned(tmp_path, text)
+    record = llmprune.recover(source, tmp_path / "out", text=text, **TRAIN).record
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("source", "pruned", "out")]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
+    ids = tokenizer(Path(text).read_text() + "\n\n")["input_ids"]
+    held_out = torch.tensor(ids[: 16 * 16]).view(16, 16)[: max(min(16, (1024 + 256) // 16 // 10), 1)]
+    with torch.no_grad():
+        dense, before, after = (functional.log_softmax(model(held_out).logits[:, :-1], -1) for model in models)
+    twins = [float((dense.exp() * (dense - own)).sum(-1).mean()) for own in (before, after)]
+    assert [record.recovery["loss_before"], record.recovery["loss_after"]] == pytest.approx(twins, rel=1e-4)
+    found = read_elsewhere(tmp_path / "out")
+    assert found
+
+
+def test_losses_are_those_of_plain_formulas() -> None:
+    model, teacher = tiny_model("llama"), tiny_model("llama", seed=1)
+    ids = torch.randint(3, 60, (3, 12))
+    logits = [own(ids).logits[:, :-1].flatten(0, 1) for own in (model, teacher)]
+    entropy = functional.cross_entropy(logits[0], ids[:, 1:].flatten())
+    assert torch.allclose(losses(model, None, {"input_ids": ids}), entropy)
+    student, wanted = (functional.log_softmax(own, -1) for own in logits)
+    kl = (wanted.exp() * (wanted - student)).sum(-1).mean()
+    assert torch.allclose(losses(model, teacher, {"input_ids": ids}), kl, rtol=1e-5)
+
+
+def test_moments_are_zero_where_weights_are(tmp_path: Path) -> None:
+    """The masked gradient is that of the dense layout with the mask; AdamW's moments of pruned weights stay zero."""
+    model = tiny_model("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    mask = torch.rand_like(model.get_parameter(name)) > 0.5
+    model.get_parameter(name).data *= mask
+    twin = copy.deepcopy(model)
+    trained = trainable(model, "kept")
+    freeze_all_but(model, trained.values())
+    keep_zeros(trained, {name})
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
+    ids = torch.randint(3, 60, (3, 12))
+    losses(twin, None, {"input_ids": ids}).backward()
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses(model, None, {"input_ids": ids}).backward()
+        if not optimizer.state:
+            assert torch.allclose(model.get_parameter(name).grad, twin.get_parameter(name).grad * mask, atol=1e-7)
+        optimizer.step()
+    state = optimizer.state[model.get_parameter(name)]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert not state[moment][~mask].any()
+        assert state[moment][mask].any()
+    assert not model.get_parameter(name)[~mask].any()
+    assert model.get_input_embeddings().weight.grad is None
+
+
+def test_small_trains_norms_alone(text: str, tmp_path: Path) -> None:
+    source = pruned(tmp_path, text)
+    llmprune.recover(source, tmp_path / "out", text=text, train="small", **TRAIN)
+    before, after = tensors(source), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("layers" in name and "norm" in name for name in changed)
+
+
+class Killed(BaseException):
+    """Stands in for a signal."""
+
+
+class KillAt(Progress):
+    def __init__(self, evaluations: int) -> None:
+        self.left, self.steps = evaluations, list[int]()
+
+    def trained(self, progressed: Progressed) -> None:
+        self.steps.append(progressed.step)
+        self.left -= 1
+        if not self.left:
+            raise Killed
+
+
+def test_a_run_that_was_killed_goes_on(text: str, tmp_path: Path) -> None:
+    source = pruned(tmp_path, text)
+    llmprune.recover(source, tmp_path / "whole", text=text, **TRAIN)
+    with pytest.raises(Killed):
+        llmprune.recover(source, tmp_path / "out", text=text, progress=KillAt(8), **TRAIN)
+    with pytest.raises(InputError, match=r"unfinished run with other settings: --rate 0.003 \(now 0.001\)"):
+        llmprune.recover(source, tmp_path / "out", text=text, **(TRAIN | {"rate": 1e-3}))
+    last = KillAt(0)
+    record = llmprune.recover(source, tmp_path / "out", text=text, progress=last, **TRAIN).record
+    assert last.steps[0] == 8  # of 16, the first that has no checkpoint
+    assert [step for step, _ in record.recovery["held_out"]] == list(range(17))
+    whole, out = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_what_diverges_changes_nothing(text: str, tmp_path: Path) -> None:
+    source, notes = pruned(tmp_path, text), Notes()
+    record = llmprune.recover(source, tmp_path / "out", text=text, progress=notes, **(TRAIN | {"rate": 0.9})).record
+    assert any("training was stopped, for it diverged" in note for note in notes.notes)
+    assert any("no step was better than the beginning" in note for note in notes.notes)
+    assert record.recovery["best"] == 0
+    before, after = tensors(source), tensors(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_perplexity_is_measured_again(text: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Other words, of another text altogether. " * 40)
+    source = pruned(tmp_path, text)
+    record = llmprune.recover(source, tmp_path / "out", text=text, **(TRAIN | {"eval_text": str(other)})).record
+    assert record.dense is not None
+    assert record.pruned is not None
+    assert record.pruned.text == str(other)
+    found = llmprune.evaluate(tmp_path / "out", texts=[str(other)], seqlen=16, dtype="float32")
+    assert found.scores[0].value == pytest.approx(record.pruned.value, rel=1e-4)
+    page = llmprune.report(tmp_path / "out", tmp_path / "page.html")["runs"][0]
+    assert " && llmprune recover pruned --" in page["command"]
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_no_paragraph_of_pydoc_is_trained_on_and_held_out() -> None:
+    trained = {p for document in pydoc.training() for p in document.split("\n\n") if len(p) >= 40}
+    assert trained
+    for split in ("calibration", "evaluation"):
+        assert not trained & {p for document in pydoc.documents(split) for p in document.split("\n\n")}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    home = tmp_path_factory.mktemp("bad")
+    pruned(home, text)
+    tiny_model("llama").save_pretrained(home / "other")
+    short = home / "short.txt"
+    short.write_text("Too short.")
+    return home
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"model": "source"}, "holds no llmprune.json: recover trains what llmprune pruned"),
+    ({"model": "nothing"}, "is no folder: name one that llmprune wrote"),
+    ({"teacher": "other"}, "teacher other has a vocabulary of 96 tokens, the model one of 4096"),
+    ({"text": "short.txt"}, "to train on, fewer than two windows of 16"),
+    ({"text": "eval.txt", "eval_text": "eval.txt"}, "is what perplexity is measured on: train on another"),
+    ({"tokens": "60"}, "tokens 60 is less than one step of 4 windows of 16 tokens"),
+    ({"tokens": "many"}, "tokens 'many' is impossible: give a number such as 500K or 2M"),
+    ({"rate": 3}, "rate 3 is impossible"),
+    ({"rate": "fast"}, "rate must be a number, not 'fast'"),
+    ({"train": "all"}, "unknown train 'all'"),
+    ({"loss": "mse"}, "unknown loss 'mse'"),
+    ({"seqlen": 1}, "seqlen 1 is impossible: give at least 2"),
+    ({"loss": "ce", "teacher": "source"}, "teacher has no effect here"),
+    ({"output": "pruned"}, "is the model's own folder"),
+    ({"tokenz": "1K"}, "unknown option 'tokenz'"),
+])  # fmt: skip
+def test_bad_input_is_one_line(options: dict, words: str, bad: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bad)
+    before = sorted(path.name for path in bad.iterdir())
+    asked = {"model": "pruned", "output": "out", "text": text, **TRAIN, **options}
+    with pytest.raises(InputError, match=words):
+        llmprune.recover(asked.pop("model"), asked.pop("output"), **asked)
+    assert sorted(path.name for path in bad.iterdir()) == before
