@@ -19,7 +19,7 @@ from llmprune.data import pydoc
 from llmprune.job.progress import Progress, Progressed
 from llmprune.models.resolve import BUNDLED
 from llmprune.output.verify import verify
-from llmprune.steps.recover.learning import freeze_all_but, keep_zeros, losses, trainable
+from llmprune.steps.recover.learning import losses, prepare
 
 TRAIN = {"tokens": "1024", "batch_size": 4, "seqlen": 16, "eval_text": "none", "rate": 3e-3}
 
@@ -53,9 +53,10 @@ def pruned(tmp_path: Path, text: str, family: str = "llama", **options: object) 
     ("mixtral", {"sparsity": "50%", "method": "wanda"}),
     ("llama", {"neurons": "25%", "round_to": 4, "sparsity": "50%", "method": "wanda"}),
 ])  # fmt: skip
-def test_zeros_stay_and_the_rest_learns(family: str, options: dict, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["kept", "lora"])
+def test_zeros_stay_and_the_rest_learns(family: str, options: dict, train: str, text: str, tmp_path: Path) -> None:
     source = pruned(tmp_path, text, family, **options)
-    record = llmprune.recover(source, tmp_path / "out", text=text, **TRAIN).record
+    record = llmprune.recover(source, tmp_path / "out", text=text, train=train, **TRAIN).record
     told, before, after = record.recovery, tensors(source), tensors(tmp_path / "out")
     assert told["loss_after"] < told["loss_before"]
     assert verify(tmp_path / "out").problems == ()
@@ -65,7 +66,7 @@ def test_zeros_stay_and_the_rest_learns(family: str, options: dict, text: str, t
         if name in matrices:
             assert torch.equal(before[name] == 0, after[name] == 0), name
             assert not torch.equal(before[name], after[name]), name
-        elif not any(part in name for part in (".layers.", ".h.")):
+        elif train == "lora" or not any(part in name for part in (".layers.", ".h.")):
             assert torch.equal(before[name], after[name]), name  # embeddings, final norm, head
     assert (tmp_path / "out" / "README.md").read_text().count("zeros kept, on 1,024 tokens") == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -99,6 +100,39 @@ def test_losses_are_those_of_plain_formulas() -> None:
     assert torch.allclose(losses(model, teacher, {"input_ids": ids}), kl, rtol=1e-5)
 
 
+def all_float32(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    return {name: torch.float32 for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("family", "name"), [
+    ("llama", "model.layers.1.mlp.up_proj.weight"),
+    ("gpt2", "transformer.h.1.mlp.c_fc.weight"),
+    ("mixtral", "model.layers.1.mlp.experts.down_proj"),
+])  # fmt: skip
+def test_adapters_merge_exactly(family: str, name: str) -> None:
+    """Logits are the same to rounding, zeros stay; and what was learned can be taken back to the last bit."""
+    model = tiny_model(family, **EXPERTS.get(family, {}))
+    weight = model.get_parameter(name)
+    weight.data *= torch.rand_like(weight) > 0.5
+    before, mask = weight.detach().clone(), weight.detach() != 0
+    learning = prepare(model, "lora", {name}, all_float32(model), rank=4)
+    optimizer = torch.optim.AdamW(learning.learned(), lr=1e-2)
+    ids = torch.randint(3, 60, (3, 12))
+    for _ in range(3):
+        losses(model, None, {"input_ids": ids}).backward()
+        optimizer.step()
+    with torch.no_grad():
+        adapted = model(ids, use_cache=False).logits
+        learning.settle()
+        merged = model.get_parameter(name)
+        assert torch.allclose(model(ids, use_cache=False).logits, adapted, atol=1e-6)
+    assert torch.equal(merged != 0, mask)
+    assert not torch.equal(merged, before)
+    assert torch.linalg.matrix_rank((merged - before).flatten(0, -2)) > 4  # of the product under the mask
+    learning.restore()
+    assert torch.equal(model.get_parameter(name), before)
+
+
 def test_moments_are_zero_where_weights_are(tmp_path: Path) -> None:
     """The masked gradient is that of the dense layout with the mask; AdamW's moments of pruned weights stay zero."""
     model = tiny_model("llama")
@@ -106,10 +140,8 @@ def test_moments_are_zero_where_weights_are(tmp_path: Path) -> None:
     mask = torch.rand_like(model.get_parameter(name)) > 0.5
     model.get_parameter(name).data *= mask
     twin = copy.deepcopy(model)
-    trained = trainable(model, "kept")
-    freeze_all_but(model, trained.values())
-    keep_zeros(trained, {name})
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
+    learning = prepare(model, "kept", {name}, all_float32(model))
+    optimizer = torch.optim.AdamW(learning.learned(), lr=1e-2, weight_decay=0.0)
     ids = torch.randint(3, 60, (3, 12))
     losses(twin, None, {"input_ids": ids}).backward()
     for _ in range(3):
@@ -225,6 +257,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
     ({"tokens": "many"}, "tokens 'many' is impossible: give a number such as 500K or 2M"),
     ({"rate": 3}, "rate 3 is impossible"),
     ({"rate": "fast"}, "rate must be a number, not 'fast'"),
+    ({"rank": 4}, "rank has no effect here: it is there with --train lora"),
     ({"train": "all"}, "unknown train 'all'"),
     ({"loss": "mse"}, "unknown loss 'mse'"),
     ({"seqlen": 1}, "seqlen 1 is impossible: give at least 2"),

@@ -9,8 +9,9 @@ from llmprune.base.notation import DTYPES
 from llmprune.cli.commands import COMMANDS
 from llmprune.cli.commands.prune import NAMES
 from llmprune.cli.parser import declare, main_parser, others
-from llmprune.job.options import LAYER_SCORES, PLACES
+from llmprune.job.options import LAYER_SCORES, MEANS, PHASES, PLACES
 from llmprune.job.recipes import QUALITIES, TARGETS
+from llmprune.job.recovery import LOSSES, TRAINED
 
 _CHOICES = {  # what is offered besides `NAMES`
     "quality": tuple(QUALITIES),
@@ -19,10 +20,14 @@ _CHOICES = {  # what is offered besides `NAMES`
     "activations": PLACES,
     "layer_score": LAYER_SCORES,
     "device": ("auto", "cpu", "cuda"),
+    "for_": PHASES,
+    "by": MEANS,
+    "train": TRAINED,
+    "loss": LOSSES,
 }
 _PATHS = {  # where files are offered
     *("model", "models", "folder", "runs", "baseline", "output", "config", "json", "bench", "task_path"),
-    *("calibration", "eval_text", "text", "texts"),
+    *("calibration", "eval_text", "text", "texts", "scan", "allocation", "teacher"),
 }
 
 

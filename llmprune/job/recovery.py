@@ -8,9 +8,9 @@ from llmprune.base.errors import InputError, unknown
 from llmprune.base.notation import DTYPES, read_count
 from llmprune.job.fields import Options, option
 
-TRAINED = ("kept", "small")
+TRAINED = ("kept", "lora", "small")
 LOSSES = ("kd", "ce")
-RATES = {"kept": 3e-4, "small": 1e-3}  # peak learning rates of AdamW
+RATES = {"kept": 3e-4, "lora": 1e-3, "small": 1e-3}  # peak learning rates of AdamW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,12 @@ class RecoverConfig(Options):
     teacher: str | None = option(
         "the dense model to imitate: a bundled name, folder or Hub id (default: the one that was pruned)", None, metavar="MODEL"
     )
-    train: str = option("kept: all kept weights of the blocks; small: their norms and biases (default: %(default)s)", "kept")
+    train: str = option(
+        "kept: all kept weights of the blocks; lora: adapters of low rank on pruned matrices, merged in the end; small: norms "
+        "and biases (default: %(default)s)",
+        "kept",
+    )
+    rank: int = option("of adapters, with --train lora (default: %(default)s)", 16, metavar="N")
     loss: str = option("kd: KL divergence from the teacher; ce: the text's own next tokens (default: %(default)s)", "kd")
     text: str = option(
         "text to train on: as --calibration (default: pydoc's own training part for the bundled model, else c4)", "auto",
@@ -35,7 +40,7 @@ class RecoverConfig(Options):
     batch_size: int = option("windows a step (default: %(default)s)", 8, metavar="N")
     seqlen: int = option("tokens a window, capped at the model's positions (default: %(default)s)", 512)
     rate: float | None = option(
-        "peak learning rate of AdamW, after which it falls to zero (default: 3e-4, or 1e-3 with --train small)", None
+        "peak learning rate of AdamW, after which it falls to zero (default: 3e-4; 1e-3 with --train lora or small)", None
     )
     seed: int = option("seed of the order of the text (default: %(default)s)", 0)
     eval_text: str = option(
@@ -56,11 +61,13 @@ class RecoverConfig(Options):
         for name, known in (("train", TRAINED), ("loss", LOSSES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
-        for name, least in (("batch_size", 1), ("seqlen", 2)):
+        for name, least in (("batch_size", 1), ("seqlen", 2), ("rank", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} {getattr(self, name)} is impossible: give at least {least}")
         if self.rate is not None and not 0 < self.rate < 1:
             raise InputError(f"rate {self.rate:g} is impossible: give a learning rate between 0 and 1, such as 3e-4")
+        if self.rank != 16 and self.train != "lora":
+            raise InputError("rank has no effect here: it is there with --train lora")
         if self.teacher is not None and self.loss == "ce" and self.eval_text == "none":
             raise InputError("teacher has no effect here: with --loss ce and --eval-text none nothing asks it")
         if self.steps() < 1:

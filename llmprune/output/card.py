@@ -96,7 +96,10 @@ def _trained(recovery: Mapping[str, Any]) -> str:
     kd, what = recovery["arguments"]["loss"] == "kd", recovery["arguments"]["train"]
     aim = f"to imitate `{recovery['teacher']}`" if kd else "to predict the text"
     measure = "the KL divergence from it" if kd else "the loss"
-    trained = "the kept weights of its blocks" if what == "kept" else "the norms and biases of its blocks"
+    trained = {
+        "kept": "the kept weights of its blocks",
+        "small": "the norms and biases of its blocks",
+    }.get(what, "adapters on its pruned matrices (merged, under their masks)")
     return (
         f" Afterwards {trained} were trained {aim}, zeros kept, on {recovery['tokens']:,} tokens of {recovery['text']}; on "
         f"held-out windows of that text {measure} went from {recovery['loss_before']:.4f} to {recovery['loss_after']:.4f} nats "

@@ -33,9 +33,9 @@ from llmprune.output.resume import Manifest, continued
 from llmprune.output.write import write_record
 from llmprune.reports.saved import read_runs
 from llmprune.runs.prune import Result
-from llmprune.steps.recover.learning import freeze_all_but, keep_zeros, trainable
+from llmprune.steps.recover.learning import Learning, prepare
 from llmprune.steps.recover.training import Plan, Trained, train
-from llmprune.steps.recover.writing import round_to_storage, write_trained
+from llmprune.steps.recover.writing import write_trained
 
 HELD_OUT = 16  # windows that choose the best step, at most, and no more than a tenth
 _CHECKPOINTS = 3  # on the disk at once: the last two and the best
@@ -110,10 +110,10 @@ class _Recovery:
     def run(self) -> Result:
         skeleton = Skeleton(Checkpoint(self.folder), load_config(self.folder), torch.device("meta"), torch.float32)
         model = load_model(self.folder, load_config(self.folder), self.device, torch.float32)
-        trained = trainable(model, self.config.train)
-        freeze_all_but(model, trained.values())
-        keep_zeros(trained, _parameters_of(skeleton, self.record))
-        everything, own = (sum(p.numel() for p in some) for some in (model.parameters(), trained.values()))
+        storage, pruned = skeleton.storage(), _parameters_of(skeleton, self.record)
+        config = self.config
+        learning = prepare(model, config.train, pruned, storage, rank=config.rank, seed=config.seed)
+        everything, own = (sum(p.numel() for p in some) for some in (model.parameters(), learning.learned()))
         check_room(self.output, skeleton.checkpoint.nbytes() + 4 * _CHECKPOINTS * (everything + _MOMENTS * own))
         teacher = self._load_teacher()
         self._announce(own)
@@ -121,11 +121,11 @@ class _Recovery:
         begun = "training, up to the last checkpoint"
         with continued(self.output, fingerprint, self.config.restart, self.progress.note, begun) as manifest:
             values = self._measured(model, teacher) if self.evaluation else {}
-            found = self._train(model, teacher, trained, skeleton, manifest)
+            found = self._train(learning, teacher, manifest)
             self.record.dense = values.get("dense")
             self.record.pruned = perplexity(model.eval(), self.evaluation) if self.evaluation else None
             self.record.recovery = self._told(found, values)
-            self._write(model, skeleton, trained, manifest.folder)
+            self._write(learning, skeleton, manifest.folder)
             publish(manifest.folder, self.output, overwrite=self.config.overwrite)
         self.progress.recovered(self.record, self.output)
         return Result(self.record, None, self.output)
@@ -140,11 +140,15 @@ class _Recovery:
         config, windows = self.config, self.training
         seqlen, steps = windows.ids.shape[1], self._steps()
         each = f"{config.batch_size} windows x {seqlen} tokens"
-        what = "kept weights of the blocks" if config.train == "kept" else "norms and biases of the blocks"
+        what = {
+            "kept": "kept weights of the blocks, with their zeros",
+            "small": "norms and biases of the blocks",
+            "lora": f"adapters of rank {config.rank} on the pruned matrices, under their masks",
+        }[config.train]
         aim = f"to imitate {self.teacher.name}" if config.loss == "kd" and self.teacher else "to predict the text"
         self.progress.facts({
             "model": f"{self.folder} ({self.record.model['class']}, of {self.record.model['name']})",
-            "training": f"{what} ({count(trained, 'parameter')} with their zeros), {aim}; AdamW, rate {config.peak():g}",
+            "training": f"{what} ({count(trained, 'parameter')}), {aim}; AdamW, rate {config.peak():g}",
             "text": f"{windows.text}, {count(steps, 'step')} of {each}, seed {config.seed}",
             "compute": f"{dtype_name(self.compute)} on {self.device}, weights trained in float32",
         })  # fmt: skip
@@ -160,14 +164,7 @@ class _Recovery:
         some = max(min(HELD_OUT, len(ids) // 10), 1)
         return Windows(ids[some:], text), Windows(ids[:some], text)
 
-    def _train(
-        self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        trained: Mapping[str, torch.nn.Parameter],
-        skeleton: Skeleton,
-        manifest: Manifest,
-    ) -> Trained:
+    def _train(self, learning: Learning, teacher: PreTrainedModel | None, manifest: Manifest) -> Trained:
         config, (windows, held_out) = self.config, self._split()
         plan = Plan(
             windows,
@@ -180,8 +177,7 @@ class _Recovery:
             manifest.folder / _TRAINING,
         )
         aim = teacher if config.loss == "kd" else None
-        storage = skeleton.storage()
-        found = train(model, aim, plan, lambda: round_to_storage(trained, storage), manifest.begin, self.progress.trained)
+        found = train(learning, aim, plan, manifest.begin, self.progress.trained)
         if found.diverged:
             self.progress.note(f"training was stopped, for it diverged: {found.diverged}; a lower --rate may help")
         if not found.best:
@@ -217,12 +213,10 @@ class _Recovery:
             "compute": f"{dtype_name(self.compute)} on {self.device}",
         }
 
-    def _write(
-        self, model: PreTrainedModel, skeleton: Skeleton, trained: Mapping[str, torch.nn.Parameter], folder: Path
-    ) -> None:
+    def _write(self, learning: Learning, skeleton: Skeleton, folder: Path) -> None:
         shutil.rmtree(folder / _TRAINING, ignore_errors=True)
         copy_extras(self.folder, folder)
-        write_trained(model, skeleton, trained, folder)
+        write_trained(learning.model, skeleton, learning.changed, folder)
         write_record(folder, self.record, self.output.name)
 
     def _fingerprint(self, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from llmprune.base.errors import InputError
@@ -14,46 +17,114 @@ from llmprune.data.windows import IGNORED, next_token_labels
 from llmprune.models.discover import find_blocks
 
 
-def trainable(model: PreTrainedModel, train: str) -> dict[str, nn.Parameter]:
-    """The parameters of the blocks: all where `train` is `kept`, those of one dimension (norms, biases) where it is `small`.
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """A model that is ready to be trained: gradients reach only what is to learn.
+
+    Attributes:
+        changed: the parameters that will differ, by name, as they are now.
+        storage: the dtype that each is saved in.
+        adapted: those of them that adapters stand for while they learn: (module, parameter's name in it).
+    """
+
+    model: PreTrainedModel
+    changed: Mapping[str, Tensor]
+    storage: Mapping[str, torch.dtype]
+    adapted: Collection[tuple[nn.Module, str]] = ()
+
+    def learned(self) -> Iterator[nn.Parameter]:
+        """What gradients reach."""
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Merge the adapters, and give all the values that they will have when they have been saved."""
+        for module, name in self.adapted:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for name in self.changed:
+            parameter = self.model.get_parameter(name)
+            parameter.copy_(parameter.to(self.storage[name]))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Take back what was learned, after it was settled."""
+        for name, before in self.changed.items():
+            self.model.get_parameter(name).copy_(before)
+
+
+def prepare(
+    model: PreTrainedModel,
+    train: str,
+    pruned: Collection[str],
+    storage: Mapping[str, torch.dtype],
+    *,
+    rank: int = 16,
+    seed: int = 0,
+) -> Learning:
+    """Let parameters of the blocks learn: all where `train` is `kept`, those of one dimension (norms, biases) where it is
+    `small`, adapters of the matrices where it is `lora`. What is zero in the parameters named `pruned` stays zero.
 
     Raises:
         InputError: there are none.
     """
-    found = {
+    inside = {
         f"{block}.{name}": parameter
         for block, module in find_blocks(model).items()
         for name, parameter in module.named_parameters()
-        if train == "kept" or parameter.ndim == 1
     }
-    if not found:
+    model.requires_grad_(False)
+    if train == "lora":
+        chosen = {name: own for name, own in inside.items() if name in pruned or (not pruned and own.ndim == 2)}
+        changed = {name: own.detach().to("cpu", storage[name], copy=True) for name, own in chosen.items()}
+        generator = torch.Generator().manual_seed(seed)
+        return Learning(
+            model, changed, storage, [_adapt(model, name, _Adapter(own, rank, generator)) for name, own in chosen.items()]
+        )
+    chosen = {name: own for name, own in inside.items() if train == "kept" or own.ndim == 1}
+    if not chosen:
         raise InputError(f"the blocks of {type(model).__name__} have no norms or biases to train: use --train kept")
-    return found
-
-
-def freeze_all_but(model: PreTrainedModel, trained: Collection[nn.Parameter]) -> None:
-    """Let gradients reach only what is to be trained."""
-    own = {id(parameter) for parameter in trained}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in own)
-
-
-def keep_zeros(trained: Mapping[str, nn.Parameter], pruned: Collection[str]) -> None:
-    """Let what is zero in the parameters named `pruned` stay zero: its gradient is zero at every step, and so are the moments
-    of an optimiser that starts from nothing."""
-    for name, parameter in trained.items():
+    for name, parameter in chosen.items():
+        parameter.requires_grad_()
         if name in pruned:
             parameter.register_hook(_Masked(parameter.detach() != 0))
+    return Learning(model, {name: own.detach().to("cpu", storage[name], copy=True) for name, own in chosen.items()}, storage)
 
 
 class _Masked:
-    """A hook that drops the gradient where the weight is pruned."""
+    """A hook that drops the gradient where the weight is pruned: so the moments of an optimiser that starts from nothing are
+    zero there at every step, and the weight stays zero."""
 
     def __init__(self, kept: Tensor) -> None:
         self._kept = kept
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient * self._kept.to(gradient.device)
+        return gradient * self._kept
+
+
+class _Adapter(nn.Module):
+    """W + M * (B A): a product of low rank under the mask M of what is kept, so that merging it loses nothing (Zimmer et al.,
+    "PERP", 2023). B starts at zero. W is (rows, columns), or of experts (experts, rows, columns)."""
+
+    kept: Tensor
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        *experts, rows, columns = weight.shape
+        down = torch.randn(*experts, rank, columns, generator=generator) / math.sqrt(columns)
+        self.down = nn.Parameter(down.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(*experts, rows, rank, device=weight.device))
+        self.register_buffer("kept", weight.detach() != 0, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down) * self.kept
+
+
+def _adapt(model: PreTrainedModel, name: str, adapter: _Adapter) -> tuple[nn.Module, str]:
+    """Put an adapter before a parameter."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    parametrize.register_parametrization(module, own, adapter)
+    return module, own
 
 
 def losses(model: nn.Module, teacher: nn.Module | None, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from llmprune.data.windows import Windows
 from llmprune.job.progress import Progressed
-from llmprune.steps.recover.learning import losses
+from llmprune.steps.recover.learning import Learning, losses
 
 EVALUATIONS = 20  # of the held-out windows while it trains, at most
 _HOPELESS = 2.0  # times the loss that it began with, after which training stops
@@ -144,21 +144,19 @@ class _Watch(TrainerCallback):
 
 
 def train(
-    model: PreTrainedModel,
+    learning: Learning,
     teacher: PreTrainedModel | None,
     plan: Plan,
-    rounded: Callable[[], None],
     saved: Callable[[], None],
     tell: Tell,
 ) -> Trained:
-    """Train the parameters of `model` that want gradients; it ends with the best weights that were met, rounded.
+    """Train; the model ends with the best weights that were met, as they will be saved.
 
     Args:
         teacher: to imitate; None: the text's own tokens are predicted.
-        rounded: rounds the model's weights to what will be written.
         saved: is called when there is a checkpoint to go on from.
     """
-    every = max(plan.steps // EVALUATIONS, 1)
+    model, every = learning.model, max(plan.steps // EVALUATIONS, 1)
     arguments = TrainingArguments(
         output_dir=str(plan.folder),
         max_steps=plan.steps,
@@ -193,7 +191,6 @@ def train(
         dataloader_pin_memory=False,
     )
     watch = _Watch(plan, tell, saved)
-    beginning = {name: own.detach().clone() for name, own in model.named_parameters() if own.requires_grad}
     trainer = _Distiller(
         model=model,
         args=arguments,
@@ -208,17 +205,12 @@ def train(
     last = get_last_checkpoint(str(plan.folder)) if plan.folder.is_dir() else None
     with _quiet():
         trainer.train(resume_from_checkpoint=last)
-    state, after = trainer.state, math.inf
-    if state.best_metric is not None and math.isfinite(state.best_metric):
-        rounded()
-        after = _held_out(model.eval(), teacher, plan)
+    learning.settle()
+    state, after = trainer.state, _held_out(model.eval(), teacher, plan)
     best = int(state.best_global_step or 0)
     if not after < before:
         best, after = 0, before
-        with torch.no_grad():
-            for name, own in model.named_parameters():
-                if name in beginning:
-                    own.copy_(beginning[name])
+        learning.restore()
     return Trained(
         before=before,
         after=after,

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -46,10 +45,3 @@ def write_trained(model: PreTrainedModel, source: Skeleton, trained: Collection[
     for index, (name, module) in enumerate(blocks.items()):
         writer.put(make_block(index, name, module, storage))
     writer.finish()
-
-
-@torch.no_grad()
-def round_to_storage(trained: Mapping[str, nn.Parameter], storage: Mapping[str, torch.dtype]) -> None:
-    """Give parameters the values that they will have when they have been saved."""
-    for name, parameter in trained.items():
-        parameter.copy_(parameter.to(storage[name]))
