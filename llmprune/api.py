@@ -25,8 +25,9 @@ from llmprune.output.hub import push
 from llmprune.output.verify import verify
 from llmprune.reports.html import report
 from llmprune.runs.compare import compare
-from llmprune.runs.prune import Result, prune
+from llmprune.runs.prune import prune
 from llmprune.runs.recover import recover
+from llmprune.runs.result import Result
 from llmprune.runs.scan import scan
 
 __all__ = [

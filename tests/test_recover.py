@@ -197,6 +197,33 @@ def test_a_run_that_was_killed_goes_on(text: str, tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
+def test_one_command_prunes_and_trains(text: str, tmp_path: Path) -> None:
+    """Stopped while it trains, it leaves the pruned model whole and goes on; in the end the trained one takes its place."""
+    source = pruned(tmp_path, text).with_name("source")
+    some = {"calibration": text, "samples": 4, "seqlen": 16, "eval_text": "none", "sparsity": "2:4", "method": "sparsegpt"}
+    asked = some | {"output": str(tmp_path / "both"), "recover": "20K"}
+    with pytest.raises(Killed):
+        llmprune.prune(source, progress=KillAt(2), **asked)
+    assert verify(tmp_path / "both").problems == ()
+    record = llmprune.prune(source, **asked).record
+    assert record.recovery["loss_after"] < record.recovery["loss_before"]
+    assert record.arguments["recover"] == "20K"
+    assert verify(tmp_path / "both").problems == ()
+    assert all(
+        torch.equal(own == 0, tensors(tmp_path / "pruned")[name] == 0) for name, own in tensors(tmp_path / "both").items()
+    )
+    page = llmprune.report(tmp_path / "both", tmp_path / "page.html")["runs"][0]
+    assert " --recover 20K " in page["command"]
+    assert "&&" not in page["command"]
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
+    with pytest.raises(InputError, match=r"recover would train on .*words\.txt, which perplexity is measured on"):
+        llmprune.prune(source, **(asked | {"output": str(tmp_path / "no"), "eval_text": text}))
+    with pytest.raises(InputError, match="recover trains from folder to folder"):
+        llmprune.prune(
+            tiny_model("llama"), **(asked | {"output": str(tmp_path / "no"), "calibration": torch.ones(2, 8).long()})
+        )
+
+
 class Notes(Progress):
     def __init__(self) -> None:
         self.notes: list[str] = []

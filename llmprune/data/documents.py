@@ -21,6 +21,7 @@ from llmprune.base.errors import InputError, MachineError, reason, unknown, user
 from llmprune.data import pydoc
 
 Use = Literal["calibration", "evaluation"]
+GIVEN = "given tokens"  # what a text is called that the caller has tokenised
 NAMED = ("pydoc", "wikitext2", "c4", "ptb")
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 SEPARATOR = "\n\n"

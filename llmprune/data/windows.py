@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
 from llmprune.data import pydoc
-from llmprune.data.documents import SEPARATOR, evaluation_protocol, load_documents
+from llmprune.data.documents import GIVEN, SEPARATOR, evaluation_protocol, load_documents
 
 Given: TypeAlias = Tensor | Mapping[str, Any] | Sequence[Any]  # calibration samples that the caller tokenised
 IGNORED = -100  # the label of what is not predicted; cross_entropy's own default
@@ -166,7 +166,7 @@ def given_windows(samples: Given) -> Windows:
     mask = torch.cat(masks)
     if not bool(mask.any()):
         raise InputError("the calibration samples hold no real token: every attention_mask is 0")
-    return Windows(torch.cat(ids), "given tokens", None if bool(mask.all()) else mask)
+    return Windows(torch.cat(ids), GIVEN, None if bool(mask.all()) else mask)
 
 
 _GRID = "calibration samples must be integer token ids, (windows, length): pad to one length and pass attention_mask"

@@ -23,7 +23,7 @@ _AMOUNTS = {
     **dict.fromkeys(("heads", "neurons", "layers"), "a share such as 25% or a count"),
     **{option: f"a share such as 75% or a number such as {counted.example}" for option, counted in ALLOWANCES.items()},
     "target_speedup": "a factor such as 1.5x",
-    "tokens": "a number such as 2M",
+    **dict.fromkeys(("tokens", "recover"), "a number such as 2M"),
 }
 _WORDS: dict[Any, str] = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple[str, ...]: "a list of text",
@@ -98,7 +98,7 @@ def _text(name: str, value: str) -> str:
         return sparsity_text(read_sparsity(value))
     if name in ALLOWANCES:
         return Allowance.parse(value, name).text
-    if name == "tokens":
+    if name in ("tokens", "recover"):
         read_count(name, value)
         return value.strip()
     if name == "target_speedup":

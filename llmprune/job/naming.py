@@ -27,6 +27,7 @@ def output_folder(config: PruneConfig, model: str) -> Path | None:
     parts += [Path(config.allocation).stem] if config.allocation else []
     parts += [config.by] if config.by != "structure" else []
     parts += [choose_recipe(config).name] if config.sparse else []
+    parts += ["recovered"] if config.recover else []
     return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
 
 

@@ -94,6 +94,10 @@ class PruneConfig(Options):
     allocation: str | None = option(
         "instead of --sparsity: a JSON file of patterns by matrix, as llmprune scan writes them", None, metavar="FILE"
     )
+    recover: str | None = option(
+        "then train what is left on so many tokens, such as 1M, as llmprune recover does (default: no training)", None,
+        metavar="TOKENS",
+    )  # fmt: skip
     calibration: str = option(
         "calibration text: pydoc, wikitext2, c4, ptb, a Hub dataset id, or a .txt, .jsonl, .json, .parquet file, plain or "
         ".gz (default: pydoc for the bundled model, else c4)",
@@ -199,7 +203,7 @@ class PruneConfig(Options):
             "to fit what is left, with --sparsity, or without --no-refit": (
                 weights or (chosen and self.refit is not False), ("target",)
             ),
-            "to write a folder, with output": (self.output is not None, ("overwrite", "restart")),
+            "to write a folder, with output": (self.output is not None, ("overwrite", "restart", "recover")),
         }  # fmt: skip
         given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
         for purpose, (there, names) in uses.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmprune.base.words import command_line
+from llmprune.data.documents import GIVEN
 from llmprune.job.flags import as_flags
 from llmprune.job.record import RunRecord
 from llmprune.job.recovery import RecoverConfig
@@ -12,20 +13,19 @@ NO_COMMAND = (
     "llmprune.json holds the arguments."
 )
 _NOT_THE_RESULT = ("output", "overwrite", "restart", "push_to_hub", "activations")
-_GIVEN = "given tokens"
 _PRUNED = "pruned"  # a folder on the way
 
 
 def again(record: RunRecord) -> str | None:
     """The command line that makes the same model; None where there is none, as NO_COMMAND says."""
     arguments, model, processes = record.arguments, record.model, record.compute["processes"]
-    if arguments.get("calibration") == _GIVEN or arguments["model"] == model["class"]:
+    if arguments.get("calibration") == GIVEN or arguments["model"] == model["class"]:
         return None
     options = {name: value for name, value in arguments.items() if name not in _NOT_THE_RESULT}
     if model["hub_id"] and model["commit"]:
         options["model"] = f"{model['hub_id']}@{model['commit']}"
     start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
-    if not record.recovery:
+    if not record.recovery or arguments.get("recover"):
         return command_line(*start, "llmprune", *as_flags(options))
     pruned = command_line(*start, "llmprune", *as_flags(options), "--output", _PRUNED)
     trained = {name: value for name, value in record.recovery["arguments"].items() if name not in ("model", *_NOT_THE_RESULT)}

@@ -9,6 +9,7 @@ from typing import Any
 from llmprune.base.errors import InputError, unknown
 from llmprune.base.files import RECORD, read_record
 from llmprune.base.folders import check_output
+from llmprune.data.documents import names_a_file
 from llmprune.job.naming import output_folder
 from llmprune.job.options import PruneConfig
 from llmprune.job.recipes import choose_recipe
@@ -29,6 +30,22 @@ def check_names(config: PruneConfig) -> None:
             raise unknown(kind, name, known)
 
 
+def check_recovery(config: PruneConfig, *, in_memory: bool, processes: int) -> None:
+    """Refuse training that cannot follow the pruning, before that.
+
+    Raises:
+        InputError: there is a reason.
+    """
+    if config.recover is None:
+        return
+    if in_memory:
+        raise InputError("recover trains from folder to folder: pass the model's folder or Hub id, and an output")
+    if processes > 1:
+        raise InputError("recover trains in one process: prune without it, then `llmprune recover` the output")
+    if config.calibration == config.eval_text and names_a_file(config.calibration):
+        raise InputError(f"recover would train on {config.calibration}, which perplexity is measured on: name two texts")
+
+
 def check_folders(config: PruneConfig) -> None:
     """Look at the model's name and the output folder.
 
@@ -37,12 +54,25 @@ def check_folders(config: PruneConfig) -> None:
     """
     found = look_up(config.model)
     output = output_folder(config, found.name)
-    if output is not None:
+    if output is not None and untrained(config) is None:
         check_output(output, found.path if isinstance(found, ModelFolder) else None, config.overwrite)
 
 
+def untrained(config: PruneConfig) -> Path | None:
+    """The output folder, where an earlier run of the same options has pruned the model into it, and was to train it next."""
+    if config.recover is None or (found := _written(config)) is None:
+        return None
+    output, record = found
+    return None if record.get("recovery") else output
+
+
 def finished(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:
-    """The output folder and its record, where an earlier run of the same options has written both, and nothing was added."""
+    """The output folder and its record, where an earlier run of the same options has done all, and nothing was added."""
+    found = _written(config)
+    return None if found is None or (config.recover is not None and not found[1].get("recovery")) else found
+
+
+def _written(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:
     output = output_folder(config, look_up(config.model).name)
     if config.overwrite or output is None or not (output / RECORD).is_file():
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +14,22 @@ from llmprune.base.errors import InputError, plain_errors
 from llmprune.base.folders import publish
 from llmprune.base.hardware import pick_device, pick_dtype
 from llmprune.base.processes import joined
+from llmprune.data.documents import GIVEN
 from llmprune.data.windows import Given
 from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
 from llmprune.job.progress import Progress
-from llmprune.job.record import RunRecord
 from llmprune.models.resolve import ModelFolder, resolve, spelled
 from llmprune.models.skeleton import find_tokenizer, load_config, load_model
 from llmprune.output.resume import continued
+from llmprune.reports.saved import read_runs
 from llmprune.runs.announce import claim_output
-from llmprune.runs.checks import check_folders, check_names
+from llmprune.runs.checks import check_folders, check_names, check_recovery, untrained
 from llmprune.runs.in_memory import FROM_FOLDER, prune_in_memory
 from llmprune.runs.pushing import check_push, push_output
+from llmprune.runs.recover import recover_in_place
+from llmprune.runs.result import Result
 from llmprune.runs.schedule import schedule
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What `prune` returns.
-
-    Attributes:
-        record: what was asked, measured and written.
-        model: the pruned model; None where it was streamed from one folder to another.
-        output: the folder written, if any.
-    """
-
-    record: RunRecord
-    model: PreTrainedModel | None
-    output: Path | None
 
 
 def prune(
@@ -74,18 +62,21 @@ def prune(
     given = None if isinstance(calibration, (str, Path)) else calibration
     named = {
         "model": type(model).__name__ if isinstance(model, PreTrainedModel) else spelled(model),
-        "calibration": str(calibration) if given is None else "given tokens",
+        "calibration": str(calibration) if given is None else GIVEN,
     }
     config = PruneConfig.create({**options, **named})
     check_names(config)
     if not isinstance(model, PreTrainedModel):
         check_folders(config)
-    with torch.no_grad(), plain_errors():
-        with joined() as ranks:
+    with plain_errors():
+        with joined() as ranks, torch.no_grad():
             job = Job(config, given, progress or Progress(), ranks)
             check_push(job)
+            check_recovery(config, in_memory=isinstance(model, PreTrainedModel), processes=ranks.size)
             with job.clock:
                 result = _prune(job, model, tokenizer)
+        if config.recover is not None and result.output is not None:
+            result = recover_in_place(result.output, config, job.progress)
         if job.ranks.first:
             push_output(job, result.output)  # the others do not wait for it
         return result
@@ -110,6 +101,9 @@ def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedT
 def _prune_folder(job: Job, source: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> Result:
     """Each step reads a folder and writes one beside the output; that of the last gets the output's name."""
     output = job.output(source.name)
+    if (pruned := untrained(job.config)) is not None:
+        job.progress.note(f"{pruned} was pruned by an earlier run")
+        return Result(read_runs([str(pruned)])[0].record, None, pruned)
     if output is None:
         raise InputError(FROM_FOLDER + "name an output folder")
     claim_output(job, output, source.path)

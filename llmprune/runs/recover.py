@@ -19,8 +19,9 @@ from llmprune.base.folders import recover as put_right
 from llmprune.base.hardware import dtype_name, pick_device, pick_dtype
 from llmprune.base.processes import joined
 from llmprune.base.words import count
-from llmprune.data.documents import names_a_file
+from llmprune.data.documents import GIVEN, names_a_file
 from llmprune.data.windows import Windows, evaluation_windows, training_windows
+from llmprune.job.options import PruneConfig
 from llmprune.job.progress import Progress
 from llmprune.job.record import RunRecord, versions
 from llmprune.job.recovery import RecoverConfig
@@ -32,7 +33,7 @@ from llmprune.models.skeleton import Skeleton, find_tokenizer, load_config, load
 from llmprune.output.resume import Manifest, continued
 from llmprune.output.write import write_record
 from llmprune.reports.saved import read_runs
-from llmprune.runs.prune import Result
+from llmprune.runs.result import Result
 from llmprune.steps.recover.learning import Learning, prepare
 from llmprune.steps.recover.training import Plan, Trained, train
 from llmprune.steps.recover.writing import write_trained
@@ -59,11 +60,22 @@ def recover(model: str | Path, output: str | Path | None = None, *, progress: Pr
         InputError: bad input, in one line; nothing has been written.
     """
     config = RecoverConfig.create({**options, "model": spelled(model), "output": None if output is None else str(output)})
+    return _recover(config, progress or Progress())
+
+
+def recover_in_place(folder: Path, config: PruneConfig, progress: Progress) -> Result:
+    """Train what a run of `config` has just pruned into `folder`, which the result replaces when it is whole."""
+    text = "auto" if config.calibration == GIVEN else config.calibration
+    options = {"tokens": config.recover, "text": text, "device": config.device, "output": str(folder)}
+    return _recover(RecoverConfig.create({"model": str(folder), **options}), progress)
+
+
+def _recover(config: RecoverConfig, progress: Progress) -> Result:
     with plain_errors():
         with joined() as ranks:
             if ranks.size > 1:
                 raise InputError("recover trains in one process: start it without torchrun")
-        return _Recovery.begin(config, progress or Progress()).run()
+        return _Recovery.begin(config, progress).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +100,8 @@ class _Recovery:
         record = _pruned(folder)
         output = user_path(config.output or f"{folder.name}-recovered", "output")
         put_right(output)
-        check_output(output, folder, config.overwrite)
+        if not _in_place(config):
+            check_output(output, folder, config.overwrite)
         own, device = load_config(folder), pick_device(config.device, 0)
         compute, _ = pick_dtype(config.dtype, device, own)
         tokenizer = load_tokenizer(folder)
@@ -126,7 +139,7 @@ class _Recovery:
             self.record.pruned = perplexity(model.eval(), self.evaluation) if self.evaluation else None
             self.record.recovery = self._told(found, values)
             self._write(learning, skeleton, manifest.folder)
-            publish(manifest.folder, self.output, overwrite=self.config.overwrite)
+            publish(manifest.folder, self.output, overwrite=self.config.overwrite or _in_place(self.config))
         self.progress.recovered(self.record, self.output)
         return Result(self.record, None, self.output)
 
@@ -230,6 +243,10 @@ class _Recovery:
             "teacher": Checkpoint(self.teacher.path).fingerprint() if self.teacher else None,
             "compute": f"{dtype_name(self.compute)} on {self.device}",
         }
+
+
+def _in_place(config: RecoverConfig) -> bool:
+    return config.model == config.output
 
 
 def _pruned(folder: Path) -> RunRecord:

@@ -16,6 +16,7 @@ from llmprune.base.files import SCAN
 from llmprune.base.folders import publish
 from llmprune.base.processes import joined
 from llmprune.base.words import command_line, count
+from llmprune.data.documents import GIVEN
 from llmprune.data.windows import Given, Texts
 from llmprune.job.allocation import as_texts
 from llmprune.job.job import Job
@@ -98,7 +99,7 @@ def scan(
         InputError: bad input, in one line; nothing has been written.
     """
     given = None if isinstance(calibration, (str, Path)) else calibration
-    named = {"model": spelled(model), "calibration": str(calibration) if given is None else "given tokens"}
+    named = {"model": spelled(model), "calibration": str(calibration) if given is None else GIVEN}
     fixed = {**named, "output": str(output), "sparsity": str(PROBE), "method": "sparsegpt", "eval_text": "none"}
     config = PruneConfig.create({**options, **fixed})
     check_folders(config)
