@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
 from test_families import EXPERTS
+from test_ranks import free_port
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +24,7 @@ from llmprune.data import pydoc
 from llmprune.job.progress import Progress, Progressed
 from llmprune.models.resolve import BUNDLED
 from llmprune.output.verify import verify
-from llmprune.steps.recover.learning import losses, prepare
+from llmprune.steps.recover.learning import Aim, losses, prepare
 
 TRAIN = {"tokens": "1024", "batch_size": 4, "seqlen": 16, "eval_text": "none", "rate": 3e-3}
 
@@ -94,10 +99,12 @@ def test_losses_are_those_of_plain_formulas() -> None:
     ids = torch.randint(3, 60, (3, 12))
     logits = [own(ids).logits[:, :-1].flatten(0, 1) for own in (model, teacher)]
     entropy = functional.cross_entropy(logits[0], ids[:, 1:].flatten())
-    assert torch.allclose(losses(model, None, {"input_ids": ids}), entropy)
+    assert torch.allclose(losses(model, Aim(), {"input_ids": ids}), entropy)
     student, wanted = (functional.log_softmax(own, -1) for own in logits)
     kl = (wanted.exp() * (wanted - student)).sum(-1).mean()
-    assert torch.allclose(losses(model, teacher, {"input_ids": ids}), kl, rtol=1e-5)
+    assert torch.allclose(losses(model, Aim(teacher, 1.0), {"input_ids": ids}), kl, rtol=1e-5)
+    mixed = losses(model, Aim(teacher, 0.25), {"input_ids": ids})
+    assert torch.allclose(mixed, 0.25 * kl + 0.75 * entropy, rtol=1e-5)
 
 
 def all_float32(model: torch.nn.Module) -> dict[str, torch.dtype]:
@@ -119,7 +126,7 @@ def test_adapters_merge_exactly(family: str, name: str) -> None:
     optimizer = torch.optim.AdamW(learning.learned(), lr=1e-2)
     ids = torch.randint(3, 60, (3, 12))
     for _ in range(3):
-        losses(model, None, {"input_ids": ids}).backward()
+        losses(model, Aim(), {"input_ids": ids}).backward()
         optimizer.step()
     with torch.no_grad():
         adapted = model(ids, use_cache=False).logits
@@ -143,10 +150,10 @@ def test_moments_are_zero_where_weights_are(tmp_path: Path) -> None:
     learning = prepare(model, "kept", {name}, all_float32(model))
     optimizer = torch.optim.AdamW(learning.learned(), lr=1e-2, weight_decay=0.0)
     ids = torch.randint(3, 60, (3, 12))
-    losses(twin, None, {"input_ids": ids}).backward()
+    losses(twin, Aim(), {"input_ids": ids}).backward()
     for _ in range(3):
         optimizer.zero_grad()
-        losses(model, None, {"input_ids": ids}).backward()
+        losses(model, Aim(), {"input_ids": ids}).backward()
         if not optimizer.state:
             assert torch.allclose(model.get_parameter(name).grad, twin.get_parameter(name).grad * mask, atol=1e-7)
         optimizer.step()
@@ -165,6 +172,40 @@ def test_small_trains_norms_alone(text: str, tmp_path: Path) -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all("layers" in name and "norm" in name for name in changed)
+
+
+_TWO = """
+import os, sys
+port, source, out, text = sys.argv[1:]
+if not os.fork():
+    os.environ |= {"RANK": "1", "LOCAL_RANK": "1"}
+else:
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+import llmprune
+from test_recover import TRAIN
+llmprune.recover(source, out, text=text, **TRAIN)
+if os.environ["RANK"] == "0":
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_two_processes_share_the_windows(text: str, tmp_path: Path) -> None:
+    """Each step's gradient is that of all of its windows, as in one process, to rounding; masks are the same to the bit."""
+    source = pruned(tmp_path, text)
+    one = llmprune.recover(source, tmp_path / "one", text=text, **TRAIN).record.recovery
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", _TWO, str(free_port()), str(source), str(tmp_path / "two"), text]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert verify(tmp_path / "two").problems == ()
+    two = json.loads((tmp_path / "two" / "llmprune.json").read_text())["recovery"]
+    assert [step for step, _ in two["held_out"]] == [step for step, _ in one["held_out"]]
+    assert [loss for _, loss in two["held_out"]] == pytest.approx([loss for _, loss in one["held_out"]], rel=1e-3)
+    first, second = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    for name in first:
+        assert torch.equal(first[name] == 0, second[name] == 0)
+        assert torch.allclose(first[name], second[name], atol=2e-3), name
 
 
 class Killed(BaseException):

@@ -11,7 +11,7 @@ from llmprune.cli.commands.prune import NAMES
 from llmprune.cli.parser import declare, main_parser, others
 from llmprune.job.options import LAYER_SCORES, MEANS, PHASES, PLACES
 from llmprune.job.recipes import QUALITIES, TARGETS
-from llmprune.job.recovery import LOSSES, TRAINED
+from llmprune.job.recovery import SHARES, TRAINED
 
 _CHOICES = {  # what is offered besides `NAMES`
     "quality": tuple(QUALITIES),
@@ -23,7 +23,7 @@ _CHOICES = {  # what is offered besides `NAMES`
     "for_": PHASES,
     "by": MEANS,
     "train": TRAINED,
-    "loss": LOSSES,
+    "loss": tuple(SHARES),
 }
 _PATHS = {  # where files are offered
     *("model", "models", "folder", "runs", "baseline", "output", "config", "json", "bench", "task_path"),

@@ -9,7 +9,7 @@ from llmprune.base.notation import DTYPES, read_count
 from llmprune.job.fields import Options, option
 
 TRAINED = ("kept", "lora", "small")
-LOSSES = ("kd", "ce")
+SHARES = {"kd": 1.0, "mix": 2 / 3, "ce": 0.0}  # of the divergence from the teacher in the loss
 RATES = {"kept": 3e-4, "lora": 1e-3, "small": 1e-3}  # peak learning rates of AdamW
 
 
@@ -31,7 +31,10 @@ class RecoverConfig(Options):
         "kept",
     )
     rank: int = option("of adapters, with --train lora (default: %(default)s)", 16, metavar="N")
-    loss: str = option("kd: KL divergence from the teacher; ce: the text's own next tokens (default: %(default)s)", "kd")
+    loss: str = option(
+        "kd: KL divergence from the teacher; ce: the text's own next tokens; mix: two thirds and one (default: %(default)s)",
+        "kd",
+    )
     text: str = option(
         "text to train on: as --calibration (default: pydoc's own training part for the bundled model, else c4)", "auto",
         metavar="TEXT",
@@ -58,7 +61,7 @@ class RecoverConfig(Options):
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("train", TRAINED), ("loss", LOSSES), ("dtype", DTYPES)):
+        for name, known in (("train", TRAINED), ("loss", SHARES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
         for name, least in (("batch_size", 1), ("seqlen", 2), ("rank", 1)):

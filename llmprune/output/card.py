@@ -93,9 +93,10 @@ def _trained(recovery: Mapping[str, Any]) -> str:
     """What training afterwards did, in a sentence."""
     if not recovery:
         return ""
-    kd, what = recovery["arguments"]["loss"] == "kd", recovery["arguments"]["train"]
-    aim = f"to imitate `{recovery['teacher']}`" if kd else "to predict the text"
-    measure = "the KL divergence from it" if kd else "the loss"
+    loss, what = recovery["arguments"]["loss"], recovery["arguments"]["train"]
+    imitate = f"to imitate `{recovery['teacher']}`"
+    aim = {"kd": imitate, "ce": "to predict the text"}.get(loss, f"{imitate} and predict the text")
+    measure = "the KL divergence from it" if loss == "kd" else "the loss"
     trained = {
         "kept": "the kept weights of its blocks",
         "small": "the norms and biases of its blocks",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,24 @@ from llmprune.base.files import PACKED, RECORD
 from llmprune.base.folders import check_output, check_room, publish
 from llmprune.base.folders import recover as put_right
 from llmprune.base.hardware import dtype_name, pick_device, pick_dtype
-from llmprune.base.processes import joined
+from llmprune.base.processes import Ranks, joined
 from llmprune.base.words import count
 from llmprune.data.documents import GIVEN, names_a_file
 from llmprune.data.windows import Windows, evaluation_windows, training_windows
 from llmprune.job.options import PruneConfig
 from llmprune.job.progress import Progress
 from llmprune.job.record import RunRecord, versions
-from llmprune.job.recovery import RecoverConfig
+from llmprune.job.recovery import SHARES, RecoverConfig
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.extras import copy_extras
 from llmprune.models.resolve import ModelFolder, look_up, resolve, spelled
 from llmprune.models.skeleton import Skeleton, find_tokenizer, load_config, load_model, load_tokenizer
-from llmprune.output.resume import Manifest, continued
+from llmprune.output.resume import Manifest, continued, partial_folder
 from llmprune.output.write import write_record
 from llmprune.reports.saved import read_runs
 from llmprune.runs.result import Result
-from llmprune.steps.recover.learning import Learning, prepare
+from llmprune.steps.recover.learning import Aim, Learning, prepare
 from llmprune.steps.recover.training import Plan, Trained, train
 from llmprune.steps.recover.writing import write_trained
 
@@ -71,11 +72,8 @@ def recover_in_place(folder: Path, config: PruneConfig, progress: Progress) -> R
 
 
 def _recover(config: RecoverConfig, progress: Progress) -> Result:
-    with plain_errors():
-        with joined() as ranks:
-            if ranks.size > 1:
-                raise InputError("recover trains in one process: start it without torchrun")
-        return _Recovery.begin(config, progress).run()
+    with plain_errors(), joined() as ranks:
+        return _Recovery.begin(config, progress, ranks).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +82,7 @@ class _Recovery:
 
     config: RecoverConfig
     progress: Progress
+    ranks: Ranks
     folder: Path
     output: Path
     record: RunRecord
@@ -94,19 +93,25 @@ class _Recovery:
     evaluation: Windows | None
 
     @classmethod
-    def begin(cls, config: RecoverConfig, progress: Progress) -> _Recovery:
+    def begin(cls, config: RecoverConfig, progress: Progress, ranks: Ranks) -> _Recovery:
         """Raises: InputError: it is not possible."""
         folder = user_path(config.model, "model")
         record = _pruned(folder)
         output = user_path(config.output or f"{folder.name}-recovered", "output")
-        put_right(output)
+        if config.batch_size % ranks.size:
+            raise InputError(
+                f"{count(ranks.size, 'process')} cannot share {config.batch_size} windows: give a multiple of them"
+            )
+        if ranks.first:
+            put_right(output)
+        ranks.agree(None)
         if not _in_place(config):
             check_output(output, folder, config.overwrite)
-        own, device = load_config(folder), pick_device(config.device, 0)
-        compute, _ = pick_dtype(config.dtype, device, own)
+        own, device = load_config(folder), pick_device(config.device, ranks.local)
+        compute = ranks.agree(pick_dtype(config.dtype, device, own)[0])
         tokenizer = load_tokenizer(folder)
         evaluated = _evaluated(config, record)
-        teacher = _teacher(config, record) if config.loss == "kd" or evaluated else None
+        teacher = _teacher(config, record) if SHARES[config.loss] or evaluated else None
         if teacher:
             _check_teacher(teacher, own.get_text_config().vocab_size, tokenizer)
         text = ("pydoc" if _bundled(record) else "c4") if config.text == "auto" else config.text
@@ -118,7 +123,7 @@ class _Recovery:
         wanted = steps * config.batch_size * seqlen + HELD_OUT * seqlen
         training = training_windows(text, tokenizer, tokens=wanted, seqlen=seqlen, seed=config.seed)
         evaluation = evaluation_windows(evaluated, tokenizer, seqlen=seqlen) if evaluated else None
-        return cls(config, progress, folder, output, record, teacher, device, compute, training, evaluation)
+        return cls(config, progress, ranks, folder, output, record, teacher, device, compute, training, evaluation)
 
     def run(self) -> Result:
         skeleton = Skeleton(Checkpoint(self.folder), load_config(self.folder), torch.device("meta"), torch.float32)
@@ -130,16 +135,23 @@ class _Recovery:
         check_room(self.output, skeleton.checkpoint.nbytes() + 4 * _CHECKPOINTS * (everything + _MOMENTS * own))
         teacher = self._load_teacher()
         self._announce(own)
-        fingerprint = self._fingerprint(skeleton.checkpoint)
-        begun = "training, up to the last checkpoint"
-        with continued(self.output, fingerprint, self.config.restart, self.progress.note, begun) as manifest:
+        with ExitStack() as unfinished:
+            manifest = None
+            if self.ranks.first:  # which alone writes
+                fingerprint = self._fingerprint(skeleton.checkpoint)
+                told = "training, up to the last checkpoint"
+                opened = continued(self.output, fingerprint, config.restart, self.progress.note, told)
+                manifest = unfinished.enter_context(opened)
+            self.ranks.agree(None)
             values = self._measured(model, teacher) if self.evaluation else {}
             found = self._train(learning, teacher, manifest)
             self.record.dense = values.get("dense")
             self.record.pruned = perplexity(model.eval(), self.evaluation) if self.evaluation else None
             self.record.recovery = self._told(found, values)
-            self._write(learning, skeleton, manifest.folder)
-            publish(manifest.folder, self.output, overwrite=self.config.overwrite or _in_place(self.config))
+            if manifest:
+                self._write(learning, skeleton, manifest.folder)
+                publish(manifest.folder, self.output, overwrite=config.overwrite or _in_place(config))
+        self.ranks.agree(None)  # the output is there when any process returns
         self.progress.recovered(self.record, self.output)
         return Result(self.record, None, self.output)
 
@@ -158,10 +170,11 @@ class _Recovery:
             "small": "norms and biases of the blocks",
             "lora": f"adapters of rank {config.rank} on the pruned matrices, under their masks",
         }[config.train]
-        aim = f"to imitate {self.teacher.name}" if config.loss == "kd" and self.teacher else "to predict the text"
+        named = self.teacher.name if self.teacher else ""
+        aim = {"kd": f"to imitate {named}", "ce": "to predict the text", "mix": f"to imitate {named} and predict the text"}
         self.progress.facts({
             "model": f"{self.folder} ({self.record.model['class']}, of {self.record.model['name']})",
-            "training": f"{what} ({count(trained, 'parameter')}), {aim}; AdamW, rate {config.peak():g}",
+            "training": f"{what} ({count(trained, 'parameter')}), {aim[config.loss]}; AdamW, rate {config.peak():g}",
             "text": f"{windows.text}, {count(steps, 'step')} of {each}, seed {config.seed}",
             "compute": f"{dtype_name(self.compute)} on {self.device}, weights trained in float32",
         })  # fmt: skip
@@ -177,20 +190,21 @@ class _Recovery:
         some = max(min(HELD_OUT, len(ids) // 10), 1)
         return Windows(ids[some:], text), Windows(ids[:some], text)
 
-    def _train(self, learning: Learning, teacher: PreTrainedModel | None, manifest: Manifest) -> Trained:
+    def _train(self, learning: Learning, teacher: PreTrainedModel | None, manifest: Manifest | None) -> Trained:
         config, (windows, held_out) = self.config, self._split()
         plan = Plan(
             windows,
             held_out,
             self._steps(),
-            config.batch_size,
+            config.batch_size // self.ranks.size,
+            self.ranks.size,
             config.peak(),
             config.seed,
             self.compute,
-            manifest.folder / _TRAINING,
+            partial_folder(self.output) / _TRAINING,
         )
-        aim = teacher if config.loss == "kd" else None
-        found = train(learning, aim, plan, manifest.begin, self.progress.trained)
+        aim = Aim(teacher, SHARES[config.loss])
+        found = train(learning, aim, plan, manifest.begin if manifest else _nothing, self.progress.trained)
         if found.diverged:
             self.progress.note(f"training was stopped, for it diverged: {found.diverged}; a lower --rate may help")
         if not found.best:
@@ -242,7 +256,11 @@ class _Recovery:
             "model": checkpoint.fingerprint(),
             "teacher": Checkpoint(self.teacher.path).fingerprint() if self.teacher else None,
             "compute": f"{dtype_name(self.compute)} on {self.device}",
+            "processes": self.ranks.size,
         }
+
+
+def _nothing() -> None: ...
 
 
 def _in_place(config: RecoverConfig) -> bool:

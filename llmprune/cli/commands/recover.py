@@ -11,7 +11,7 @@ from typing import Any
 from llmprune.base.version import __version__
 from llmprune.cli.commands.base import Outcome
 from llmprune.cli.commands.prune import add_fields
-from llmprune.cli.terminal import Terminal
+from llmprune.cli.terminal import Terminal, is_first
 from llmprune.job.recovery import RecoverConfig
 
 SUMMARY = "train what pruning left of a model, its zeros kept"
@@ -28,11 +28,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     rest = {name: value for name, value in options.items() if name in RecoverConfig.__dataclass_fields__}
     RecoverConfig.create(rest)  # before torch is imported
-    terminal.say(f"llmprune {__version__}: loading torch and transformers ...")
+    first = is_first()
+    if first:
+        terminal.say(f"llmprune {__version__}: loading torch and transformers ...")
     from llmprune.cli.console import Console
     from llmprune.job.progress import Progress
     from llmprune.runs.recover import recover
 
-    with nullcontext(Progress()) if terminal.quiet else Console(terminal.console) as progress:
+    shown = Console(terminal.console) if first and not terminal.quiet else nullcontext(Progress())
+    with shown as progress:
         result = recover(rest.pop("model"), progress=progress, **rest)
-    return Outcome({"output": result.output, **result.record.as_dict()})
+    return Outcome({"output": result.output, **result.record.as_dict()} if first else None)

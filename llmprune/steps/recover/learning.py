@@ -127,20 +127,30 @@ def _adapt(model: PreTrainedModel, name: str, adapter: _Adapter) -> tuple[nn.Mod
     return module, own
 
 
-def losses(model: nn.Module, teacher: nn.Module | None, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Mean over the tokens that are predicted: KL(teacher || model) or, without a teacher, the cross-entropy; nats a token.
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What is imitated: `share` of the loss is the divergence from `teacher`, the rest the cross-entropy of the text."""
+
+    teacher: nn.Module | None = None
+    share: float = 0.0
+
+
+def losses(model: nn.Module, aim: Aim, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Mean over the tokens that are predicted, of KL(teacher || model) and cross-entropy as `aim` has them; nats a token.
 
     Source: Hinton et al., "Distilling the knowledge in a neural network", 2015, at temperature 1.
     """
-    logits = _predicted(model, inputs)
-    labels = next_token_labels(inputs).flatten()
-    if teacher is None:
-        return functional.cross_entropy(logits, labels, ignore_index=IGNORED)
-    with torch.no_grad():
-        target = functional.log_softmax(_predicted(teacher, inputs), dim=-1)
-    real = labels != IGNORED
-    own = functional.log_softmax(logits, dim=-1)
-    return functional.kl_div(own[real], target[real], reduction="batchmean", log_target=True)
+    logits, labels = _predicted(model, inputs), next_token_labels(inputs).flatten()
+    loss = logits.new_zeros(())
+    if aim.share < 1:
+        loss = loss + (1 - aim.share) * functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+    if aim.share > 0:
+        assert aim.teacher is not None
+        with torch.no_grad():
+            target = functional.log_softmax(_predicted(aim.teacher, inputs), dim=-1)
+        own, real = functional.log_softmax(logits, dim=-1), labels != IGNORED
+        loss = loss + aim.share * functional.kl_div(own[real], target[real], reduction="batchmean", log_target=True)
+    return loss
 
 
 def _predicted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from llmprune.data.windows import Windows
 from llmprune.job.progress import Progressed
-from llmprune.steps.recover.learning import Learning, losses
+from llmprune.steps.recover.learning import Aim, Learning, losses
 
 EVALUATIONS = 20  # of the held-out windows while it trains, at most
 _HOPELESS = 2.0  # times the loss that it began with, after which training stops
@@ -44,6 +44,7 @@ class Plan:
     """How to train.
 
     Attributes:
+        batch: windows a step, of each of so many `processes`.
         windows: to train on; `held_out`: to choose the best step by. Both of one text, disjoint.
         rate: the peak of AdamW's, reached after a twentieth of the steps, from which it falls to zero by a cosine.
         folder: for checkpoints, from which training goes on.
@@ -53,10 +54,15 @@ class Plan:
     held_out: Windows
     steps: int
     batch: int
+    processes: int
     rate: float
     seed: int
     compute: torch.dtype
     folder: Path
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.batch * self.processes * self.windows.ids.shape[1]
 
 
 @dataclass(slots=True)
@@ -93,14 +99,14 @@ class _Rows(Dataset[dict[str, Tensor]]):
 class _Distiller(Trainer):
     """A `Trainer` of our loss."""
 
-    teacher: nn.Module | None = None
+    aim: Aim = Aim()
     compute: torch.dtype = torch.float32
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         with torch.autocast(self.args.device.type, self.compute, enabled=self.compute != torch.float32):
-            loss = losses(model, self.teacher, inputs)
+            loss = losses(model, self.aim, inputs)
         return (loss, {}) if return_outputs else loss
 
 
@@ -130,7 +136,7 @@ class _Watch(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
         found, plan = told["metrics"]["eval_loss"], self.plan
         taken, done = time.monotonic() - self.began, state.global_step - self.first
-        speed = done * plan.batch * plan.windows.ids.shape[1] / max(taken, 1e-9)
+        speed = done * plan.tokens_a_step / max(taken, 1e-9)
         left = taken / max(done, 1) * (plan.steps - state.global_step)
         self.tell(Progressed(state.global_step, plan.steps, found, self.since, speed, left))
         if not found < _HOPELESS * self.start:
@@ -145,7 +151,7 @@ class _Watch(TrainerCallback):
 
 def train(
     learning: Learning,
-    teacher: PreTrainedModel | None,
+    aim: Aim,
     plan: Plan,
     saved: Callable[[], None],
     tell: Tell,
@@ -153,7 +159,6 @@ def train(
     """Train; the model ends with the best weights that were met, as they will be saved.
 
     Args:
-        teacher: to imitate; None: the text's own tokens are predicted.
         saved: is called when there is a checkpoint to go on from.
     """
     model, every = learning.model, max(plan.steps // EVALUATIONS, 1)
@@ -199,14 +204,14 @@ def train(
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.teacher, trainer.compute = teacher, plan.compute
-    before = _held_out(model, teacher, plan)
+    trainer.aim, trainer.compute = aim, plan.compute
+    before = _held_out(model, aim, plan)
     watch.start = before
     last = get_last_checkpoint(str(plan.folder)) if plan.folder.is_dir() else None
     with _quiet():
         trainer.train(resume_from_checkpoint=last)
     learning.settle()
-    state, after = trainer.state, _held_out(model.eval(), teacher, plan)
+    state, after = trainer.state, _held_out(model.eval(), aim, plan)
     best = int(state.best_global_step or 0)
     if not after < before:
         best, after = 0, before
@@ -218,7 +223,7 @@ def train(
         steps=state.global_step,
         held_out=[(0, before), *_curve(state.log_history, "eval_loss")],
         trained=_curve(state.log_history, "loss"),
-        tokens=state.global_step * plan.batch * plan.windows.ids.shape[1],
+        tokens=state.global_step * plan.tokens_a_step,
         seconds=time.monotonic() - watch.began,
         diverged=watch.diverged,
     )
@@ -239,12 +244,12 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _held_out(model: PreTrainedModel, teacher: PreTrainedModel | None, plan: Plan) -> float:
+def _held_out(model: PreTrainedModel, aim: Aim, plan: Plan) -> float:
     """The mean loss on the held-out windows."""
     total = 0.0
     for inputs in plan.held_out.batches(plan.batch, model.device):
         with torch.autocast(model.device.type, plan.compute, enabled=plan.compute != torch.float32):
-            total += float(losses(model, teacher, inputs)) * len(inputs["input_ids"])
+            total += float(losses(model, aim, inputs)) * len(inputs["input_ids"])
     return total / len(plan.held_out.ids)
 
 
