@@ -61,24 +61,29 @@ def recover(model: str | Path, output: str | Path | None = None, *, progress: Pr
         InputError: bad input, in one line; nothing has been written.
     """
     config = RecoverConfig.create({**options, "model": spelled(model), "output": None if output is None else str(output)})
-    return _recover(config, progress or Progress())
+    return _recover(config, progress or Progress(), in_place=False)
 
 
 def recover_in_place(folder: Path, config: PruneConfig, progress: Progress) -> Result:
     """Train what a run of `config` has just pruned into `folder`, which the result replaces when it is whole."""
     text = "auto" if config.calibration == GIVEN else config.calibration
     options = {"tokens": config.recover, "text": text, "device": config.device, "output": str(folder)}
-    return _recover(RecoverConfig.create({"model": str(folder), **options}), progress)
+    return _recover(RecoverConfig.create({"model": str(folder), **options}), progress, in_place=True)
 
 
-def _recover(config: RecoverConfig, progress: Progress) -> Result:
+def _recover(config: RecoverConfig, progress: Progress, *, in_place: bool) -> Result:
     with plain_errors(), joined() as ranks:
-        return _Recovery.begin(config, progress, ranks).run()
+        return _Recovery.begin(config, progress, ranks, in_place).run()
 
 
 @dataclass(frozen=True, slots=True)
 class _Recovery:
-    """What is to be done, checked. `record` is that of the run that pruned the model."""
+    """What is to be done, checked.
+
+    Attributes:
+        record: that of the run that pruned the model.
+        in_place: the result takes the model's own place.
+    """
 
     config: RecoverConfig
     progress: Progress
@@ -91,9 +96,10 @@ class _Recovery:
     compute: torch.dtype
     training: Windows
     evaluation: Windows | None
+    in_place: bool
 
     @classmethod
-    def begin(cls, config: RecoverConfig, progress: Progress, ranks: Ranks) -> _Recovery:
+    def begin(cls, config: RecoverConfig, progress: Progress, ranks: Ranks, in_place: bool) -> _Recovery:
         """Raises: InputError: it is not possible."""
         folder = user_path(config.model, "model")
         record = _pruned(folder)
@@ -105,7 +111,7 @@ class _Recovery:
         if ranks.first:
             put_right(output)
         ranks.agree(None)
-        if not _in_place(config):
+        if not in_place:
             check_output(output, folder, config.overwrite)
         own, device = load_config(folder), pick_device(config.device, ranks.local)
         compute = ranks.agree(pick_dtype(config.dtype, device, own)[0])
@@ -123,7 +129,7 @@ class _Recovery:
         wanted = steps * config.batch_size * seqlen + HELD_OUT * seqlen
         training = training_windows(text, tokenizer, tokens=wanted, seqlen=seqlen, seed=config.seed)
         evaluation = evaluation_windows(evaluated, tokenizer, seqlen=seqlen) if evaluated else None
-        return cls(config, progress, ranks, folder, output, record, teacher, device, compute, training, evaluation)
+        return cls(config, progress, ranks, folder, output, record, teacher, device, compute, training, evaluation, in_place)
 
     def run(self) -> Result:
         skeleton = Skeleton(Checkpoint(self.folder), load_config(self.folder), torch.device("meta"), torch.float32)
@@ -150,7 +156,7 @@ class _Recovery:
             self.record.recovery = self._told(found, values)
             if manifest:
                 self._write(learning, skeleton, manifest.folder)
-                publish(manifest.folder, self.output, overwrite=config.overwrite or _in_place(config))
+                publish(manifest.folder, self.output, overwrite=config.overwrite or self.in_place)
         self.ranks.agree(None)  # the output is there when any process returns
         self.progress.recovered(self.record, self.output)
         return Result(self.record, None, self.output)
@@ -261,10 +267,6 @@ class _Recovery:
 
 
 def _nothing() -> None: ...
-
-
-def _in_place(config: RecoverConfig) -> bool:
-    return config.model == config.output
 
 
 def _pruned(folder: Path) -> RunRecord:

@@ -10,6 +10,8 @@ from llmprune.base.precision import full_float32
 from llmprune.steps.structured.scores.base import Coupled
 from llmprune.steps.structured.scores.second_order import rounds
 
+_NOTHING = 1e-5  # nats a token: below it KL divergences are rounding
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -61,12 +63,12 @@ def mean(curves: Sequence[Curve]) -> Curve:
 def in_nats(curves: Sequence[Curve], gone: int, nats: Sequence[float]) -> list[Curve]:
     """Each layer's curve, scaled by what the model lost with `gone` parts of this layer alone removed.
 
-    What loses next to nothing says little of what more would lose: the scale is at least a tenth of the layers' median.
+    What loses nothing that can be measured says nothing of what more would lose: it counts a tenth of the layers' median.
     """
-    errors = [curve.at(gone) for curve in curves]
-    own = [lost / error if error > 0 else 0.0 for lost, error in zip(nats, errors, strict=True)]
-    typical = median([scale for scale in own if scale > 0] or [1.0])
-    return [curve.scaled(max(scale, typical / 10)) for curve, scale in zip(curves, own, strict=True)]
+    measured = [(lost, curve.at(gone)) for lost, curve in zip(nats, curves, strict=True)]
+    own = [lost / error if lost > _NOTHING and error > 0 else None for lost, error in measured]
+    typical = median([scale for scale in own if scale is not None] or [1.0])
+    return [curve.scaled(typical / 10 if scale is None else scale) for curve, scale in zip(curves, own, strict=True)]
 
 
 def allocate(parts: Sequence[Part], save: int) -> list[int]:
