@@ -37,14 +37,15 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 TRAININGS: dict[str, dict[str, Any]] = {
     "kept, kd": {},
+    "lora, kd": {"train": "lora"},
     "kept, ce": {"loss": "ce"},
     "small, kd": {"train": "small"},
 }
 CELLS: list[tuple[str, str, str]] = [
-    *(("balanced", pattern, "kept, kd") for pattern in ("2:4", "50%", "70%", "25% neurons", "50% neurons")),
-    *(("balanced", "2:4", training) for training in ("kept, ce", "small, kd")),
-    *(("best", pattern, "kept, kd") for pattern in ("2:4", "70%")),
-    *((start, "2:4", "kept, kd") for start in ("sparsegpt", "wanda", "magnitude")),
+    *(("balanced", "2:4", training) for training in TRAININGS),
+    *((start, "2:4", "kept, kd") for start in ("magnitude", "wanda", "sparsegpt", "best")),
+    *(("balanced", pattern, "kept, kd") for pattern in ("70%", "50%", "25% neurons", "50% neurons")),
+    ("best", "70%", "kept, kd"),
 ]
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hub import serve
 
 import llmprune
@@ -438,6 +439,7 @@ def test_a_hub_model_takes_the_same_road(folder: Path, text: Path, tmp_path: Pat
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(tmp_path / "cache"),
             "HF_HUB_DISABLE_XET": "1",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # others add in another order
         }
         run = ["--sparsity", "2:4", "--calibration", str(text), *QUICK, "--output", str(tmp_path / "out")]
         commands = [["--model", "acme/tiny", *run], ["--model", "acme/absent", *run[:-1], str(tmp_path / "other")]]

@@ -106,7 +106,7 @@ class _Recovery:
         output = user_path(config.output or f"{folder.name}-recovered", "output")
         if config.batch_size % ranks.size:
             raise InputError(
-                f"{count(ranks.size, 'process')} cannot share {config.batch_size} windows: give a multiple of them"
+                f"{count(ranks.size, 'process')} cannot share {count(config.batch_size, 'window')}: give a multiple"
             )
         if ranks.first:
             put_right(output)
@@ -170,7 +170,7 @@ class _Recovery:
     def _announce(self, trained: int) -> None:
         config, windows = self.config, self.training
         seqlen, steps = windows.ids.shape[1], self._steps()
-        each = f"{config.batch_size} windows x {seqlen} tokens"
+        each = f"{count(config.batch_size, 'window')} x {seqlen} tokens"
         what = {
             "kept": "kept weights of the blocks, with their zeros",
             "small": "norms and biases of the blocks",

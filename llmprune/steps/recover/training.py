@@ -231,14 +231,16 @@ def train(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without bars for every checkpoint that is written, and without torch's advice on loading data."""
-    shown = logging.is_progress_bar_enabled()
+    """Without bars for every checkpoint that is written, what is said of tied weights in it, and torch's advice on data."""
+    shown, said = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torch.utils.data")
             yield
     finally:
+        logging.set_verbosity(said)
         if shown:
             logging.enable_progress_bar()
 
