@@ -76,8 +76,8 @@ class RecoverConfig(Options):
             raise InputError("teacher has no effect here: with --loss ce and --eval-text none nothing asks it")
         if self.steps() < 1:
             raise InputError(
-                f"tokens {self.tokens} is less than one step of {count(self.batch_size, 'window')} of {self.seqlen} tokens: ask "
-                "for more, or a smaller --batch-size or --seqlen"
+                f"tokens {self.tokens} is less than one step of {count(self.batch_size, 'window')} of {self.seqlen} tokens: "
+                "ask for more, or a smaller --batch-size or --seqlen"
             )
 
     def steps(self, seqlen: int | None = None) -> int:
