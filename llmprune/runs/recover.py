@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from llmprune.base.errors import InputError, plain_errors, user_path
-from llmprune.base.files import PACKED, RECORD
 from llmprune.base.folders import check_output, check_room, publish
 from llmprune.base.folders import recover as put_right
 from llmprune.base.hardware import dtype_name, pick_device, pick_dtype
@@ -29,11 +28,11 @@ from llmprune.job.recovery import SHARES, RecoverConfig
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.extras import copy_extras
-from llmprune.models.resolve import ModelFolder, look_up, resolve, spelled
-from llmprune.models.skeleton import Skeleton, find_tokenizer, load_config, load_model, load_tokenizer
+from llmprune.models.resolve import ModelFolder, spelled
+from llmprune.models.skeleton import Skeleton, load_config, load_model, load_tokenizer
 from llmprune.output.resume import Manifest, continued, partial_folder
 from llmprune.output.write import write_record
-from llmprune.reports.saved import read_runs
+from llmprune.runs.pruned import check_teacher, dense_model, evaluated_on, of_bundled, pruned_parameters, pruned_record
 from llmprune.runs.result import Result
 from llmprune.steps.recover.learning import Aim, Learning, prepare
 from llmprune.steps.recover.training import Plan, Trained, train
@@ -102,7 +101,7 @@ class _Recovery:
     def begin(cls, config: RecoverConfig, progress: Progress, ranks: Ranks, in_place: bool) -> _Recovery:
         """Raises: InputError: it is not possible."""
         folder = user_path(config.model, "model")
-        record = _pruned(folder)
+        record = pruned_record(folder)
         output = user_path(config.output or f"{folder.name}-recovered", "output")
         if config.batch_size % ranks.size:
             raise InputError(
@@ -116,11 +115,11 @@ class _Recovery:
         own, device = load_config(folder), pick_device(config.device, ranks.local)
         compute = ranks.agree(pick_dtype(config.dtype, device, own)[0])
         tokenizer = load_tokenizer(folder)
-        evaluated = _evaluated(config, record)
-        teacher = _teacher(config, record) if SHARES[config.loss] or evaluated else None
+        evaluated = evaluated_on(config, record)
+        teacher = dense_model(config, record) if SHARES[config.loss] or evaluated else None
         if teacher:
-            _check_teacher(teacher, own.get_text_config().vocab_size, tokenizer)
-        text = ("pydoc" if _bundled(record) else "c4") if config.text == "auto" else config.text
+            check_teacher(teacher, own.get_text_config().vocab_size, tokenizer)
+        text = ("pydoc" if of_bundled(record) else "c4") if config.text == "auto" else config.text
         if evaluated and names_a_file(text) and evaluated == text:
             raise InputError(f"text {text} is what perplexity is measured on: train on another, or pass --eval-text")
         positions = getattr(own.get_text_config(), "max_position_embeddings", None) or config.seqlen
@@ -134,7 +133,7 @@ class _Recovery:
     def run(self) -> Result:
         skeleton = Skeleton(Checkpoint(self.folder), load_config(self.folder), torch.device("meta"), torch.float32)
         model = load_model(self.folder, load_config(self.folder), self.device, torch.float32)
-        storage, pruned = skeleton.storage(), _parameters_of(skeleton, self.record)
+        storage, pruned = skeleton.storage(), pruned_parameters(skeleton, self.record)
         config = self.config
         learning = prepare(model, config.train, pruned, storage, rank=config.rank, seed=config.seed)
         everything, own = (sum(p.numel() for p in some) for some in (model.parameters(), learning.learned()))
@@ -267,65 +266,3 @@ class _Recovery:
 
 
 def _nothing() -> None: ...
-
-
-def _pruned(folder: Path) -> RunRecord:
-    """The record of the run that pruned the model.
-
-    Raises:
-        InputError: the folder was not pruned by llmprune, or is packed.
-    """
-    if not folder.is_dir():
-        raise InputError(f"model {folder} is no folder: name one that llmprune wrote")
-    if (folder / PACKED).is_file():
-        raise InputError(f"{folder} is packed: recover the folder that it was packed from, or `llmprune unpack` it first")
-    if not (folder / RECORD).is_file():
-        raise InputError(f"{folder} holds no {RECORD}: recover trains what llmprune pruned")
-    return read_runs([str(folder)])[0].record
-
-
-def _parameters_of(skeleton: Skeleton, record: RunRecord) -> set[str]:
-    """The model's parameters that hold pruned matrices."""
-    pruned = {site.name for site in record.sites}
-    return {site.parameter for block in skeleton.describe() for site in block.sites if site.name in pruned}
-
-
-def _evaluated(config: RecoverConfig, record: RunRecord) -> str | None:
-    """The text that perplexity is measured on."""
-    if config.eval_text == "auto":
-        return record.pruned.text if record.pruned else None
-    return None if config.eval_text == "none" else config.eval_text
-
-
-def _bundled(record: RunRecord) -> bool:
-    try:
-        found = look_up(record.arguments["model"])
-    except InputError:
-        return False
-    return isinstance(found, ModelFolder) and found.bundled
-
-
-def _teacher(config: RecoverConfig, record: RunRecord) -> ModelFolder:
-    """The dense model."""
-    if config.teacher is not None:
-        return resolve(config.teacher)
-    model = record.model
-    if model["name"] == model["class"]:
-        raise InputError("the model that was pruned was one in memory: name its dense twin with --teacher")
-    named = f"{model['hub_id']}@{model['commit']}" if model["hub_id"] and model["commit"] else record.arguments["model"]
-    try:
-        return resolve(named)
-    except InputError as error:
-        raise InputError(f"the dense model is not where it was ({error}): name it with --teacher") from None
-
-
-def _check_teacher(teacher: ModelFolder, vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises: InputError: it predicts other tokens."""
-    own = load_config(teacher.path).get_text_config().vocab_size
-    if own != vocabulary:
-        raise InputError(
-            f"teacher {teacher.name} has a vocabulary of {own} tokens, the model one of {vocabulary}: name its own"
-        )
-    other = find_tokenizer(teacher.path)
-    if other is not None and other.get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"teacher {teacher.name} has another tokenizer than the model: name the model's own dense twin")
