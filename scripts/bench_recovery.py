@@ -64,7 +64,7 @@ def start(name: str, pattern: str, folder: Path) -> Path:
         how: dict[str, Any] = {"sparsity": pattern, **STARTS[name]}
         if pattern.endswith(" neurons"):
             how = {"neurons": pattern.removesuffix(" neurons")}
-        some = {"calibration": "pydoc", "samples": SAMPLES, "seqlen": LENGTH, "eval_text": "none", "dtype": "float32"}
+        some: Row = {"calibration": "pydoc", "samples": SAMPLES, "seqlen": LENGTH, "eval_text": "none", "dtype": "float32"}
         llmprune.prune("llama", output=output, **some, **how)
     return output
 

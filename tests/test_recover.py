@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
 from llmprune.base.errors import InputError
+from llmprune.cli.tables import recovery_table
 from llmprune.data import pydoc
 from llmprune.job.progress import Progress, Progressed
 from llmprune.models.resolve import BUNDLED
@@ -263,6 +264,12 @@ def test_one_command_prunes_and_trains(text: str, tmp_path: Path) -> None:
         llmprune.prune(
             tiny_model("llama"), **(asked | {"output": str(tmp_path / "no"), "calibration": torch.ones(2, 8).long()})
         )
+
+
+def test_the_table_names_each_text_once(text: str, tmp_path: Path) -> None:
+    record = llmprune.recover(pruned(tmp_path, text), tmp_path / "out", text=text, **TRAIN).record
+    first, *_ = recovery_table(record).columns[0].cells
+    assert first == f"KL from the teacher on held-out windows of {text}"
 
 
 class Notes(Progress):

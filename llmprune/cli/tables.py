@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llmprune.base.words import count, size
 from llmprune.cost.footprint import changes
-from llmprune.job.record import COMPUTED, RunRecord, excess_loss
+from llmprune.job.record import COMPUTED, Perplexity, RunRecord, excess_loss
 from llmprune.job.speedup import speed_rows
 
 
@@ -33,8 +33,7 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     """What is measured, before and after."""
     if record.dense and record.pruned:
         found = record.pruned
-        protocol = f"{escape(found.text)}, {count(found.windows, 'window')} x {found.length} tokens{found.computed()}"
-        yield f"perplexity ({protocol})", f"{record.dense.value:.3f}", f"{found.value:.3f}"
+        yield f"perplexity ({_protocol(found)})", f"{record.dense.value:.3f}", f"{found.value:.3f}"
         yield "loss, nats a token more", "", f"{excess_loss(record.dense, record.pruned):+.4f}"
     yield from speed_rows(record.structure)
     if record.sites:
@@ -68,21 +67,23 @@ def recovery_table(record: RunRecord) -> Table:
     for number in (1, 2):
         table.columns[number].justify = "right"
     what = "KL from the teacher" if told["arguments"]["loss"] == "kd" else "loss"
-    what += f" on held-out windows of {escape(told['text'])}"
     table.add_row(
         f"{what} on held-out windows of {escape(told['text'])}", f"{told['loss_before']:.4f}", f"{told['loss_after']:.4f}"
     )
     if record.dense and record.pruned:
         found, before = record.pruned, told["excess_loss_before"]
-        protocol = f"{escape(found.text)}, {count(found.windows, 'window')} x {found.length} tokens{found.computed()}"
         was = f"{record.dense.value * math.exp(before):.3f}"
-        table.add_row(f"perplexity ({protocol}); dense {record.dense.value:.3f}", was, f"{found.value:.3f}")
+        table.add_row(f"perplexity ({_protocol(found)}); dense {record.dense.value:.3f}", was, f"{found.value:.3f}")
         after = excess_loss(record.dense, found)
         table.add_row("loss, nats a token more than dense", f"{before:+.4f}", f"{after:+.4f}")
     table.add_row("tokens trained on", "", f"{told['tokens']:,}")
     table.add_row("best step", "", f"{told['best']} of {told['steps']}")
     table.add_row("seconds of training", "", f"{told['seconds']:.1f}")
     return table
+
+
+def _protocol(found: Perplexity) -> str:
+    return f"{escape(found.text)}, {count(found.windows, 'window')} x {found.length} tokens{found.computed()}"
 
 
 def share(error: float | None) -> str:

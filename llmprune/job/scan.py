@@ -123,6 +123,14 @@ def loss(one: Scanned, probe: str, pattern: Pattern | None) -> float:
     return one.nats * one.error(pattern) / max(one.errors[probe], _LEAST)
 
 
+def by_kind(matrices: Sequence[Scanned]) -> dict[str, list[Scanned]]:
+    """Those of one kind together, in their order."""
+    kinds: dict[str, list[Scanned]] = {}
+    for one in matrices:
+        kinds.setdefault(one.kind, []).append(one)
+    return kinds
+
+
 def total_weights(matrices: Sequence[Scanned]) -> int:
     return sum(one.weights for one in matrices)
 

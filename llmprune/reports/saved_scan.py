@@ -13,8 +13,6 @@ from llmprune.job.scan import Allocation, Scan
 from llmprune.numerics.patterns import parse
 from llmprune.reports.saved import CalibrationFacts, ComputeFacts, Misfit, ModelFacts, read_as
 
-_MOST = 100_000  # blocks, which are drawn side by side
-
 
 @dataclass(frozen=True, slots=True)
 class SavedScan:
@@ -57,7 +55,7 @@ def _relations(scan: Scan) -> Iterator[tuple[str, bool, str]]:
     """Of numbers to one another: where, whether they are right, and what is."""
     yield "matrices", bool(scan.matrices), "at least one"
     for number, one in enumerate(scan.matrices):
-        yield f"matrices[{number}].block", one.block < min(scan.model["blocks"], _MOST), "one of the model's"
+        yield f"matrices[{number}].block", one.block < scan.model["blocks"], "one of the model's"
         yield f"matrices[{number}].errors", scan.probe in one.errors, f"measured at {scan.probe}, too"
         for text in one.errors:
             parse(text)

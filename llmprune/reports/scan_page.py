@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmprune.base.words import count
-from llmprune.job.scan import Allocation, Scan, Scanned, total_weights
+from llmprune.job.scan import Allocation, Scan, Scanned, by_kind, total_weights
 from llmprune.numerics.patterns import NM, Pattern, Unstructured
 from llmprune.reports.cells import calibration_text, cell, table, text_cell
 from llmprune.reports.saved_scan import SavedScan
@@ -40,13 +40,6 @@ def scan_content(saved: SavedScan) -> dict[str, Any]:
     return {"report": 1, "title": f"{scan.model['name']}, scanned", "scan": found}
 
 
-def _by_kind(matrices: Sequence[Scanned]) -> dict[str, list[Scanned]]:
-    kinds: dict[str, list[Scanned]] = {}
-    for one in matrices:
-        kinds.setdefault(one.kind, []).append(one)
-    return kinds
-
-
 def _blocks(scan: Scan) -> int:
     return len({one.block for one in scan.matrices})
 
@@ -54,7 +47,7 @@ def _blocks(scan: Scan) -> int:
 def _curves(matrices: Sequence[Scanned]) -> dict[str, list[tuple[float, float]]]:
     """Of each kind the sparsities that all its matrices were measured at, and the mean error there."""
     curves = {}
-    for kind, own in _by_kind(matrices).items():
+    for kind, own in by_kind(matrices).items():
         each = [dict(one.curve()) for one in own]
         shared = sorted(set.intersection(*map(set, each)))
         curves[kind] = [(sparsity, sum(curve[sparsity] for curve in each) / len(each)) for sparsity in shared]
@@ -63,7 +56,7 @@ def _curves(matrices: Sequence[Scanned]) -> dict[str, list[tuple[float, float]]]
 
 def _map(scan: Scan, value: Callable[[Scanned], float | None], show: Callable[[float], str]) -> dict[str, Any]:
     """By kind of matrix, down, and block, across; where a block has several of a kind, the mean by weights."""
-    blocks, kinds = sorted({one.block for one in scan.matrices}), _by_kind(scan.matrices)
+    blocks, kinds = sorted({one.block for one in scan.matrices}), by_kind(scan.matrices)
     values = [[_mean([one for one in own if one.block == block], value) for block in blocks] for own in kinds.values()]
     texts = [["" if own is None else show(own) for own in row] for row in values]
     return {"rows": list(kinds), "blocks": blocks, "values": values, "texts": texts}

@@ -23,7 +23,7 @@ from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
 from llmprune.job.progress import Progress
 from llmprune.job.record import RunRecord
-from llmprune.job.scan import Scan, Scanned, total_weights
+from llmprune.job.scan import Scan, by_kind, total_weights
 from llmprune.models.resolve import ModelFolder, resolve, spelled
 from llmprune.models.skeleton import Skeleton, find_tokenizer
 from llmprune.numerics.patterns import NM, Pattern, Unstructured, parse
@@ -136,9 +136,6 @@ def proposals(found: Scan) -> dict[str, Mapping[str, Pattern | None]]:
 
 def show(found: Scan, model: str, output: str, console: Console) -> None:
     """A table by kind of matrix, and what to do with the files; `model` as the user wrote it."""
-    kinds: dict[str, list[Scanned]] = {}
-    for one in found.matrices:
-        kinds.setdefault(one.kind, []).append(one)
     proposed = {text: own for text, own in proposals(found).items() if isinstance(parse(text), Unstructured)}
     table = Table(
         title=f"mean output error; nats a token lost by one matrix alone at {found.probe}; sparsity proposed by sensitivity",
@@ -147,7 +144,7 @@ def show(found: Scan, model: str, output: str, console: Console) -> None:
     columns = ["", "error 50%", "70%", "nats, alone", *(f"for {text}" for text in proposed)]
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for kind, own in kinds.items():
+    for kind, own in by_kind(found.matrices).items():
         errors = [sum(one.error(parse(text)) for one in own) / len(own) for text in ("50%", "70%")]
         nats = [one.nats for one in own]
         mean = [

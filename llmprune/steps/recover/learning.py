@@ -75,19 +75,20 @@ def prepare(
     model.requires_grad_(False)
     if train == "lora":
         chosen = {name: own for name, own in inside.items() if name in pruned or (not pruned and own.ndim == 2)}
-        changed = {name: own.detach().to("cpu", storage[name], copy=True) for name, own in chosen.items()}
-        generator = torch.Generator().manual_seed(seed)
-        return Learning(
-            model, changed, storage, [_adapt(model, name, _Adapter(own, rank, generator)) for name, own in chosen.items()]
-        )
-    chosen = {name: own for name, own in inside.items() if train == "kept" or own.ndim == 1}
+    else:
+        chosen = {name: own for name, own in inside.items() if train == "kept" or own.ndim == 1}
     if not chosen:
         raise InputError(f"the blocks of {type(model).__name__} have no norms or biases to train: use --train kept")
+    changed = {name: own.detach().to("cpu", storage[name], copy=True) for name, own in chosen.items()}
+    if train == "lora":
+        generator = torch.Generator().manual_seed(seed)
+        adapted = [_adapt(model, name, _Adapter(own, rank, generator)) for name, own in chosen.items()]
+        return Learning(model, changed, storage, adapted)
     for name, parameter in chosen.items():
         parameter.requires_grad_()
         if name in pruned:
             parameter.register_hook(_Masked(parameter.detach() != 0))
-    return Learning(model, {name: own.detach().to("cpu", storage[name], copy=True) for name, own in chosen.items()}, storage)
+    return Learning(model, changed, storage)
 
 
 class _Masked:

@@ -161,44 +161,11 @@ def train(
     Args:
         saved: is called when there is a checkpoint to go on from.
     """
-    model, every = learning.model, max(plan.steps // EVALUATIONS, 1)
-    arguments = TrainingArguments(
-        output_dir=str(plan.folder),
-        max_steps=plan.steps,
-        per_device_train_batch_size=plan.batch,
-        per_device_eval_batch_size=plan.batch,
-        learning_rate=plan.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(round(_WARMUP * plan.steps), 1),
-        weight_decay=0.0,
-        adam_beta1=_MOMENTS[0],
-        adam_beta2=_MOMENTS[1],
-        max_grad_norm=1.0,
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        logging_strategy="steps",
-        logging_steps=every,
-        logging_nan_inf_filter=False,
-        seed=plan.seed,
-        data_seed=plan.seed,
-        use_cpu=model.device.type == "cpu",
-        report_to=[],
-        disable_tqdm=True,
-        prediction_loss_only=True,
-        label_names=["input_ids"],  # so that it asks for the loss when it evaluates
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
+    model = learning.model
     watch = _Watch(plan, tell, saved)
     trainer = _Distiller(
         model=model,
-        args=arguments,
+        args=_arguments(plan, use_cpu=model.device.type == "cpu"),
         train_dataset=_Rows(plan.windows),
         eval_dataset=_Rows(plan.held_out),
         callbacks=[watch],
@@ -226,6 +193,43 @@ def train(
         tokens=state.global_step * plan.tokens_a_step,
         seconds=time.monotonic() - watch.began,
         diverged=watch.diverged,
+    )
+
+
+def _arguments(plan: Plan, *, use_cpu: bool) -> TrainingArguments:
+    every = max(plan.steps // EVALUATIONS, 1)
+    return TrainingArguments(
+        output_dir=str(plan.folder),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.batch,
+        per_device_eval_batch_size=plan.batch,
+        learning_rate=plan.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(round(_WARMUP * plan.steps), 1),
+        weight_decay=0.0,
+        adam_beta1=_MOMENTS[0],
+        adam_beta2=_MOMENTS[1],
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_strategy="steps",
+        logging_steps=every,
+        logging_nan_inf_filter=False,
+        seed=plan.seed,
+        data_seed=plan.seed,
+        use_cpu=use_cpu,
+        report_to=[],
+        disable_tqdm=True,
+        prediction_loss_only=True,
+        label_names=["input_ids"],  # so that it asks for the loss when it evaluates
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
     )
 
 

@@ -10,7 +10,7 @@ from llmprune.data.windows import Texts
 from llmprune.job.allocation import as_texts
 from llmprune.job.job import Job
 from llmprune.job.record import RunRecord
-from llmprune.job.scan import Allocation, Scan, Scanned, loss, total_weights
+from llmprune.job.scan import Allocation, Scan, Scanned, by_kind, loss, total_weights
 from llmprune.numerics.patterns import Pattern, Unstructured, parse
 from llmprune.output.resume import Manifest
 from llmprune.steps.base import Work
@@ -122,11 +122,8 @@ def reckoned_loss(scan: Scan, allocation: Allocation) -> float:
 
 def describe(matrices: Sequence[Scanned], allocation: Allocation) -> str:
     """By kind of matrix, in words."""
-    kinds: dict[str, list[Scanned]] = {}
-    for one in matrices:
-        kinds.setdefault(one.kind, []).append(one)
     parts = []
-    for kind, own in kinds.items():
+    for kind, own in by_kind(matrices).items():
         patterns = [allocation[one.name] for one in own]
         if all(isinstance(pattern, Unstructured) for pattern in patterns):
             dropped = [1 - share(pattern) for pattern in patterns]
