@@ -31,8 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "measure": {"base", "models", "data", "stream", "formats", "cost", "job"},
     "output": {"base", "numerics", "models", "data", "formats", "cost", "job"},
     "reports": {"base", "numerics", "models", "formats", "cost", "job", "output"},
-    "steps/recover": {"base", "models", "data", "job", "output"},
     "steps": {"base", "models", "data", "stream", "job", "output"},
+    "steps/recover": {"base", "models", "data", "stream", "job", "measure", "output", "steps"},
     "steps/weights": {
         *("base", "numerics", "models", "data", "solvers", "stream", "formats", "cost", "job", "measure", "output", "steps"),
     },

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import llmprune
 from llmprune.base.errors import InputError
 from llmprune.numerics import attention
-from llmprune.steps.weights import reconstruct
+from llmprune.steps import fitting
 
 OPTIONS = {"sparsity": "50%", "calibration": tokens(16, 24), "batch_size": 2, "method": "wanda"}
 
@@ -53,7 +53,7 @@ def test_biases_of_zeros_are_fitted_too(family: str) -> None:
 
 def test_never_ends_worse_than_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps so large that every one of them does harm leave the block as it was."""
-    monkeypatch.setattr(reconstruct, "RATE", 30.0)
+    monkeypatch.setattr(fitting, "RATE", 30.0)
     plain, fitted = tiny_model("llama"), tiny_model("llama")
     llmprune.prune(plain, **OPTIONS)
     record = llmprune.prune(fitted, **OPTIONS, reconstruct=True).record
@@ -64,11 +64,11 @@ def test_never_ends_worse_than_it_began(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("steps", [1, 2, 28])
 def test_the_rate_rises_then_falls_and_stays_within_its_bounds(steps: int) -> None:
-    rates = [reconstruct.rate_at(step, steps) for step in range(steps)]
+    rates = [fitting.rate_at(step, steps) for step in range(steps)]
     top = rates.index(max(rates))
     assert all(0 < rate <= 1 for rate in rates)
     assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
-    assert top <= reconstruct.RISE * (steps + 1)
+    assert top <= fitting.RISE * (steps + 1)
     assert steps < 28 or (rates[0] < 0.2 and rates[-1] < 0.1)
 
 

@@ -9,7 +9,8 @@ from llmprune.base.notation import DTYPES
 from llmprune.cli.commands import COMMANDS
 from llmprune.cli.commands.prune import NAMES
 from llmprune.cli.parser import declare, main_parser, others
-from llmprune.job.options import LAYER_SCORES, MEANS, PHASES, PLACES
+from llmprune.job.fields import PLACES
+from llmprune.job.options import LAYER_SCORES, MEANS, PHASES
 from llmprune.job.recipes import QUALITIES, TARGETS
 from llmprune.job.recovery import SHARES, TRAINED
 

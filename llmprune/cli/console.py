@@ -133,7 +133,7 @@ class Console(Progress):
 
     def block(self, index: int) -> None:
         pruned = f"output error: {_errors(self._in_block)}{self._fit}" if self._in_block else "nothing pruned"
-        came = self._came or _removals(self._gone) or ("stays" if not self._sites else pruned)
+        came = self._came or _removals(self._gone) or (self._fit.strip() or "stays" if not self._sites else pruned)
         if not self._sites:
             self._done = index + 1
         title = f"block {index + 1}/{self._blocks}  "

@@ -11,6 +11,7 @@ from rich.table import Table
 from llmprune.base.words import count, size
 from llmprune.cost.footprint import changes
 from llmprune.job.record import COMPUTED, Perplexity, RunRecord, excess_loss
+from llmprune.job.recovery import measure, shown
 from llmprune.job.speedup import speed_rows
 
 
@@ -66,18 +67,17 @@ def recovery_table(record: RunRecord) -> Table:
     table, told = Table("measured in this run", "before", "after", title=None), record.recovery
     for number in (1, 2):
         table.columns[number].justify = "right"
-    what = "KL from the teacher" if told["arguments"]["loss"] == "kd" else "loss"
-    table.add_row(
-        f"{what} on held-out windows of {escape(told['text'])}", f"{told['loss_before']:.4f}", f"{told['loss_after']:.4f}"
-    )
+    asked = told["arguments"]
+    before, after = (shown(asked, told[name]) for name in ("loss_before", "loss_after"))
+    table.add_row(f"{measure(asked, 'the teacher')} on held-out windows of {escape(told['text'])}", before, after)
     if record.dense and record.pruned:
-        found, before = record.pruned, told["excess_loss_before"]
-        was = f"{record.dense.value * math.exp(before):.3f}"
+        found, lost = record.pruned, told["excess_loss_before"]
+        was = f"{record.dense.value * math.exp(lost):.3f}"
         table.add_row(f"perplexity ({_protocol(found)}); dense {record.dense.value:.3f}", was, f"{found.value:.3f}")
-        after = excess_loss(record.dense, found)
-        table.add_row("loss, nats a token more than dense", f"{before:+.4f}", f"{after:+.4f}")
+        table.add_row("loss, nats a token more than dense", f"{lost:+.4f}", f"{excess_loss(record.dense, found):+.4f}")
     table.add_row("tokens trained on", "", f"{told['tokens']:,}")
-    table.add_row("best step", "", f"{told['best']} of {told['steps']}")
+    if "best" in told:
+        table.add_row("best step", "", f"{told['best']} of {told['steps']}")
     table.add_row("seconds of training", "", f"{told['seconds']:.1f}")
     return table
 

@@ -25,6 +25,7 @@ _AMOUNTS = {
     "target_speedup": "a factor such as 1.5x",
     **dict.fromkeys(("tokens", "recover"), "a number such as 2M"),
 }
+PLACES = ("memory", "disk")  # where hidden states rest
 _WORDS: dict[Any, str] = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple[str, ...]: "a list of text",
 }  # fmt: skip

@@ -9,9 +9,8 @@ from typing import Any
 
 from llmprune.base.errors import InputError, unknown
 from llmprune.base.notation import AUTO_DTYPE, DTYPES
-from llmprune.job.fields import Options, option
+from llmprune.job.fields import PLACES, Options, option
 
-PLACES = ("memory", "disk")
 LAYER_SCORES = ("influence", "loss")
 PHASES = ("decode", "prefill")
 MEANS = ("structure", "weights")

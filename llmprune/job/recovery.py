@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llmprune.base.errors import InputError, unknown
 from llmprune.base.notation import DTYPES, read_count
 from llmprune.base.words import count
-from llmprune.job.fields import Options, option
+from llmprune.job.fields import PLACES, Options, option
 
-TRAINED = ("kept", "lora", "small")
+BLOCKS = "blocks"
+TRAINED = ("kept", "lora", "small", BLOCKS)
 SHARES = {"kd": 1.0, "mix": 2 / 3, "ce": 0.0}  # of the divergence from the teacher in the loss
 RATES = {"kept": 3e-4, "lora": 1e-3, "small": 1e-3}  # peak learning rates of AdamW
 
@@ -28,7 +31,7 @@ class RecoverConfig(Options):
     )
     train: str = option(
         "kept: all kept weights of the blocks; lora: adapters of low rank on pruned matrices, merged in the end; small: norms "
-        "and biases (default: %(default)s)",
+        "and biases; blocks: as kept, one block after the other in memory (default: %(default)s)",
         "kept",
     )
     rank: int = option("of adapters, with --train lora (default: %(default)s)", 16, metavar="N")
@@ -47,6 +50,11 @@ class RecoverConfig(Options):
         "peak learning rate of AdamW, after which it falls to zero (default: 3e-4; 1e-3 with --train lora or small)", None
     )
     seed: int = option("seed of the order of the text (default: %(default)s)", 0)
+    activations: str = option(
+        "with --train blocks, where hidden states rest: memory, or disk, which takes room beside the output (default: "
+        "%(default)s)",
+        "memory",
+    )  # fmt: skip
     eval_text: str = option(
         "text to measure perplexity on, dense, before and after, never trained on: as --calibration, or none (default: as the "
         "run that pruned it)",
@@ -62,7 +70,7 @@ class RecoverConfig(Options):
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("train", TRAINED), ("loss", SHARES), ("dtype", DTYPES)):
+        for name, known in (("train", TRAINED), ("loss", SHARES), ("activations", PLACES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
         for name, least in (("batch_size", 1), ("seqlen", 2), ("rank", 1)):
@@ -70,6 +78,12 @@ class RecoverConfig(Options):
                 raise InputError(f"{name} {getattr(self, name)} is impossible: give at least {least}")
         if self.rate is not None and not 0 < self.rate < 1:
             raise InputError(f"rate {self.rate:g} is impossible: give a learning rate between 0 and 1, such as 3e-4")
+        if self.train == BLOCKS:
+            for name, usual in (("loss", "kd"), ("rate", None)):
+                if getattr(self, name) != usual:
+                    raise InputError(f"{name} has no effect here: blocks are fitted to what the dense model's put out")
+        elif self.activations != "memory":
+            raise InputError("activations has no effect here: it is there with --train blocks")
         if self.rank != 16 and self.train != "lora":
             raise InputError("rank has no effect here: it is there with --train lora")
         if self.teacher is not None and self.loss == "ce" and self.eval_text == "none":
@@ -85,4 +99,17 @@ class RecoverConfig(Options):
         return read_count("tokens", self.tokens) // (self.batch_size * (seqlen or self.seqlen))
 
     def peak(self) -> float:
+        """The highest learning rate, of training whole models."""
         return RATES[self.train] if self.rate is None else self.rate
+
+
+def measure(arguments: Mapping[str, Any], teacher: str | None) -> str:
+    """What `loss_before` and `loss_after` are, in words."""
+    if arguments["train"] == BLOCKS:
+        return "output error of a block, mean"
+    return f"KL from {teacher}" if arguments["loss"] == "kd" else "loss"
+
+
+def shown(arguments: Mapping[str, Any], value: float) -> str:
+    """Such a number: nats a token, or a share of what the block puts out, squared."""
+    return f"{value:.3%}" if arguments["train"] == BLOCKS else f"{value:.4f}"

@@ -14,6 +14,7 @@ from llmprune.base.words import count, literal
 from llmprune.cost.footprint import changes
 from llmprune.job.naming import asked_text
 from llmprune.job.record import COMPUTED, Perplexity, RunRecord, versions
+from llmprune.job.recovery import BLOCKS, measure, shown
 from llmprune.job.speedup import speed_rows
 from llmprune.output.again import NO_COMMAND, again
 from llmprune.output.public import public_run
@@ -93,18 +94,20 @@ def _trained(recovery: Mapping[str, Any]) -> str:
     """What training afterwards did, in a sentence."""
     if not recovery:
         return ""
-    loss, what = recovery["arguments"]["loss"], recovery["arguments"]["train"]
+    asked = recovery["arguments"]
+    loss, what = asked["loss"], asked["train"]
+    before, after = (shown(asked, recovery[name]) for name in ("loss_before", "loss_after"))
     imitate = f"to imitate `{recovery['teacher']}`"
     aim = {"kd": imitate, "ce": "to predict the text"}.get(loss, f"{imitate} and predict the text")
-    measure = "the KL divergence from it" if loss == "kd" else "the loss"
     trained = {
         "kept": "the kept weights of its blocks",
         "small": "the norms and biases of its blocks",
+        BLOCKS: "its blocks, one after the other,",
     }.get(what, "adapters on its pruned matrices (merged, under their masks)")
     return (
         f" Afterwards {trained} were trained {aim}, zeros kept, on {recovery['tokens']:,} tokens of {recovery['text']}; on "
-        f"held-out windows of that text {measure} went from {recovery['loss_before']:.4f} to {recovery['loss_after']:.4f} nats "
-        "a token."
+        f"held-out windows of that text the {measure(asked, 'it')} went from {before} to {after}"
+        f"{'' if what == BLOCKS else ' nats a token'}."
     )
 
 

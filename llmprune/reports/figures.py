@@ -44,7 +44,7 @@ def figures(page: dict[str, Any]) -> dict[str, str]:
         if run["fit"]:
             found[f"fit{number}"] = fit(run["fit"])
         if run["recovery"]:
-            found[f"recovery{number}"] = learning(run["recovery"])
+            found[f"recovery{number}"] = fit(own) if (own := run["recovery"].get("fit")) else learning(run["recovery"])
         if run["kept"]:
             found[f"kept{number}"] = heat(run["kept"], share=True)
     return {name: own_names(svg, name) for name, svg in found.items() if svg}

@@ -13,6 +13,7 @@ from llmprune.cost.footprint import changes
 from llmprune.formats.packed import PackedFolder
 from llmprune.job.naming import asked_text
 from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
+from llmprune.job.recovery import measure
 from llmprune.job.speedup import speed_rows
 from llmprune.output.again import NO_COMMAND, again
 from llmprune.reports.cells import NONE, Cell, calibration_text, cell, table, text_cell
@@ -185,9 +186,12 @@ def _recovery(told: dict[str, Any]) -> dict[str, Any] | None:
     """What training afterwards did."""
     if not told:
         return None
-    aim = f"KL from {told['teacher']}" if told["arguments"]["loss"] == "kd" else "loss"
-    trained = f"{told['tokens']:,} tokens of {told['text']}, {told['seconds']:,.0f} s; step {told['best']} is the best"
-    return {"aim": aim, "text": trained, "held_out": told["held_out"], "trained": told["trained"]}
+    aim = measure(told["arguments"], told["teacher"])
+    trained = f"{told['tokens']:,} tokens of {told['text']}, {told['seconds']:,.0f} s"
+    if "blocks" in told:
+        return {"aim": f"{aim}, percent", "text": trained, "fit": _fit([Reconstruction(**one) for one in told["blocks"]])}
+    curves = {name: told[name] for name in ("held_out", "trained")}
+    return {"aim": f"{aim}, nats a token", "text": f"{trained}; step {told['best']} is the best", **curves}
 
 
 def _timed(record: RunRecord) -> dict[str, Any] | None:

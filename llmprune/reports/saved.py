@@ -7,17 +7,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import msgspec
-from msgspec import Meta
 
 from llmprune.base.errors import InputError, user_path
 from llmprune.base.files import INDEX, PACKED, RECORD, SCHEMA, SINGLE, read_json
 from llmprune.base.words import count
 from llmprune.job.options import PruneConfig
-from llmprune.job.record import Count, Measure, Positive, RunRecord, Size
+from llmprune.job.record import Count, Positive, RunRecord
 from llmprune.numerics.patterns import parse
+from llmprune.reports.schema import parts
 
 T = TypeVar("T")
 _LATER = ("recovery",)  # in a record, which those of earlier versions lack
@@ -25,104 +25,6 @@ _WORDS = {
     "array": "a list", "object": "a mapping", "str": "text", "int": "a whole number", "float": "a finite number",
     "bool": "true or false",
 }  # fmt: skip
-_Blocks = Annotated[int, Meta(ge=1, le=10_000)]
-_Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-
-ModelFacts = TypedDict(
-    "ModelFacts",
-    {"name": str, "hub_id": "str | None", "commit": "str | None", "class": str, "parameters": Count, "blocks": _Blocks},
-)
-
-
-class _Told(TypedDict):
-    text: str
-
-
-class _Spread(_Told, total=False):
-    budgets: list[tuple[str, Count, Count]]
-
-
-class _Named(_Told):
-    name: str
-
-
-class _Recipe(_Named, total=False):
-    allocation: _Spread  # where the sparsity was not uniform
-
-
-class CalibrationFacts(TypedDict):
-    text: str
-    samples: Count
-    seqlen: Count
-    tokens: Count
-    seed: _Seed
-
-
-class ComputeFacts(TypedDict):
-    device: str
-    dtype: str
-    processes: Count
-
-
-class _Compute(ComputeFacts, total=False):
-    why: str  # records of earlier versions lack it
-
-
-class _Asked(TypedDict):
-    loss: str
-    train: str
-
-
-class _Recovered(TypedDict):
-    arguments: _Asked
-    teacher: str | None
-    text: str
-    tokens: Count
-    steps: Count
-    best: Count
-    loss_before: Measure
-    loss_after: Measure
-    held_out: list[tuple[Count, Measure]]
-    trained: list[tuple[Count, Measure]]
-    seconds: Measure
-
-
-class _Size(TypedDict):
-    bytes_before: Count
-    bytes_after: Count
-
-
-class _Weights(_Size):
-    nonzero_before: Count
-    nonzero_after: Count
-
-
-class _Speed(TypedDict):
-    use: str
-    asked: Positive
-    predicted: Positive
-    dense_ms: Positive | None
-    smaller_ms: Positive | None
-    device: str
-    threads: Size
-    dtype: str
-
-
-class _Structure(TypedDict):
-    removed_layers: list[Count]
-    architecture: str
-    before: dict[str, Count]
-    after: dict[str, Count]
-
-
-class _Timed(_Structure, total=False):
-    speed: _Speed
-
-
-class _Expected(TypedDict):
-    activations: Count
-    weights: Count
-    solving: Count
 
 
 class ModelTime(TypedDict):
@@ -239,10 +141,7 @@ def _read_record(saved: Mapping[str, Any]) -> RunRecord:
     names = ("versions", *(field.name for field in dataclasses.fields(RunRecord) if field.name not in _LATER))
     if missing := [name for name in names if name not in saved]:
         raise Misfit(f"{missing[0]} is missing")
-    size, filled = _Weights if saved["sites"] else _Size, {"structure": _Timed, "predicted": _Expected, "recovery": _Recovered}
-    parts = {"model": ModelFacts, "recipe": _Recipe, "calibration": CalibrationFacts, "compute": _Compute, "size": size}
-    parts |= {"versions": dict[str, str]} | {name: hint for name, hint in filled.items() if saved.get(name)}
-    for name, hint in parts.items():
+    for name, hint in parts(saved).items():
         read_as(hint, saved[name], name)
     record = read_as(RunRecord, saved)
     for place, fits, wanted in _relations(record):

@@ -11,7 +11,8 @@ from llmprune.base.files import SCAN
 from llmprune.job.allocation import read_allocation
 from llmprune.job.scan import Allocation, Scan
 from llmprune.numerics.patterns import parse
-from llmprune.reports.saved import CalibrationFacts, ComputeFacts, Misfit, ModelFacts, read_as
+from llmprune.reports.saved import Misfit, read_as
+from llmprune.reports.schema import CalibrationFacts, ComputeFacts, ModelFacts
 
 
 @dataclass(frozen=True, slots=True)

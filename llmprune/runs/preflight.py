@@ -30,7 +30,7 @@ from llmprune.numerics.stats import SAMPLE_TOKENS, Gram
 from llmprune.output.resume import partial_folder
 from llmprune.solvers import METHODS
 from llmprune.steps.base import Step, Work
-from llmprune.steps.weights.reconstruct import PASSES
+from llmprune.steps.fitting import PASSES
 from llmprune.steps.weights.scanning import as_tried
 from llmprune.stream.activations import KEPT
 

@@ -84,6 +84,11 @@ class Trained:
     seconds: float
     diverged: str | None = None
 
+    def told(self) -> dict[str, Any]:
+        """For the record."""
+        names = ("tokens", "steps", "best", "held_out", "trained", "diverged", "seconds")
+        return {name: getattr(self, name) for name in names} | {"loss_before": self.before, "loss_after": self.after}
+
 
 class _Rows(Dataset[dict[str, Tensor]]):
     def __init__(self, windows: Windows) -> None:

@@ -19,10 +19,10 @@ from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Feeds, Keeper, Resume, Work
+from llmprune.steps.fitting import check_batches
 from llmprune.steps.weights.allocate.base import grid
 from llmprune.steps.weights.budget import WeightBudget
 from llmprune.steps.weights.library import library_bytes
-from llmprune.steps.weights.reconstruct import check_batches
 from llmprune.steps.weights.scanning import followed
 from llmprune.steps.weights.searching import searches
 from llmprune.steps.weights.selection import EVERY, Selection, select

@@ -23,9 +23,9 @@ from llmprune.numerics.patterns import Pattern, verify
 from llmprune.numerics.stats import SAMPLE_TOKENS, CrossGram, Gram, InputSample, Statistic
 from llmprune.solvers import METHODS
 from llmprune.solvers.base import Solution
+from llmprune.steps.fitting import fit_block
 from llmprune.steps.weights.batching import make_batches
 from llmprune.steps.weights.observing import Observed, blend_experts, passes
-from llmprune.steps.weights.reconstruct import reconstruct
 from llmprune.steps.weights.sharing import Round, make_rounds, solve
 from llmprune.stream.activations import Activations, PairedDense
 
@@ -197,7 +197,7 @@ class WeightPruner:
     def _reconstruct(self, block: Block, masks: Mapping[str, Tensor], dense: Activations) -> None:
         self.feed.forget()  # the fit changes all of the block
         with self.clock("reconstruct"):
-            result, changed = reconstruct(block, masks, self.feed, dense.hidden, self.ranks)
+            result, changed = fit_block(block, masks, self.feed, dense.hidden, self.ranks)
         self.edited.update(changed)
         self.reconstructions.append(result)
         self.progress.reconstructed(result)

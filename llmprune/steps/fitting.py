@@ -1,9 +1,9 @@
-"""Block reconstruction: a short fit of a pruned block's kept weights, norms and biases to the dense block's output.
+"""The fit of a pruned block: its kept weights, norms and biases learn to put out what the dense block does.
 
 The dense block's output for the dense model's hidden states is the target, the pruned model's hidden states are the
 input, so that the fit also takes back what earlier blocks lost. Adam on float32 copies; masks are kept exactly. The best
-state on held-out calibration windows is kept, the initial one included, so that a block never ends worse than it began.
-Matrices that the run does not prune are left alone. (A window that contains a nonlinearity, as in BRECQ, Li et al., 2021.)
+state on held-out windows is kept, the initial one included, so that a block never ends worse than it began.
+Matrices without a mask are left alone. (A window that contains a nonlinearity, as in BRECQ, Li et al., 2021.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmprune.job.record import Reconstruction
 from llmprune.models.sites import Block
 from llmprune.stream.activations import Activations
 
-PASSES = 3  # over the calibration windows that are not held out
+PASSES = 3  # over the windows that are not held out
 RATE = 0.05  # Adam's highest learning rate, relative to a parameter's scale
 RISE = 0.3  # share of the steps in which the rate rises to that; then it falls to zero
 HELD_OUT = 8  # one batch in so many
@@ -143,7 +143,7 @@ def rate_at(step: int, steps: int) -> float:
     return min(place / RISE, (1 - place) / (1 - RISE))
 
 
-def reconstruct(
+def fit_block(
     block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor], ranks: Ranks
 ) -> tuple[Reconstruction, list[str]]:
     """Fit `block` in place; returns what came of it and the full names of the parameters that changed.

@@ -1,0 +1,113 @@
+"""Training of a whole pruned model, beside its teacher."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from llmprune.base.words import count
+from llmprune.data.windows import Windows
+from llmprune.job.recovery import SHARES
+from llmprune.measure.perplexity import perplexity
+from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.extras import copy_extras
+from llmprune.models.skeleton import Skeleton, load_config, load_model
+from llmprune.output.resume import Manifest, partial_folder
+from llmprune.runs.pruned import pruned_parameters
+from llmprune.runs.recovery import HELD_OUT, Recovery
+from llmprune.steps.recover.learning import Aim, prepare
+from llmprune.steps.recover.training import Plan, Trained, train
+from llmprune.steps.recover.writing import write_trained
+
+_CHECKPOINTS = 3  # on the disk at once: the last two and the best
+_MOMENTS = 2  # of AdamW, in float32 as the weights
+_TRAINING = "training"  # the folder of checkpoints, in that of the unfinished run
+
+
+class Whole:
+    """A `Way`: transformers' Trainer on the whole model in memory."""
+
+    begun = "training, up to the last checkpoint"
+
+    def __init__(self, task: Recovery) -> None:
+        self._task, config, folder = task, task.config, task.folder
+        self._source = Skeleton(Checkpoint(folder), load_config(folder), torch.device("meta"), torch.float32)
+        self._model = load_model(folder, load_config(folder), task.device, torch.float32)
+        storage, pruned = self._source.storage(), pruned_parameters(self._source, task.record)
+        self._learning = prepare(self._model, config.train, pruned, storage, rank=config.rank, seed=config.seed)
+        self._teacher = self._load_teacher()
+
+    def _load_teacher(self) -> PreTrainedModel | None:
+        task = self._task
+        if task.teacher is None:
+            return None
+        return load_model(task.teacher.path, load_config(task.teacher.path), task.device, task.compute).requires_grad_(False)
+
+    def __str__(self) -> str:
+        config, teacher = self._task.config, self._task.teacher
+        what = {
+            "kept": "kept weights of the blocks, with their zeros",
+            "small": "norms and biases of the blocks",
+            "lora": f"adapters of rank {config.rank} on the pruned matrices, under their masks",
+        }[config.train]
+        named = teacher.name if teacher else ""
+        aim = {"kd": f"to imitate {named}", "ce": "to predict the text", "mix": f"to imitate {named} and predict the text"}
+        return f"{what} ({count(self._learned(), 'parameter')}), {aim[config.loss]}; AdamW, rate {config.peak():g}"
+
+    def _learned(self) -> int:
+        return sum(parameter.numel() for parameter in self._learning.learned())
+
+    def room(self) -> int:
+        everything = sum(parameter.numel() for parameter in self._model.parameters())
+        return self._source.checkpoint.nbytes() + 4 * _CHECKPOINTS * (everything + _MOMENTS * self._learned())
+
+    def run(self, manifest: Manifest | None) -> None:
+        task, model = self._task, self._model
+        text, teacher = task.evaluation, self._teacher
+        dense = perplexity(teacher, text) if text and teacher else None
+        before = perplexity(model.eval(), text) if text else None
+        found = self._train(manifest)
+        task.fill_in(
+            {**found.told(), "rate": task.config.peak()}, dense, before, perplexity(model.eval(), text) if text else None
+        )
+
+    def _train(self, manifest: Manifest | None) -> Trained:
+        task, (windows, held_out) = self._task, self._split()
+        config, steps = task.config, task.steps()
+        if (wanted := steps * config.batch_size) > (there := len(windows.ids)):
+            task.progress.note(f"the text has {count(there, 'window')}: it is read {wanted / there:.1f} times")
+        plan = Plan(
+            windows,
+            held_out,
+            steps,
+            config.batch_size // task.ranks.size,
+            task.ranks.size,
+            config.peak(),
+            config.seed,
+            task.compute,
+            partial_folder(task.output) / _TRAINING,
+        )
+        aim, saved = Aim(self._teacher, SHARES[config.loss]), manifest.begin if manifest else _nothing
+        found = train(self._learning, aim, plan, saved, task.progress.trained)
+        if found.diverged:
+            task.progress.note(f"training was stopped, for it diverged: {found.diverged}; a lower --rate may help")
+        if not found.best:
+            task.progress.note("no step was better than the beginning on held-out text: the weights stay as they were")
+        return found
+
+    def _split(self) -> tuple[Windows, Windows]:
+        """Windows to train on, and those that are held out."""
+        ids, text = self._task.training.ids, self._task.training.text
+        some = max(min(HELD_OUT, len(ids) // 10), 1)
+        return Windows(ids[some:], text), Windows(ids[:some], text)
+
+    def write(self, folder: Path) -> None:
+        shutil.rmtree(folder / _TRAINING, ignore_errors=True)
+        copy_extras(self._task.folder, folder)
+        write_trained(self._model, self._source, self._learning.changed, folder)
+
+
+def _nothing() -> None: ...
