@@ -73,7 +73,7 @@ def measure(name: str, pattern: str, training: str, tokens: str, rate: float | N
     source, output = start(name, pattern, folder), folder / "trained"
     before = lost(source, text)
     options = {**TRAININGS[training], "tokens": tokens, "rate": rate, "eval_text": "none", "overwrite": True}
-    told = llmprune.recover(source, output, **options).record.recovery
+    told = llmprune.recover(source, output, **options).record.recoveries[-1]
     after = lost(output, text)
     return {
         **{"start": name, "pattern": pattern, "training": training, "tokens": told["tokens"], "rate": told["rate"]},

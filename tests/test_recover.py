@@ -65,7 +65,7 @@ def pruned(tmp_path: Path, text: str, family: str = "llama", **options: object) 
 def test_zeros_stay_and_the_rest_learns(family: str, options: dict, train: str, text: str, tmp_path: Path) -> None:
     source = pruned(tmp_path, text, family, **options)
     record = llmprune.recover(source, tmp_path / "out", text=text, train=train, **TRAIN).record
-    told, before, after = record.recovery, tensors(source), tensors(tmp_path / "out")
+    told, before, after = record.recoveries[-1], tensors(source), tensors(tmp_path / "out")
     assert told["loss_after"] < told["loss_before"]
     assert verify(tmp_path / "out").problems == ()
     assert before.keys() == after.keys()
@@ -92,7 +92,7 @@ def test_the_result_is_what_was_measured(text: str, tmp_path: Path, read_elsewhe
     with torch.no_grad():
         dense, before, after = (functional.log_softmax(model(held_out).logits[:, :-1], -1) for model in models)
     twins = [float((dense.exp() * (dense - own)).sum(-1).mean()) for own in (before, after)]
-    assert [record.recovery["loss_before"], record.recovery["loss_after"]] == pytest.approx(twins, rel=1e-4)
+    assert [record.recoveries[-1]["loss_before"], record.recoveries[-1]["loss_after"]] == pytest.approx(twins, rel=1e-4)
     found = read_elsewhere(tmp_path / "out")
     assert found
 
@@ -190,7 +190,7 @@ def test_blocks_learn_what_the_dense_ones_put_out(family: str, options: dict, te
     """Zeros stay; the error on record is that of the models on disk, by a naive twin; a record, card and page say so."""
     source = pruned(tmp_path, text, family, **options)
     record = llmprune.recover(source, tmp_path / "out", text=text, **BY_BLOCK).record
-    told, before, after = record.recovery, tensors(source), tensors(tmp_path / "out")
+    told, before, after = record.recoveries[-1], tensors(source), tensors(tmp_path / "out")
     assert all(one["after"] < one["before"] for one in told["blocks"])
     assert verify(tmp_path / "out").problems == ()
     sparse = {site.tensor for site in record.sites}
@@ -207,7 +207,7 @@ def test_blocks_learn_what_the_dense_ones_put_out(family: str, options: dict, te
     errors = [float((a - b).square().sum() / b.square().sum()) for a, b in zip(own, wanted, strict=True)]
     assert told["blocks"][-1]["after"] == pytest.approx(sum(errors) / len(errors), rel=1e-3)
     assert "its blocks, one after the other, were trained to imitate" in (tmp_path / "out" / "README.md").read_text()
-    assert llmprune.report(tmp_path / "out", tmp_path / "page.html")["runs"][0]["recovery"]["fit"]["blocks"]
+    assert llmprune.report(tmp_path / "out", tmp_path / "page.html")["runs"][0]["recoveries"][0]["fit"]["blocks"]
 
 
 def _last(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -250,7 +250,7 @@ def test_a_training_by_block_goes_on_and_measures_perplexity(text: str, tmp_path
     ]
     assert record.dense is not None
     assert record.pruned is not None
-    before = record.dense.value * math.exp(record.recovery["excess_loss_before"])
+    before = record.dense.value * math.exp(record.recoveries[-1]["excess_loss_before"])
     assert [record.dense.value, before, record.pruned.value] == pytest.approx(values, rel=1e-4)
     assert "output error of a block, mean on held-out" in recovery_table(record).columns[0]._cells[0]
 
@@ -274,13 +274,13 @@ if os.environ["RANK"] == "0":
 def test_two_processes_share_the_windows(how: dict, text: str, tmp_path: Path) -> None:
     """Each step's gradient is that of all of its windows, as in one process, to rounding; masks are the same to the bit."""
     source = pruned(tmp_path, text)
-    one = llmprune.recover(source, tmp_path / "one", text=text, **how).record.recovery
+    one = llmprune.recover(source, tmp_path / "one", text=text, **how).record.recoveries[-1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", _TWO, str(free_port()), str(source), str(tmp_path / "two"), text, json.dumps(how)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "two").problems == ()
-    two = json.loads((tmp_path / "two" / "llmprune.json").read_text())["recovery"]
+    two = json.loads((tmp_path / "two" / "llmprune.json").read_text())["recoveries"][-1]
     assert two["steps"] == one["steps"]
     assert [two["loss_before"], two["loss_after"]] == pytest.approx([one["loss_before"], one["loss_after"]], rel=1e-2)
     assert [loss for _, loss in two.get("held_out", ())] == pytest.approx(
@@ -317,7 +317,7 @@ def test_a_run_that_was_killed_goes_on(text: str, tmp_path: Path) -> None:
     last = KillAt(0)
     record = llmprune.recover(source, tmp_path / "out", text=text, progress=last, **TRAIN).record
     assert last.steps[0] == 8  # of 16, the first that has no checkpoint
-    assert [step for step, _ in record.recovery["held_out"]] == list(range(17))
+    assert [step for step, _ in record.recoveries[-1]["held_out"]] == list(range(17))
     whole, out = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
@@ -331,7 +331,7 @@ def test_one_command_prunes_and_trains(text: str, tmp_path: Path) -> None:
         llmprune.prune(source, progress=KillAt(2), **asked)
     assert verify(tmp_path / "both").problems == ()
     record = llmprune.prune(source, **asked).record
-    assert record.recovery["loss_after"] < record.recovery["loss_before"]
+    assert record.recoveries[-1]["loss_after"] < record.recoveries[-1]["loss_before"]
     assert record.arguments["recover"] == "20K"
     assert verify(tmp_path / "both").problems == ()
     assert all(
@@ -347,6 +347,20 @@ def test_one_command_prunes_and_trains(text: str, tmp_path: Path) -> None:
         llmprune.prune(
             tiny_model("llama"), **(asked | {"output": str(tmp_path / "no"), "calibration": torch.ones(2, 8).long()})
         )
+
+
+def test_trainings_follow_one_another(text: str, tmp_path: Path) -> None:
+    """The record, the card, the page and the command that makes the model again have each of them."""
+    llmprune.recover(pruned(tmp_path, text), tmp_path / "once", text=text, **BY_BLOCK)
+    record = llmprune.recover(tmp_path / "once", tmp_path / "twice", text=text, train="lora", **TRAIN).record
+    assert [own["arguments"]["train"] for own in record.recoveries] == ["blocks", "lora"]
+    assert (tmp_path / "twice" / "README.md").read_text().count("Afterwards") == 2
+    page = llmprune.report(tmp_path / "twice", tmp_path / "page.html")["runs"][0]
+    assert len(page["recoveries"]) == 2
+    first, second = page["command"].split(" && ")[1:]
+    assert first.startswith("llmprune recover pruned --train blocks ")
+    assert second.startswith("llmprune recover pruned-recovered --train lora ")
+    assert verify(tmp_path / "twice").problems == ()
 
 
 def test_the_table_names_each_text_once(text: str, tmp_path: Path) -> None:
@@ -368,7 +382,7 @@ def test_what_diverges_changes_nothing(text: str, tmp_path: Path) -> None:
     record = llmprune.recover(source, tmp_path / "out", text=text, progress=notes, **(TRAIN | {"rate": 0.9})).record
     assert any("training was stopped, for it diverged" in note for note in notes.notes)
     assert any("no step was better than the beginning" in note for note in notes.notes)
-    assert record.recovery["best"] == 0
+    assert record.recoveries[-1]["best"] == 0
     before, after = tensors(source), tensors(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -64,7 +64,7 @@ def _computed(record: RunRecord) -> Iterator[tuple[str, str, str]]:
 
 def recovery_table(record: RunRecord) -> Table:
     """What training afterwards changed, as measured."""
-    table, told = Table("measured in this run", "before", "after", title=None), record.recovery
+    table, told = Table("measured in this run", "before", "after", title=None), record.recoveries[-1]
     for number in (1, 2):
         table.columns[number].justify = "right"
     asked = told["arguments"]

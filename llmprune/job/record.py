@@ -114,7 +114,7 @@ class RunRecord:
     `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after. `recipe` is
     what the arguments came to: method, refit, target, reconstruction. `structure` says what was removed and what that made
     smaller, before and after. `predicted` is what the preflight expected. `peak_memory` is that
-    of the whole run, in bytes, `phase_memory` each phase's. `recovery` is what training afterwards did, if there was any.
+    of the whole run, in bytes, `phase_memory` each phase's. `recoveries` are what training afterwards did, in order.
     """
 
     arguments: dict[str, Any]
@@ -135,7 +135,7 @@ class RunRecord:
     phase_memory: dict[str, dict[str, Count]] = field(default_factory=dict)
     size: dict[str, Count] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    recovery: dict[str, Any] = field(default_factory=dict)
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
 
     def weights(self) -> int:
         """Weights in the pruned matrices."""

@@ -12,6 +12,7 @@ from llmprune.base.words import count
 from llmprune.job.fields import PLACES, Options, option
 
 BLOCKS = "blocks"
+RECOVERED = "-recovered"  # follows the model's name in that of the output
 TRAINED = ("kept", "lora", "small", BLOCKS)
 SHARES = {"kd": 1.0, "mix": 2 / 3, "ce": 0.0}  # of the divergence from the teacher in the loss
 RATES = {"kept": 3e-4, "lora": 1e-3, "small": 1e-3}  # peak learning rates of AdamW

@@ -6,7 +6,7 @@ from llmprune.base.words import command_line
 from llmprune.data.documents import GIVEN
 from llmprune.job.flags import as_flags
 from llmprune.job.record import RunRecord
-from llmprune.job.recovery import RecoverConfig
+from llmprune.job.recovery import RECOVERED, RecoverConfig
 
 NO_COMMAND = (
     "It was made from Python, of a model in memory or with tokens of its own, so no command makes it again; "
@@ -25,8 +25,10 @@ def again(record: RunRecord) -> str | None:
     if model["hub_id"] and model["commit"]:
         options["model"] = f"{model['hub_id']}@{model['commit']}"
     start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
-    if not record.recovery or arguments.get("recover"):
-        return command_line(*start, "llmprune", *as_flags(options))
-    pruned = command_line(*start, "llmprune", *as_flags(options), "--output", _PRUNED)
-    trained = {name: value for name, value in record.recovery["arguments"].items() if name not in ("model", *_NOT_THE_RESULT)}
-    return f"{pruned} && {command_line('llmprune', 'recover', _PRUNED, *as_flags(trained, RecoverConfig))}"
+    later = record.recoveries[1 if arguments.get("recover") else 0 :]  # of which the command does not speak
+    commands = [command_line(*start, "llmprune", *as_flags(options), *(("--output", _PRUNED) if later else ()))]
+    for number, told in enumerate(later):
+        trained = {key: value for key, value in told["arguments"].items() if key not in ("model", *_NOT_THE_RESULT)}
+        name = _PRUNED + number * RECOVERED  # as `recover` names what it writes
+        commands.append(command_line("llmprune", "recover", name, *as_flags(trained, RecoverConfig)))
+    return " && ".join(commands)

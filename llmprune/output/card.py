@@ -82,18 +82,16 @@ def _result(found: Perplexity, whose: str) -> EvalResult:
 
 def _summary(record: RunRecord) -> str:
     calibration, asked = record.calibration, asked_text(record.arguments)
-    once = "" if record.recovery else "one shot, "
+    once = "" if record.recoveries else "one shot, "
     return (
         f"`{record.model['name']}` pruned to **{asked}** by `{record.recipe['text']}` with llmprune, {once}"
         f"block by block. Calibration: {count(calibration['samples'], 'window')} of {calibration['seqlen']} tokens of "
-        f"{calibration['text']}, seed {calibration['seed']}.{_trained(record.recovery)}"
+        f"{calibration['text']}, seed {calibration['seed']}.{''.join(map(_trained, record.recoveries))}"
     )
 
 
 def _trained(recovery: Mapping[str, Any]) -> str:
-    """What training afterwards did, in a sentence."""
-    if not recovery:
-        return ""
+    """What a training afterwards did, in a sentence."""
     asked = recovery["arguments"]
     loss, what = asked["loss"], asked["train"]
     before, after = (shown(asked, recovery[name]) for name in ("loss_before", "loss_after"))

@@ -43,8 +43,8 @@ def figures(page: dict[str, Any]) -> dict[str, str]:
         found |= {f"mask{number}-{own}": mask(one) for own, one in enumerate(run["masks"])}
         if run["fit"]:
             found[f"fit{number}"] = fit(run["fit"])
-        if run["recovery"]:
-            found[f"recovery{number}"] = fit(own) if (own := run["recovery"].get("fit")) else learning(run["recovery"])
+        for order, told in enumerate(run["recoveries"]):
+            found[f"recovery{number}-{order}"] = fit(told["fit"]) if "fit" in told else learning(told)
         if run["kept"]:
             found[f"kept{number}"] = heat(run["kept"], share=True)
     return {name: own_names(svg, name) for name, svg in found.items() if svg}

@@ -47,7 +47,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "kept": _kept(record.removals),
         "removed_layers": record.structure.get("removed_layers", []),
         "fit": _fit(record.reconstructions),
-        "recovery": _recovery(record.recovery),
+        "recoveries": [_recovery(own) for own in record.recoveries],
         "growth": _growth(record.sites or record.removals),
         "seconds": dict(record.seconds),
         "phase_memory": _phase_memory(record),
@@ -182,10 +182,8 @@ def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
     return table(("size", "before", "after", "left"), cells)
 
 
-def _recovery(told: dict[str, Any]) -> dict[str, Any] | None:
-    """What training afterwards did."""
-    if not told:
-        return None
+def _recovery(told: dict[str, Any]) -> dict[str, Any]:
+    """What a training afterwards did."""
     aim = measure(told["arguments"], told["teacher"])
     trained = f"{told['tokens']:,} tokens of {told['text']}, {told['seconds']:,.0f} s"
     if "blocks" in told:

@@ -57,7 +57,7 @@ class _Asked(TypedDict):
     train: str
 
 
-class _Recovered(TypedDict):
+class _Trained(TypedDict):
     arguments: _Asked
     teacher: str | None
     text: str
@@ -68,13 +68,10 @@ class _Recovered(TypedDict):
     seconds: Measure
 
 
-class _Whole(_Recovered):
-    best: Count
+class _Recovered(_Trained, total=False):
+    best: Count  # of a whole model
     held_out: list[tuple[Count, Measure]]
     trained: list[tuple[Count, Measure]]
-
-
-class _ByBlock(_Recovered):
     blocks: list[Reconstruction]
 
 
@@ -118,8 +115,7 @@ class _Expected(TypedDict):
 
 def parts(saved: Mapping[str, Any]) -> dict[str, Any]:
     """By name, what the parts of a record are to be like that are there."""
-    filled: dict[str, Any] = {"structure": _Timed, "predicted": _Expected}
-    filled["recovery"] = _ByBlock if "blocks" in (saved.get("recovery") or ()) else _Whole
+    filled: dict[str, Any] = {"structure": _Timed, "predicted": _Expected, "recoveries": list[_Recovered]}
     return {
         "model": ModelFacts,
         "recipe": _Recipe,

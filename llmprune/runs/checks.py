@@ -63,13 +63,13 @@ def untrained(config: PruneConfig) -> Path | None:
     if config.recover is None or (found := _written(config)) is None:
         return None
     output, record = found
-    return None if record.get("recovery") else output
+    return None if record.get("recoveries") else output
 
 
 def finished(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:
     """The output folder and its record, where an earlier run of the same options has done all, and nothing was added."""
     found = _written(config)
-    return None if found is None or (config.recover is not None and not found[1].get("recovery")) else found
+    return None if found is None or (config.recover is not None and not found[1].get("recoveries")) else found
 
 
 def _written(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:

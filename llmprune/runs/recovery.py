@@ -19,7 +19,7 @@ from llmprune.data.documents import names_a_file
 from llmprune.data.windows import Windows, evaluation_windows, training_windows
 from llmprune.job.progress import Progress
 from llmprune.job.record import Perplexity, RunRecord, excess_loss, versions
-from llmprune.job.recovery import BLOCKS, SHARES, RecoverConfig
+from llmprune.job.recovery import BLOCKS, RECOVERED, SHARES, RecoverConfig
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.resolve import ModelFolder
 from llmprune.models.skeleton import load_config, load_tokenizer
@@ -56,7 +56,7 @@ class Recovery:
         """Raises: InputError: it is not possible."""
         folder = user_path(config.model, "model")
         record = pruned_record(folder)
-        output = user_path(config.output or f"{folder.name}-recovered", "output")
+        output = user_path(config.output or f"{folder.name}{RECOVERED}", "output")
         if config.batch_size % ranks.size:
             raise InputError(
                 f"{count(ranks.size, 'process')} cannot share {count(config.batch_size, 'window')}: give a multiple"
@@ -106,7 +106,7 @@ class Recovery:
         """Record what came of it, and the perplexities of the dense model and before and after, if they were measured."""
         record, teacher = self.record, self.teacher
         record.dense, record.pruned = dense, after
-        record.recovery = {
+        whole = {
             "arguments": asdict(self.config),
             "teacher": teacher.name if teacher else None,
             "teacher_hub_id": teacher.hub_id if teacher else None,
@@ -115,6 +115,7 @@ class Recovery:
             "compute": f"{dtype_name(self.compute)} on {self.device}",
             **told,
         }
+        record.recoveries = [*record.recoveries, whole]
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the result."""
