@@ -11,12 +11,14 @@ safetensors, config, tokenizer and `training.json`, which records how. AdamW, co
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import lzma
 import math
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
@@ -98,8 +100,10 @@ def parameter_groups(model: LlamaForCausalLM, decay: float) -> list[dict]:
     return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def train(model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, args: argparse.Namespace) -> list[dict]:
-    """Warm up for 100 steps, then cosine to zero; evaluates every 250 steps and at the end."""
+def train(
+    model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, args: argparse.Namespace, keep: Callable[[Path], None]
+) -> list[dict]:
+    """Warm up for 100 steps, then cosine to zero; evaluates every 250 steps and at the end. `keep` writes the model."""
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(args.seed)
     compiled = torch.compile(model)  # twice the tokens a second on two cores
@@ -116,6 +120,8 @@ def train(model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, args: argpa
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if step == args.keep_at:
+            keep(args.output / f"step-{step}")
         if step % 250 == 0 or step == args.steps:
             row = {"step": step, "tokens": step * args.batch * CONTEXT, "minutes": (time.monotonic() - start) / 60,
                    "lr": rate, "train_loss": loss.item(), "evaluation_loss": held_out_loss(model, held_out)}  # fmt: skip
@@ -129,6 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peps", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("llmprune/demo/llama"))
     parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--keep-at", type=int, help="also keep the model after so many steps, in a folder inside the output's")
     parser.add_argument("--batch", type=int, default=16, help="windows a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.3, help="strong: the text is small and read several times")
@@ -154,9 +161,13 @@ def main() -> None:
     held_out = evaluation[: len(evaluation) // CONTEXT * CONTEXT].view(-1, CONTEXT)[:64]
     model = LlamaForCausalLM(demo_config(args, tokenizer)).train()
     print(f"{model.num_parameters():,} parameters, {len(stream):,} training tokens a pass", flush=True)
-    log = train(model, stream, held_out, args)
-    model.to(torch.bfloat16).save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+
+    def keep(folder: Path) -> None:
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    log = train(model, stream, held_out, args, keep)
+    keep(args.output)
     how = {
         "parameters": model.num_parameters(),
         "training_tokens_a_pass": len(stream),

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -119,6 +120,13 @@ for line in sys.stdin:
     assert text.shape == (1, 7) and "llmprune" not in sys.modules
     print(json.dumps({"amiss": amiss, "logits": model(ids).logits[0].tolist()}), flush=True)
 """
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[list[str]]:
+    """What a command that runs Python begins with, where nothing depends on how libraries are imported: see `forks`."""
+    with forks.server() as words:
+        yield words
 
 
 @pytest.fixture(scope="session")

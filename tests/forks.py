@@ -1,9 +1,11 @@
-"""llmprune's commands and Python files, each run in a fork of one process that has imported torch and
-lm-eval and read `pydoc`, which takes 10 s a time.
+"""Python as a command, each run a fork of one process that has imported torch and lm-eval and read `pydoc`, which takes 10 s a
+time. Versions of libraries, and what they read from the environment as they are imported, are those of that process.
 
 python forks.py serve FD           # FD is a listening socket
-python forks.py ask SOCKET llmprune --model ...
-python forks.py ask SOCKET python FILE
+python forks.py ask SOCKET -m MODULE ...
+python forks.py ask SOCKET -c CODE ...
+python forks.py ask SOCKET quick llmprune --model ...   # with what it leaves open chosen for speed
+python forks.py ask SOCKET quick python FILE
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,21 +65,52 @@ def quick_recover(recover: Any) -> Any:
     return lambda *names, **options: recover(*names, **(options | few))
 
 
-def run(program: str, arguments: list[str]) -> int:
-    """In the fork: the exit code."""
-    import llmprune
+def small_llama(folder: Path) -> Path:
+    """Two of the bundled model's four blocks."""
+    from transformers import AutoModelForCausalLM
 
-    try:
-        if program == "python":
+    from llmprune.models.resolve import BUNDLED
+
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED["llama"])
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    shutil.copytree(BUNDLED["llama"], folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(words: list[str], home: Path) -> int:
+    """In the fork: the exit code."""
+    match words:
+        case ["quick", program, *arguments]:
+            import llmprune
+            from llmprune.models import resolve
+
+            resolve.BUNDLED["llama"] = home / "llama"
             llmprune.prune = quick_prune(llmprune.prune)
             llmprune.recover = quick_recover(llmprune.recover)
-            runpy.run_path(arguments[0], run_name="__main__")
-        else:
+            if program == "python":
+                return told(lambda: runpy.run_path(arguments[0], run_name="__main__"))
             sys.argv = ["llmprune", *quick(arguments)]
-            runpy.run_module("llmprune", run_name="__main__", alter_sys=True)
+            return told(lambda: runpy.run_module("llmprune", run_name="__main__", alter_sys=True))
+        case ["-m", module, *arguments]:
+            sys.argv = [module, *arguments]
+            return told(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
+        case ["-c", code, *arguments]:
+            sys.argv = ["-c", *arguments]
+            return told(lambda: exec(compile(code, "<code>", "exec"), {"__name__": "__main__"}))
+    raise ValueError(words)
+
+
+def told(act: Callable[[], Any]) -> int:
+    """The exit code that Python has where `act` is its program."""
+    try:
+        act()
         return 0
     except SystemExit as end:
-        return int(end.code or 0)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return 1 if isinstance(end.code, str) else int(end.code or 0)
     except BaseException:  # noqa: BLE001 (whatever it is, the fork must end here)
         traceback.print_exc()
         return 1
@@ -91,29 +127,59 @@ def serve(listening: socket.socket) -> None:
         getattr(llmprune, name)  # imports where it lives
     for split in ("calibration", "evaluation"):
         documents(split)  # reads them for all
+    home = Path(listening.getsockname()).parent
+    small_llama(home / "llama")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system clears them away
     while True:
         connection, _ = listening.accept()
-        asked, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
-        child = os.fork()
-        if not child:
-            folder, program, *arguments = json.loads(asked)
-            for number, stream in enumerate(streams):
-                os.dup2(stream, number)
-            os.chdir(folder)
-            code = run(program, arguments)
-            sys.stdout.flush()
-            os._exit(code)
-        for stream in streams:
-            os.close(stream)
-        connection.send(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256]))
+        if not os.fork():
+            listening.close()
+            answer(connection, home)
+            os._exit(0)
         connection.close()
 
 
+def answer(connection: socket.socket, home: Path) -> None:
+    """Run what is asked in a fork of its own: tell its process number, then how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    asked = connection.recv(struct.unpack("q", size)[0], socket.MSG_WAITALL)
+    child = os.fork()
+    if not child:
+        folder, environment, words = json.loads(asked)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        os.chdir(folder)
+        sys.path[0] = folder
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+        code = run(words, home)
+        sys.stdout.flush()
+        os._exit(code)
+    for stream in streams:
+        os.close(stream)
+    connection.send(struct.pack("q", child))
+    connection.send(struct.pack("q", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+
+
 def ask(address: str, words: list[str]) -> int:
+    """Pass signals on to the fork, and end as it does."""
+    asked = json.dumps([str(Path.cwd()), dict(os.environ), words]).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
-        socket.send_fds(connection, [json.dumps([str(Path.cwd()), *words]).encode()], [0, 1, 2])
-        return int.from_bytes(connection.recv(1) or b"\x01", "big")
+        socket.send_fds(connection, [struct.pack("q", len(asked))], [0, 1, 2])
+        connection.sendall(asked)
+        (child,) = struct.unpack("q", connection.recv(8, socket.MSG_WAITALL))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda passed, _: os.kill(child, passed))
+        (code,) = struct.unpack("q", connection.recv(8, socket.MSG_WAITALL))
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        os.kill(os.getpid(), -code)
+    return int(code)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from hub import serve
 
 import llmprune
+from llmprune.base.folders import locked
 from llmprune.cli.main import main
 
 QUICK = ["--samples", "4", "--seqlen", "64", "--eval-text", "none"]
@@ -357,50 +359,45 @@ def test_a_failed_overwrite_keeps_the_old_folder(folder: Path, text: Path, tmp_p
     assert (out / "precious").read_text() == "old"
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-u", "-m", "llmprune", *MODEL, "--sparsity", "2:4", "--eval-text", "none", "--dtype", "float32"]
-    command += arguments
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+RUN = ("--sparsity", "2:4", "--eval-text", "none", "--dtype", "float32", "--output", "out")
 
 
-def wait_for(process: subprocess.Popen[str], words: str) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(words):
-            return
+@contextmanager
+def started(command: list[str], words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has printed a line that begins with `words`."""
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith(words) for line in process.stdout)
+        yield process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_before_the_first_block_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    process = start("--output", "out", cwd=tmp_path)
-    wait_for(process, "compute")
-    time.sleep(1)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+def test_interrupting_before_the_first_block_leaves_nothing(number: signal.Signals, python: list[str], tmp_path: Path) -> None:
+    with started([*python, "-m", "llmprune", *MODEL, *RUN], "compute", tmp_path) as process:
+        process.send_signal(number)
+        output, errors = process.communicate()
     assert process.returncode == (130 if number == signal.SIGINT else 143)
     assert "Traceback" not in errors
     assert "block 1/" not in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
-    run = ("--samples", "64", "--seqlen", "128", "--output", "out")
-    process = start(*run, cwd=tmp_path)
-    wait_for(process, "block 2/")
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+def test_an_interrupted_run_says_how_it_goes_on(
+    python: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [*MODEL, *RUN, "--quality", "fast", "--samples", "16", "--seqlen", "128"]
+    with started([*python, "-m", "llmprune", *run], "block 2/", tmp_path) as process:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate()
     assert re.search(r"finished: \d blocks?; the same command goes on from there", output)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    again = start(*run, cwd=tmp_path)
-    wait_for(again, "note: going on after block")
-    again.send_signal(signal.SIGSTOP)
-    second = start(*run, cwd=tmp_path)
-    assert second.wait(timeout=60) == 2
-    again.send_signal(signal.SIGCONT)
-    assert second.stderr is not None
-    assert "another run is writing out" in second.stderr.read()
-    shown, _ = again.communicate(timeout=120)
-    assert again.returncode == 0
+    monkeypatch.chdir(tmp_path)
+    with locked(tmp_path / ".out.partial", tmp_path / "out"):
+        assert main(run) == 2
+    assert "another run is writing " in capsys.readouterr().err
+    assert main(run) == 0
+    shown = capsys.readouterr().out
+    assert "note: going on after block" in shown
     assert "block 1/4  finished by an earlier run" in shown
     assert "block 4/4  output error: q_proj" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,15 +118,10 @@ def test_numbers_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> No
     assert docs_numbers.stale() == []
 
 
-@pytest.fixture(scope="module")
-def command() -> Iterator[list[str]]:
-    with forks.server() as words:
-        yield words
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name)
-def test_examples_run(page: Path, command: list[str], tmp_path: Path) -> None:
+def test_examples_run(page: Path, python: list[str], tmp_path: Path) -> None:
     """In the order of the page, in one folder, in a checkout's place; `llmprune` is quicker, see `forks`."""
+    command = [*python, "quick"]
     (tmp_path / "bin").mkdir()
     (tmp_path / "eval").symlink_to(ROOT / "eval")
     shutil.copy(ROOT / "LICENSE", tmp_path / forks.TEXT)

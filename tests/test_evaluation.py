@@ -91,7 +91,6 @@ def test_a_baseline_is_measured_in_the_model_s_dtype(pruned: Path, tmp_path: Pat
 
 
 def test_our_tasks_are_deterministic_and_fair() -> None:
-    import sys
 
     sys.path.insert(0, str(TASKS / "pydoc"))
     try:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -345,12 +344,12 @@ with published(Path(sys.argv[1]), overwrite=True) as partial:
 """
 
 
-def test_a_kill_between_the_renames_costs_no_model(saved, tmp_path: Path) -> None:
+def test_a_kill_between_the_renames_costs_no_model(saved, python: list[str], tmp_path: Path) -> None:
     """The next run gives the old model its name back, and replaces it only where that is asked for."""
     source, out = saved(tiny_model("llama")), tmp_path / "out"
     prune(source, out)
     old = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert subprocess.run([sys.executable, "-c", _KILLED, str(out)], check=False).returncode == 9
+    assert subprocess.run([*python, "-c", _KILLED, str(out)], check=False).returncode == 9
     assert not out.exists()
     with pytest.raises(InputError, match="is not empty: choose another, or pass --overwrite"):
         prune(source, out)

@@ -136,17 +136,21 @@ def test_the_record_holds_what_was_predicted(saved, tmp_path: Path) -> None:
     assert record.predicted["text"].startswith("about ")
 
 
-_RUN = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+_RUNS = """
+import json, os, sys
 import torch
 import llmprune
+llmprune.prune  # imports it, for all
 torch.set_num_threads(1)
-options = json.loads(sys.argv[4])
-windows = torch.randint(3, 16000, (options.pop("windows"), 128), generator=torch.Generator().manual_seed(0))
-options |= {"sparsity": "2:4", "calibration": windows, "batch_size": 32, "dtype": "float32"}
-record = llmprune.prune(sys.argv[2], output=sys.argv[3], **options).record
-print(json.dumps([record.predicted, record.peak_memory["process"]]))
+for line in sys.stdin:
+    source, output, options = json.loads(line)
+    if not os.fork():
+        windows = torch.randint(3, 16000, (options.pop("windows"), 128), generator=torch.Generator().manual_seed(0))
+        options |= {"sparsity": "2:4", "calibration": windows, "batch_size": 32, "dtype": "float32"}
+        record = llmprune.prune(source, output=output, **options).record
+        print(json.dumps([record.predicted, record.peak_memory["process"]]), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
@@ -157,10 +161,10 @@ def test_memory_is_predicted_within_half(saved, tmp_path: Path) -> None:
     source = saved(tiny_model("llama", max_position_embeddings=128, **sizes).to(torch.bfloat16))
     # batches so large that each tensor of theirs is mapped by itself: what the heap keeps of smaller ones varies by chance
     runs = [{"method": "wanda", "windows": 256}, {"quality": "balanced", "windows": 96}, {"quality": "best", "windows": 64}]
-    for number, options in enumerate(runs):
-        command = [sys.executable, "-c", _RUN, str(Path(__file__).parent), str(source), str(tmp_path / f"{number}")]
-        done = subprocess.run([*command, json.dumps(options)], capture_output=True, text=True, check=True)
-        predicted, peak = json.loads(done.stdout)
+    asked = "\n".join(json.dumps([str(source), str(tmp_path / f"{number}"), own]) for number, own in enumerate(runs))
+    done = subprocess.run([sys.executable, "-c", _RUNS], input=asked, capture_output=True, text=True, check=True)
+    for line, options in zip(done.stdout.splitlines(), runs, strict=True):
+        predicted, peak = json.loads(line)
         inside = sum(predicted[part] for part in ("activations", "weights", "solving"))
         assert 1 / 1.5 < inside / (peak - predicted["start"]) < 1.5, options
         assert 1 / 1.2 < (inside + predicted["start"]) / peak < 1.2, options

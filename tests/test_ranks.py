@@ -168,9 +168,9 @@ def reordered(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("family", "size", "cases"), [
-    ("llama", 2, list(CASES)),
-    ("llama", 4, ["unstructured", "one_pass"]),
-    ("mixtral", 2, ["unstructured", "balanced"]),
+    ("llama", 2, ["wanda", "unstructured", "balanced", "best"]),
+    ("llama", 4, ["one_pass"]),
+    ("mixtral", 2, ["balanced"]),
 ])  # fmt: skip
 def test_processes_find_what_one_finds(family: str, size: int, cases: list[str], together, saved, tmp_path: Path) -> None:
     """Sums in another order move near ties, and later blocks follow: by no more than in one process whose batches hold the
@@ -275,7 +275,7 @@ def test_an_error_of_one_process_is_told_and_ends_the_run(name: str, start, save
 
 def test_processes_search_together(together, saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums in another order may lead elsewhere, but start from the same, and come to the same number of weights."""
-    source = saved(tiny_model("llama"))
+    source = saved(tiny_model("llama", num_hidden_layers=2))
     together(2, source, tmp_path / "many", "lives", *SEARCHED)
     monkeypatch.setattr(search, "STALE", 2)
     one = llmprune.prune(source, output=tmp_path / "one", **OPTIONS, **SEARCHED["searched"]).record
@@ -303,13 +303,13 @@ def test_processes_make_the_same_smaller_model(together, saved, tmp_path: Path) 
 
 
 def test_the_command_under_a_launcher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    python: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bundled model: the same perplexity to three digits, shown once; a mistake is told once."""
     (tmp_path / "text.txt").write_text("\n\n".join(documents("evaluation"))[:40_000])
-    run = ["-m", "llmprune", "--model", "llama", "--sparsity", "2:4", "--samples", "16", "--seqlen", "128"]
+    run = ["--model", "llama", "--sparsity", "2:4", "--samples", "16", "--seqlen", "128"]
     run += ["--method", "wanda", "--eval-text", "text.txt", "--dtype", "float32"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", *python, "-m", "llmprune"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launch, *run, "--output", "two"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
@@ -317,7 +317,7 @@ def test_the_command_under_a_launcher(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("float32 on cpu, 2 processes") == 1
     monkeypatch.chdir(tmp_path)
-    assert main([*run[2:], "--output", "one"]) == 0
+    assert main([*run, "--output", "one"]) == 0
     alone = capsys.readouterr().out
     shown = [re.search(r"perplexity .*?│ +([\d.]+) │ +([\d.]+) │", text) for text in (done.stdout, alone)]
     assert all(shown), alone

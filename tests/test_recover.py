@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from llmprune.job.progress import Progress, Progressed
 from llmprune.models.discover import find_blocks
 from llmprune.models.resolve import BUNDLED
 from llmprune.output.verify import verify
+from llmprune.steps.recover.examples import likeliest
 from llmprune.steps.recover.learning import Aim, losses, prepare
 
 TRAIN = {"tokens": "1024", "batch_size": 4, "seqlen": 16, "eval_text": "none", "rate": 3e-3}
@@ -114,6 +113,45 @@ def all_float32(model: torch.nn.Module) -> dict[str, torch.dtype]:
     return {name: torch.float32 for name, _ in model.named_parameters()}
 
 
+@pytest.mark.parametrize("top", [1, 5, 39])
+def test_kept_predictions_stand_for_the_teacher(top: int) -> None:
+    """Against sums over the kept tokens and all others together; with all but one kept that is the whole divergence."""
+    model, teacher = (tiny_model("llama", seed, vocab_size=40).eval() for seed in (0, 1))
+    ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own, theirs = (one(ids).logits[:, :-1].double().softmax(dim=-1) for one in (model, teacher))
+        inputs = {"input_ids": ids, **likeliest(teacher(ids).logits[:, :-1], top)}
+        found = float(losses(model, Aim(None, 1.0), inputs))
+        whole = float(losses(model, Aim(teacher, 1.0), {"input_ids": ids}))
+    expected = 0.0
+    for q, p in zip(own.flatten(0, 1), theirs.flatten(0, 1), strict=True):
+        kept = p.argsort(descending=True)[:top].tolist()
+        pairs = [(float(p[token]), float(q[token])) for token in kept]
+        pairs.append((1 - sum(a for a, _ in pairs), 1 - sum(b for _, b in pairs)))
+        expected += sum(a * math.log(a / b) for a, b in pairs) / own[..., 0].numel()
+    assert found == pytest.approx(expected, rel=5e-3)  # kept in float16
+    assert found < whole * 1.005
+    assert top < 39 or found == pytest.approx(whole, rel=5e-3)
+
+
+def test_a_teacher_that_is_kept_on_the_disk(text: str, tmp_path: Path) -> None:
+    """Stopped while it predicts and again while the model trains: the same weights as in one go, and the teacher was let go."""
+    source = pruned(tmp_path, text)
+    how = TRAIN | {"text": text, "teacher_top": 4096, "tokens": "384"}
+    told = llmprune.recover(source, tmp_path / "whole", **how).record.recoveries[-1]
+    for stopping in (KillAtNote("the teacher has predicted"), KillAt(4)):
+        with pytest.raises(Killed):
+            llmprune.recover(source, tmp_path / "out", progress=stopping, **how)
+    assert (tmp_path / ".out.partial" / "teacher" / "000000.safetensors").is_file()
+    llmprune.recover(source, tmp_path / "out", **how)
+    whole, out = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+    beside = llmprune.recover(source, tmp_path / "beside", **(how | {"teacher_top": None})).record.recoveries[-1]
+    assert told["loss_before"] == pytest.approx(beside["loss_before"], rel=1e-2)
+    assert told["loss_after"] == pytest.approx(beside["loss_after"], rel=1e-2)
+    assert {path.suffix for path in (tmp_path / "out").iterdir() if path.is_dir()} == set()
+
+
 @pytest.mark.parametrize(("family", "name"), [
     ("llama", "model.layers.1.mlp.up_proj.weight"),
     ("gpt2", "transformer.h.1.mlp.c_fc.weight"),
@@ -166,6 +204,27 @@ def test_moments_are_zero_where_weights_are(tmp_path: Path) -> None:
         assert state[moment][mask].any()
     assert not model.get_parameter(name)[~mask].any()
     assert model.get_input_embeddings().weight.grad is None
+
+
+def test_rewinding_sets_kept_weights_back(text: str, tmp_path: Path) -> None:
+    """At a rate that moves nothing; what lies outside the blocks, or is pruned, is that of the pruned model."""
+    source = pruned(tmp_path, text, skip="*.up_proj", sparsity="2:4", method="wanda")
+    tiny_model("llama", seed=1, vocab_size=4096).save_pretrained(tmp_path / "early")
+    how = TRAIN | {"text": text, "rate": 1e-12, "rewind": str(tmp_path / "early")}
+    told = llmprune.recover(source, tmp_path / "out", **how).record
+    before, early, after = (tensors(tmp_path / folder) for folder in ("pruned", "early", "out"))
+    matrices = {site.tensor for site in told.sites}
+    for name, own in after.items():
+        kept = before[name] != 0 if name in matrices else torch.ones_like(own, dtype=torch.bool)
+        expected = early[name] * kept if ".layers." in name else before[name]
+        assert torch.allclose(own, expected, rtol=0, atol=1e-6), name
+    assert verify(tmp_path / "out").problems == ()
+    assert "weights of its blocks, set back to an earlier checkpoint, were" in (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+    tiny_model("llama", vocab_size=4096, intermediate_size=32).save_pretrained(tmp_path / "early")
+    shapes = r"rewind is to another model: its model\.layers\.0\.mlp\.down_proj\.weight is 32 x 32, here it is 32 x 48"
+    with pytest.raises(InputError, match=shapes):
+        llmprune.recover(source, tmp_path / "other", **how)
 
 
 def test_small_trains_norms_alone(text: str, tmp_path: Path) -> None:
@@ -271,13 +330,12 @@ if os.environ["RANK"] == "0":
 
 
 @pytest.mark.parametrize("how", [TRAIN, BY_BLOCK], ids=["kept", "blocks"])
-def test_two_processes_share_the_windows(how: dict, text: str, tmp_path: Path) -> None:
+def test_two_processes_share_the_windows(how: dict, python: list[str], text: str, tmp_path: Path) -> None:
     """Each step's gradient is that of all of its windows, as in one process, to rounding; masks are the same to the bit."""
     source = pruned(tmp_path, text)
     one = llmprune.recover(source, tmp_path / "one", text=text, **how).record.recoveries[-1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", _TWO, str(free_port()), str(source), str(tmp_path / "two"), text, json.dumps(how)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    command = [*python, "-c", _TWO, str(free_port()), str(source), str(tmp_path / "two"), text, json.dumps(how)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "two").problems == ()
     two = json.loads((tmp_path / "two" / "llmprune.json").read_text())["recoveries"][-1]
@@ -304,6 +362,15 @@ class KillAt(Progress):
         self.steps.append(progressed.step)
         self.left -= 1
         if not self.left:
+            raise Killed
+
+
+class KillAtNote(Progress):
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def note(self, text: str) -> None:
+        if self.words in text:
             raise Killed
 
 
@@ -347,6 +414,43 @@ def test_one_command_prunes_and_trains(text: str, tmp_path: Path) -> None:
         llmprune.prune(
             tiny_model("llama"), **(asked | {"output": str(tmp_path / "no"), "calibration": torch.ones(2, 8).long()})
         )
+
+
+def test_pruning_and_training_in_turns(text: str, tmp_path: Path) -> None:
+    """Stopped while the second turn trains it goes on there; the record starts where the first turn did."""
+    source = pruned(tmp_path, text).with_name("source")
+    (tmp_path / "other.txt").write_text("Other words, of another text altogether. " * 40)
+    some = {"calibration": text, "samples": 4, "seqlen": 16, "eval_text": str(tmp_path / "other.txt"), "method": "sparsegpt"}
+    asked = some | {"output": str(tmp_path / "out"), "recover": "5K", "sparsity": "30%,50%", "neurons": "25%", "round_to": 4}
+    with pytest.raises(Killed):
+        llmprune.prune(source, progress=KillAt(14), **asked)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="of an unfinished run with other settings"):
+        llmprune.prune(source, **(asked | {"sparsity": "30%,60%"}))
+    last = KillAt(0)
+    record = llmprune.prune(source, progress=last, **asked).record
+    assert last.steps[0] == 5
+    assert [one.sparsity for one in record.sites] == pytest.approx([0.5] * len(record.sites), abs=0.01)
+    assert (record.model["name"], record.arguments["sparsity"]) == ("source", "30%,50%")
+    assert len(record.recoveries) == 2
+    assert {told["teacher"] for told in record.recoveries} == {"source"}
+    assert record.removals
+    found = llmprune.evaluate(source, texts=[str(tmp_path / "other.txt")], seqlen=64, dtype="float32").scores[0].value
+    assert record.dense is not None
+    assert record.dense.value == pytest.approx(found, rel=1e-4)
+    assert verify(tmp_path / "out").problems == ()
+    page = llmprune.report(tmp_path / "out", tmp_path / "page.html")["runs"][0]
+    assert page["asked"] == "25% fewer neurons, 50% by way of 30%"
+    assert " --sparsity 30%,50% " in page["command"]
+    assert "&&" not in page["command"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    for wrong, words in (
+        ({"recover": None}, "sparsity 30%,50% is for turns of pruning and training: pass --recover"),
+        ({"sparsity": "50%,30%"}, "does not rise: each turn prunes more"),
+        ({"sparsity": "30%,"}, "sparsity is empty"),
+    ):
+        with pytest.raises(InputError, match=words):
+            llmprune.prune(source, **(asked | wrong | {"overwrite": True}))
 
 
 def test_trainings_follow_one_another(text: str, tmp_path: Path) -> None:
@@ -434,6 +538,10 @@ def bad(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
     ({"train": "blocks", "rate": None, "tokens": "64"}, "4 windows of text .* are one batch of 4, and another is held out"),
     ({"activations": "disk"}, "activations has no effect here: it is there with --train blocks"),
     ({"rank": 4}, "rank has no effect here: it is there with --train lora"),
+    ({"train": "small", "rewind": "source"}, "rewind has no effect here: it is there with --train kept"),
+    ({"rewind": "nowhere"}, "unknown model 'nowhere'"),
+    ({"loss": "ce", "teacher_top": 4}, "teacher_top has no effect here: with --loss ce"),
+    ({"teacher_top": 0}, "teacher_top 0 is impossible: give at least 1"),
     ({"train": "all"}, "unknown train 'all'"),
     ({"loss": "mse"}, "unknown loss 'mse'"),
     ({"seqlen": 1}, "seqlen 1 is impossible: give at least 2"),

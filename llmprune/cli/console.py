@@ -20,6 +20,7 @@ from llmprune.job.progress import Progress, Progressed
 from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known
 from llmprune.job.scan import Scanned
 from llmprune.models.resolve import spelled
+from llmprune.output.resume import is_turn
 
 _TITLE = len("calibration  ")  # where the values of the header begin
 _WIDEST = 10_000  # more columns than a table needs
@@ -151,6 +152,8 @@ class Console(Progress):
 
     def recovered(self, record: RunRecord, output: Path) -> None:
         self._show(recovery_table(record))
+        if is_turn(output):
+            return
         self._line(f"wrote {output}; next:")
         self._console.print(
             _next_steps(output, own=bool(record.structure.get("differ_by_layer"))), markup=False, soft_wrap=True
@@ -159,7 +162,7 @@ class Console(Progress):
     def summary(self, record: RunRecord, output: Path | None) -> None:
         self._stop()
         self._show(run_table(record))
-        if output is not None:
+        if output is not None and not is_turn(output):
             self._line(f"wrote {output}; next:")
             steps = _next_steps(output, own=bool(record.structure.get("differ_by_layer")))
             if record.pruned is None:

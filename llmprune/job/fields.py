@@ -96,7 +96,7 @@ def _as_meant(name: str, value: Any, kind: Any, in_file: bool) -> Any:
 def _text(name: str, value: str) -> str:
     """A text, checked as far as it can be by itself, and without blanks around it where it says how much."""
     if name == "sparsity":
-        return sparsity_text(read_sparsity(value))
+        return ",".join(sparsity_text(read_sparsity(one)) for one in value.split(","))
     if name in ALLOWANCES:
         return Allowance.parse(value, name).text
     if name in ("tokens", "recover"):

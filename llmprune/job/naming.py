@@ -22,7 +22,7 @@ def output_folder(config: PruneConfig, model: str) -> Path | None:
     parts = [f"{what}{amount}" for what, amount in asked.items() if amount]
     parts += [f"{what}{getattr(config, name)}" for name, what in _BUDGETS.items() if getattr(config, name)]
     parts += [f"{config.target_speedup}{config.for_}"] if config.target_speedup else []
-    parts += [config.sparsity] if config.sparsity else []
+    parts += config.turns
     parts += [config.allocate] if config.allocate != "uniform" else []
     parts += [Path(config.allocation).stem] if config.allocation else []
     parts += [config.by] if config.by != "structure" else []
@@ -40,5 +40,7 @@ def asked_text(arguments: Mapping[str, Any]) -> str:
     if "target_speedup" in given:
         parts.append(f"{given['target_speedup']} the speed in {given['for_']}")
     spread = f" spread by {given['allocate']}" if given.get("allocate", "uniform") != "uniform" else ""
-    parts += [f"{given['sparsity']}{spread}"] if "sparsity" in given else []
+    *turns, last = given.get("sparsity", "").split(",")
+    by = f" by way of {', '.join(turns)}" if turns else ""
+    parts += [f"{last}{spread}{by}"] if last else []
     return ", ".join(parts + (["a sparsity for each matrix"] if "allocation" in given else []))

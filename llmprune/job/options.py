@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from llmprune.base.errors import InputError, unknown
-from llmprune.base.notation import AUTO_DTYPE, DTYPES
+from llmprune.base.notation import AUTO_DTYPE, DTYPES, read_sparsity
 from llmprune.job.fields import PLACES, Options, option
 
 LAYER_SCORES = ("influence", "loss")
@@ -29,7 +30,9 @@ class PruneConfig(Options):
 
     model: str = option("bundled name (llama), local folder, or Hub id such as meta-llama/Llama-3.2-1B")
     sparsity: str | None = option(
-        "0.5 or 50%% (unstructured), or N:M such as 2:4, which keeps N of every M weights; after heads, neurons, layers", None
+        "0.5 or 50%% (unstructured), or N:M such as 2:4, which keeps N of every M weights; after heads, neurons, layers. With "
+        "--recover also several, such as 30%%,50%%,70%%: prune and train in turns",
+        None,
     )
     heads: str | None = option("attention heads to remove, such as 25%% or 8, in each layer", None, metavar="AMOUNT")
     neurons: str | None = option("neurons (MLP channels) to remove, such as 25%%, in each layer", None, metavar="AMOUNT")
@@ -151,6 +154,8 @@ class PruneConfig(Options):
         ):
             if getattr(self, name) not in known:
                 raise unknown(name.rstrip("_"), getattr(self, name), known)
+        if len(self.turns) > 1:
+            self._check_turns()
         if self.sparsity is not None and self.allocation is not None:
             raise InputError("sparsity and allocation exclude each other: the file says how sparse each matrix becomes")
         if self.by == "weights":
@@ -163,6 +168,18 @@ class PruneConfig(Options):
         self._check_roads()
         if self.seqlen < 2:
             raise InputError("seqlen 1 is impossible: a window needs a token to predict")
+
+    def _check_turns(self) -> None:
+        """Raises: InputError: there is no training between several sparsities, or they do not rise."""
+        if self.recover is None:
+            raise InputError(
+                f"sparsity {self.sparsity} is for turns of pruning and training: pass --recover, or name one sparsity"
+            )
+        dropped = [1 - n[0] / n[1] if isinstance(n := read_sparsity(turn), tuple) else n for turn in self.turns]
+        if any(after <= before for before, after in pairwise(dropped)):
+            raise InputError(f"sparsity {self.sparsity} does not rise: each turn prunes more, as in 30%,50%,70%")
+        if self.scan is not None:
+            raise InputError("scan is of the dense model, and turns after the first prune another: leave it out")
 
     def _check_weight_budgets(self) -> None:
         """Raises: InputError: budgets that weights cannot meet, or something else that says how sparse matrices become."""
@@ -213,6 +230,11 @@ class PruneConfig(Options):
     def sparse(self) -> bool:
         """Whether weights are to be pruned."""
         return self.sparsity is not None or self.allocation is not None or (bool(self.budgets) and self.by == "weights")
+
+    @property
+    def turns(self) -> list[str]:
+        """The sparsities that are pruned to one after the other."""
+        return self.sparsity.split(",") if self.sparsity is not None else []
 
     @property
     def structured(self) -> bool:

@@ -35,11 +35,21 @@ class RecoverConfig(Options):
         "and biases; blocks: as kept, one block after the other in memory (default: %(default)s)",
         "kept",
     )
+    rewind: str | None = option(
+        "with --train kept, begin with the blocks' weights of this earlier checkpoint of the dense model, such as "
+        "owner/name@step1000, zeros kept",
+        None, metavar="MODEL",
+    )  # fmt: skip
     rank: int = option("of adapters, with --train lora (default: %(default)s)", 16, metavar="N")
     loss: str = option(
         "kd: KL divergence from the teacher; ce: the text's own next tokens; mix: two thirds and one (default: %(default)s)",
         "kd",
     )
+    teacher_top: int | None = option(
+        "keep so many of the teacher's likeliest tokens on the disk, with the probability of all others, and no teacher in "
+        "memory (default: it runs alongside)",
+        None, metavar="N",
+    )  # fmt: skip
     text: str = option(
         "text to train on: as --calibration (default: pydoc's own training part for the bundled model, else c4)", "auto",
         metavar="TEXT",
@@ -80,11 +90,17 @@ class RecoverConfig(Options):
         if self.rate is not None and not 0 < self.rate < 1:
             raise InputError(f"rate {self.rate:g} is impossible: give a learning rate between 0 and 1, such as 3e-4")
         if self.train == BLOCKS:
-            for name, usual in (("loss", "kd"), ("rate", None)):
+            for name, usual in (("loss", "kd"), ("rate", None), ("teacher_top", None)):
                 if getattr(self, name) != usual:
                     raise InputError(f"{name} has no effect here: blocks are fitted to what the dense model's put out")
         elif self.activations != "memory":
             raise InputError("activations has no effect here: it is there with --train blocks")
+        if self.teacher_top is not None and self.loss == "ce":
+            raise InputError("teacher_top has no effect here: with --loss ce no teacher is imitated")
+        if self.teacher_top is not None and self.teacher_top < 1:
+            raise InputError(f"teacher_top {self.teacher_top} is impossible: give at least 1")
+        if self.rewind is not None and self.train != "kept":
+            raise InputError("rewind has no effect here: it is there with --train kept")
         if self.rank != 16 and self.train != "lora":
             raise InputError("rank has no effect here: it is there with --train lora")
         if self.teacher is not None and self.loss == "ce" and self.eval_text == "none":

@@ -25,7 +25,8 @@ def again(record: RunRecord) -> str | None:
     if model["hub_id"] and model["commit"]:
         options["model"] = f"{model['hub_id']}@{model['commit']}"
     start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
-    later = record.recoveries[1 if arguments.get("recover") else 0 :]  # of which the command does not speak
+    turns = len((arguments["sparsity"] or "").split(",")) if arguments.get("recover") else 0
+    later = record.recoveries[turns:]  # of which the command does not speak
     commands = [command_line(*start, "llmprune", *as_flags(options), *(("--output", _PRUNED) if later else ()))]
     for number, told in enumerate(later):
         trained = {key: value for key, value in told["arguments"].items() if key not in ("model", *_NOT_THE_RESULT)}

@@ -102,9 +102,10 @@ def _trained(recovery: Mapping[str, Any]) -> str:
         "small": "the norms and biases of its blocks",
         BLOCKS: "its blocks, one after the other,",
     }.get(what, "adapters on its pruned matrices (merged, under their masks)")
+    begun = ", set back to an earlier checkpoint," if asked.get("rewind") else ""
     return (
-        f" Afterwards {trained} were trained {aim}, zeros kept, on {recovery['tokens']:,} tokens of {recovery['text']}; on "
-        f"held-out windows of that text the {measure(asked, 'it')} went from {before} to {after}"
+        f" Afterwards {trained}{begun} were trained {aim}, zeros kept, on {recovery['tokens']:,} tokens of {recovery['text']}; "
+        f"on held-out windows of that text the {measure(asked, 'it')} went from {before} to {after}"
         f"{'' if what == BLOCKS else ' nats a token'}."
     )
 

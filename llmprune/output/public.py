@@ -10,9 +10,9 @@ from typing import Any
 from llmprune.data.documents import names_a_file
 from llmprune.job.record import PERPLEXITY_OF, Perplexity, RunRecord
 
-_FOLDERS = ("model", "output", "baseline", "teacher")
+_FOLDERS = ("model", "output", "baseline", "teacher", "rewind")
 _TEXTS = ("calibration", "eval_text", "text", "name", "names")
-_HUB_IDS = ("hub_id", "baseline_hub_id", "teacher_hub_id")
+_HUB_IDS = ("hub_id", "baseline_hub_id", "teacher_hub_id", "rewind_hub_id")
 
 
 def public(saved: Mapping[str, Any]) -> dict[str, Any]:

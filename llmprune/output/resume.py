@@ -23,6 +23,7 @@ from llmprune.base.folders import locked
 from llmprune.base.words import count
 
 MANIFEST = "llmprune.partial.json"
+_TURN = ".turn"
 _AGAIN = "pass --restart to begin anew"
 
 
@@ -145,6 +146,16 @@ def partial_folder(output: Path) -> Path:
 def between_folder(output: Path) -> Path:
     """Where a run to `output` that prunes the weights of a smaller model keeps that model."""
     return partial_folder(output).with_suffix(".smaller")
+
+
+def turn_folder(output: Path, number: int) -> Path:
+    """Where a run that prunes and trains in turns keeps what turn `number` came to."""
+    target = output.resolve()
+    return target.with_name(f".{target.name}{_TURN}{number}")
+
+
+def is_turn(folder: Path) -> bool:
+    return folder.name.startswith(".") and folder.name.rstrip("0123456789").endswith(_TURN)
 
 
 def _remove(path: Path) -> None:

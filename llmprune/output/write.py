@@ -19,7 +19,7 @@ def write_record(folder: Path, record: RunRecord, name: str) -> None:
     record.size["bytes_after"] = checkpoint.nbytes()
     if saved := _packing(record, checkpoint):
         record.size["bytes_packed"] = checkpoint.nbytes() - saved
-    record.files = sums(folder, MANIFEST)
+    record.files = sums(folder, MANIFEST, RECORD)
     write_json(folder / RECORD, record.as_dict())
 
 

@@ -27,9 +27,9 @@ from llmprune.runs.announce import claim_output
 from llmprune.runs.checks import check_folders, check_names, check_recovery, untrained
 from llmprune.runs.in_memory import FROM_FOLDER, prune_in_memory
 from llmprune.runs.pushing import check_push, push_output
-from llmprune.runs.recover import recover_in_place
 from llmprune.runs.result import Result
 from llmprune.runs.schedule import schedule
+from llmprune.runs.turns import prune_in_turns
 
 
 def prune(
@@ -68,17 +68,29 @@ def prune(
     check_names(config)
     if not isinstance(model, PreTrainedModel):
         check_folders(config)
-    with plain_errors():
+    shown = progress or Progress()
+
+    def once(own: PruneConfig, teacher: str | None = None) -> Result:
         with joined() as ranks, torch.no_grad():
-            job = Job(config, given, progress or Progress(), ranks)
-            check_push(job)
-            check_recovery(config, in_memory=isinstance(model, PreTrainedModel), processes=ranks.size)
+            job = Job(own, given, shown, ranks)
+            check_push(own, first=ranks.first)
+            check_recovery(own, in_memory=isinstance(model, PreTrainedModel), processes=ranks.size)
             with job.clock:
-                result = _prune(job, model, tokenizer)
-        if config.recover is not None and result.output is not None:
-            result = recover_in_place(result.output, config, job.progress)
-        if job.ranks.first:
-            push_output(job, result.output)  # the others do not wait for it
+                result = _prune(job, model if isinstance(model, PreTrainedModel) else own.model, tokenizer)
+        if own.recover is not None and result.output is not None:
+            from llmprune.runs.recover import recover_in_place  # transformers' Trainer takes a second to import
+
+            result = recover_in_place(result.output, own, shown, teacher)
+        if ranks.first:
+            push_output(own, shown, result.output)  # the others do not wait for it
+        return result
+
+    with plain_errors():
+        if len(config.turns) < 2:
+            return once(config)
+        check_push(config, first=True)
+        result = prune_in_turns(config, shown, once)
+        push_output(config, shown, result.output)
         return result
 
 

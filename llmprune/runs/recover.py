@@ -41,10 +41,12 @@ def recover(model: str | Path, output: str | Path | None = None, *, progress: Pr
     return _recover(config, progress or Progress(), in_place=False)
 
 
-def recover_in_place(folder: Path, config: PruneConfig, progress: Progress) -> Result:
-    """Train what a run of `config` has just pruned into `folder`, which the result replaces when it is whole."""
+def recover_in_place(folder: Path, config: PruneConfig, progress: Progress, teacher: str | None) -> Result:
+    """Train what a run of `config` has just pruned into `folder`, which the result replaces when it is whole; `teacher`: None
+    stands for the model that was pruned."""
     text = "auto" if config.calibration == GIVEN else config.calibration
     options = {"tokens": config.recover, "text": text, "device": config.device, "output": str(folder)}
+    options |= {"teacher": teacher, "eval_text": config.eval_text if teacher else "auto"}
     return _recover(RecoverConfig.create({"model": str(folder), **options}), progress, in_place=True)
 
 

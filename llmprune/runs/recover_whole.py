@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -18,13 +19,15 @@ from llmprune.models.skeleton import Skeleton, load_config, load_model
 from llmprune.output.resume import Manifest, partial_folder
 from llmprune.runs.pruned import pruned_parameters
 from llmprune.runs.recovery import HELD_OUT, Recovery
-from llmprune.steps.recover.learning import Aim, prepare
+from llmprune.steps.recover.examples import Examples, Predictions, keep, nbytes
+from llmprune.steps.recover.learning import Aim, prepare, rewind
 from llmprune.steps.recover.training import Plan, Trained, train
 from llmprune.steps.recover.writing import write_trained
 
 _CHECKPOINTS = 3  # on the disk at once: the last two and the best
 _MOMENTS = 2  # of AdamW, in float32 as the weights
-_TRAINING = "training"  # the folder of checkpoints, in that of the unfinished run
+_TRAINING, _TEACHER = "training", "teacher"  # folders of checkpoints and of kept predictions, in that of the unfinished run
+_TELL = 10  # times, how much of the text the teacher has predicted
 
 
 class Whole:
@@ -37,8 +40,12 @@ class Whole:
         self._source = Skeleton(Checkpoint(folder), load_config(folder), torch.device("meta"), torch.float32)
         self._model = load_model(folder, load_config(folder), task.device, torch.float32)
         storage, pruned = self._source.storage(), pruned_parameters(self._source, task.record)
+        if task.rewind:
+            earlier = load_model(task.rewind.path, load_config(task.rewind.path), task.device, torch.float32)
+            rewind(self._model, earlier, pruned)
         self._learning = prepare(self._model, config.train, pruned, storage, rank=config.rank, seed=config.seed)
         self._teacher = self._load_teacher()
+        self._top = min(config.teacher_top or 0, self._model.config.get_text_config().vocab_size - 1)
 
     def _load_teacher(self) -> PreTrainedModel | None:
         task = self._task
@@ -55,29 +62,48 @@ class Whole:
         }[config.train]
         named = teacher.name if teacher else ""
         aim = {"kd": f"to imitate {named}", "ce": "to predict the text", "mix": f"to imitate {named} and predict the text"}
-        return f"{what} ({count(self._learned(), 'parameter')}), {aim[config.loss]}; AdamW, rate {config.peak():g}"
+        begin = f", begun at {self._task.rewind.name}" if self._task.rewind else ""
+        return f"{what} ({count(self._learned(), 'parameter')}){begin}, {aim[config.loss]}; AdamW, rate {config.peak():g}"
 
     def _learned(self) -> int:
         return sum(parameter.numel() for parameter in self._learning.learned())
 
     def room(self) -> int:
         everything = sum(parameter.numel() for parameter in self._model.parameters())
-        return self._source.checkpoint.nbytes() + 4 * _CHECKPOINTS * (everything + _MOMENTS * self._learned())
+        kept = nbytes(self._task.training, self._top) if self._top else 0
+        return self._source.checkpoint.nbytes() + 4 * _CHECKPOINTS * (everything + _MOMENTS * self._learned()) + kept
 
     def run(self, manifest: Manifest | None) -> None:
         task, model = self._task, self._model
         text, teacher = task.evaluation, self._teacher
         dense = perplexity(teacher, text) if text and teacher else None
         before = perplexity(model.eval(), text) if text else None
+        if self._top:
+            self._keep_predictions(manifest)
         found = self._train(manifest)
         task.fill_in(
             {**found.told(), "rate": task.config.peak()}, dense, before, perplexity(model.eval(), text) if text else None
         )
 
+    def _keep_predictions(self, manifest: Manifest | None) -> None:
+        """Have the teacher predict the text, and let go of it."""
+        task, teacher, began, told = self._task, self._teacher, time.monotonic(), 0.0
+        assert teacher is not None
+        folder = partial_folder(task.output) / _TEACHER
+        for done in keep(teacher, task.training, self._top, folder, (task.ranks.rank, task.ranks.size)):
+            if manifest:
+                manifest.begin()
+            if done >= told:
+                left = (time.monotonic() - began) / done * (1 - done)
+                task.progress.note(f"the teacher has predicted {done:.0%} of the text; ETA {left:.0f} s")
+                told = done + 1 / _TELL
+        self._teacher = None
+        task.ranks.agree(None)
+
     def _train(self, manifest: Manifest | None) -> Trained:
         task, (windows, held_out) = self._task, self._split()
         config, steps = task.config, task.steps()
-        if (wanted := steps * config.batch_size) > (there := len(windows.ids)):
+        if (wanted := steps * config.batch_size) > (there := len(windows)):
             task.progress.note(f"the text has {count(there, 'window')}: it is read {wanted / there:.1f} times")
         plan = Plan(
             windows,
@@ -98,14 +124,17 @@ class Whole:
             task.progress.note("no step was better than the beginning on held-out text: the weights stay as they were")
         return found
 
-    def _split(self) -> tuple[Windows, Windows]:
-        """Windows to train on, and those that are held out."""
+    def _split(self) -> tuple[Examples, Examples]:
+        """What is trained on, and what is held out."""
         ids, text = self._task.training.ids, self._task.training.text
         some = max(min(HELD_OUT, len(ids) // 10), 1)
-        return Windows(ids[some:], text), Windows(ids[:some], text)
+        folder = partial_folder(self._task.output) / _TEACHER
+        kept, held_out = (Predictions(folder, first) if self._top else None for first in (some, 0))
+        return Examples(Windows(ids[some:], text), kept), Examples(Windows(ids[:some], text), held_out)
 
     def write(self, folder: Path) -> None:
-        shutil.rmtree(folder / _TRAINING, ignore_errors=True)
+        for name in (_TRAINING, _TEACHER):
+            shutil.rmtree(folder / name, ignore_errors=True)
         copy_extras(self._task.folder, folder)
         write_trained(self._model, self._source, self._learning.changed, folder)
 

@@ -21,7 +21,7 @@ from llmprune.job.progress import Progress
 from llmprune.job.record import Perplexity, RunRecord, excess_loss, versions
 from llmprune.job.recovery import BLOCKS, RECOVERED, SHARES, RecoverConfig
 from llmprune.models.checkpoint import Checkpoint
-from llmprune.models.resolve import ModelFolder
+from llmprune.models.resolve import ModelFolder, resolve
 from llmprune.models.skeleton import load_config, load_tokenizer
 from llmprune.output.resume import Manifest
 from llmprune.runs.pruned import check_teacher, dense_model, evaluated_on, of_bundled, pruned_record
@@ -35,6 +35,7 @@ class Recovery:
 
     Attributes:
         record: that of the run that pruned the model.
+        rewind: an earlier checkpoint of the dense model, to begin with.
         in_place: the result takes the model's own place.
     """
 
@@ -45,6 +46,7 @@ class Recovery:
     output: Path
     record: RunRecord
     teacher: ModelFolder | None
+    rewind: ModelFolder | None
     device: torch.device
     compute: torch.dtype
     training: Windows
@@ -74,6 +76,7 @@ class Recovery:
         teacher = dense_model(config, record) if imitates or evaluated else None
         if teacher:
             check_teacher(teacher, own.get_text_config().vocab_size, tokenizer)
+        rewind = resolve(config.rewind) if config.rewind else None
         text = ("pydoc" if of_bundled(record) else "c4") if config.text == "auto" else config.text
         if evaluated and names_a_file(text) and evaluated == text:
             raise InputError(f"text {text} is what perplexity is measured on: train on another, or pass --eval-text")
@@ -83,7 +86,8 @@ class Recovery:
         wanted = (steps * config.batch_size + (0 if config.train == BLOCKS else HELD_OUT)) * seqlen
         training = training_windows(text, tokenizer, tokens=wanted, seqlen=seqlen, seed=config.seed)
         evaluation = evaluation_windows(evaluated, tokenizer, seqlen=seqlen) if evaluated else None
-        return cls(config, progress, ranks, folder, output, record, teacher, device, compute, training, evaluation, in_place)
+        models = (record, teacher, rewind)
+        return cls(config, progress, ranks, folder, output, *models, device, compute, training, evaluation, in_place)
 
     def steps(self) -> int:
         """Optimiser steps on the text, once."""
@@ -110,6 +114,7 @@ class Recovery:
             "arguments": asdict(self.config),
             "teacher": teacher.name if teacher else None,
             "teacher_hub_id": teacher.hub_id if teacher else None,
+            "rewind_hub_id": self.rewind.hub_id if self.rewind else None,
             "text": self.training.text,
             "excess_loss_before": excess_loss(dense, before) if dense and before else None,
             "compute": f"{dtype_name(self.compute)} on {self.device}",
@@ -119,13 +124,14 @@ class Recovery:
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides the result."""
-        passing = ("model", "teacher", "text", "eval_text", "output", "overwrite", "restart", "activations")
+        passing = ("model", "teacher", "rewind", "text", "eval_text", "output", "overwrite", "restart", "activations")
         return {
             **{f"--{name.replace('_', '-')}": value for name, value in asdict(self.config).items() if name not in passing},
             **{f"version of {package}": version for package, version in versions().items()},
             "training text": self.training.digest(),
             "model": Checkpoint(self.folder).fingerprint(),
             "teacher": Checkpoint(self.teacher.path).fingerprint() if self.teacher else None,
+            "rewind": Checkpoint(self.rewind.path).fingerprint() if self.rewind else None,
             "compute": f"{dtype_name(self.compute)} on {self.device}",
             "processes": self.ranks.size,
         }

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from llmprune.base.errors import InputError
 from llmprune.data.windows import IGNORED, next_token_labels
 from llmprune.models.discover import find_blocks
+from llmprune.steps.recover.examples import LOGS, TOKENS, others
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,7 @@ def prepare(
     Raises:
         InputError: there are none.
     """
-    inside = {
-        f"{block}.{name}": parameter
-        for block, module in find_blocks(model).items()
-        for name, parameter in module.named_parameters()
-    }
+    inside = _inside(model)
     model.requires_grad_(False)
     if train == "lora":
         chosen = {name: own for name, own in inside.items() if name in pruned or (not pruned and own.ndim == 2)}
@@ -89,6 +86,36 @@ def prepare(
         if name in pruned:
             parameter.register_hook(_Masked(parameter.detach() != 0))
     return Learning(model, changed, storage)
+
+
+@torch.no_grad()
+def rewind(model: PreTrainedModel, earlier: PreTrainedModel, pruned: Collection[str]) -> None:
+    """Set the parameters of the blocks back to those of `earlier`, a checkpoint from the dense model's training; zeros of those
+    named `pruned` stay.
+
+    Source: Frankle et al., "Linear mode connectivity and the lottery ticket hypothesis", 2020, which sets back all parameters.
+
+    Raises:
+        InputError: it is a model of other blocks.
+    """
+    now, then = _inside(model), _inside(earlier)
+    shapes, others = ({name: tuple(own.shape) for name, own in parameters.items()} for parameters in (now, then))
+    if shapes != others:
+        name = min(name for name in {**shapes, **others} if shapes.get(name) != others.get(name))
+        own, other = (" x ".join(map(str, found.get(name, ("not there",)))) for found in (shapes, others))
+        raise InputError(f"rewind is to another model: its {name} is {other}, here it is {own}")
+    for name, parameter in now.items():
+        kept = (parameter != 0) if name in pruned else True
+        parameter.copy_(then[name] * kept)
+
+
+def _inside(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters of the blocks."""
+    return {
+        f"{block}.{name}": parameter
+        for block, module in find_blocks(model).items()
+        for name, parameter in module.named_parameters()
+    }
 
 
 class _Masked:
@@ -130,31 +157,40 @@ def _adapt(model: PreTrainedModel, name: str, adapter: _Adapter) -> tuple[nn.Mod
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What is imitated: `share` of the loss is the divergence from `teacher`, the rest the cross-entropy of the text."""
+    """What is imitated: `share` of the loss is the divergence from `teacher`, or where that is None from what examples keep of
+    its predictions; the rest is the cross-entropy of the text."""
 
     teacher: nn.Module | None = None
     share: float = 0.0
 
 
 def losses(model: nn.Module, aim: Aim, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Mean over the tokens that are predicted, of KL(teacher || model) and cross-entropy as `aim` has them; nats a token.
+    """Mean over the tokens that are predicted, of KL(teacher || model) and cross-entropy as `aim` has them; nats a token. Where
+    only the teacher's likeliest tokens are kept, all others count as one.
 
     Source: Hinton et al., "Distilling the knowledge in a neural network", 2015, at temperature 1.
     """
-    logits, labels = _predicted(model, inputs), next_token_labels(inputs).flatten()
+    labels = next_token_labels(inputs).flatten()
+    real = labels != IGNORED
+    logits = _predicted(model, inputs)[real]
     loss = logits.new_zeros(())
     if aim.share < 1:
-        loss = loss + (1 - aim.share) * functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+        loss = loss + (1 - aim.share) * functional.cross_entropy(logits, labels[real])
     if aim.share > 0:
-        assert aim.teacher is not None
-        with torch.no_grad():
-            target = functional.log_softmax(_predicted(aim.teacher, inputs), dim=-1)
-        own, real = functional.log_softmax(logits, dim=-1), labels != IGNORED
-        loss = loss + aim.share * functional.kl_div(own[real], target[real], reduction="batchmean", log_target=True)
+        own = functional.log_softmax(logits, dim=-1)
+        if aim.teacher is not None:
+            with torch.no_grad():
+                target = functional.log_softmax(_predicted(aim.teacher, inputs)[real], dim=-1)
+        else:
+            tokens, logs = (inputs[name].flatten(0, 1)[real] for name in (TOKENS, LOGS))
+            own = torch.cat([own.gather(-1, tokens.long()), others(logits, tokens)], dim=-1)
+            target = functional.log_softmax(logs.float(), dim=-1)  # they sum to one again, after rounding
+        loss = loss + aim.share * functional.kl_div(own, target, reduction="batchmean", log_target=True)
     return loss
 
 
 def _predicted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits (tokens, vocabulary) in float32, of all positions but each window's last."""
-    logits: Tensor = model(**inputs, use_cache=False).logits
+    asked = {name: own for name, own in inputs.items() if name not in (TOKENS, LOGS)}
+    logits: Tensor = model(**asked, use_cache=False).logits
     return logits[:, :-1].flatten(0, 1).float()

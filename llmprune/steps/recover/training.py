@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -26,8 +25,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from llmprune.data.windows import Windows
 from llmprune.job.progress import Progressed
+from llmprune.steps.recover.examples import Examples
 from llmprune.steps.recover.learning import Aim, Learning, losses
 
 EVALUATIONS = 20  # of the held-out windows while it trains, at most
@@ -45,13 +44,13 @@ class Plan:
 
     Attributes:
         batch: windows a step, of each of so many `processes`.
-        windows: to train on; `held_out`: to choose the best step by. Both of one text, disjoint.
+        examples: to train on; `held_out`: to choose the best step by. Both of one text, disjoint.
         rate: the peak of AdamW's, reached after a twentieth of the steps, from which it falls to zero by a cosine.
         folder: for checkpoints, from which training goes on.
     """
 
-    windows: Windows
-    held_out: Windows
+    examples: Examples
+    held_out: Examples
     steps: int
     batch: int
     processes: int
@@ -62,7 +61,7 @@ class Plan:
 
     @property
     def tokens_a_step(self) -> int:
-        return self.batch * self.processes * self.windows.ids.shape[1]
+        return self.batch * self.processes * self.examples.windows.ids.shape[1]
 
 
 @dataclass(slots=True)
@@ -88,17 +87,6 @@ class Trained:
         """For the record."""
         names = ("tokens", "steps", "best", "held_out", "trained", "diverged", "seconds")
         return {name: getattr(self, name) for name in names} | {"loss_before": self.before, "loss_after": self.after}
-
-
-class _Rows(Dataset[dict[str, Tensor]]):
-    def __init__(self, windows: Windows) -> None:
-        self._ids = windows.ids
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self._ids[index]}
 
 
 class _Distiller(Trainer):
@@ -171,8 +159,8 @@ def train(
     trainer = _Distiller(
         model=model,
         args=_arguments(plan, use_cpu=model.device.type == "cpu"),
-        train_dataset=_Rows(plan.windows),
-        eval_dataset=_Rows(plan.held_out),
+        train_dataset=plan.examples,
+        eval_dataset=plan.held_out,
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
@@ -261,7 +249,7 @@ def _held_out(model: PreTrainedModel, aim: Aim, plan: Plan) -> float:
     for inputs in plan.held_out.batches(plan.batch, model.device):
         with torch.autocast(model.device.type, plan.compute, enabled=plan.compute != torch.float32):
             total += float(losses(model, aim, inputs)) * len(inputs["input_ids"])
-    return total / len(plan.held_out.ids)
+    return total / len(plan.held_out)
 
 
 def _curve(history: list[dict[str, float]], name: str) -> list[Point]:

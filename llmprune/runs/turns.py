@@ -1,0 +1,84 @@
+"""Pruning and training in turns: each sparsity is pruned to from what the one before was trained to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from llmprune.base.errors import InputError
+from llmprune.base.folders import publish
+from llmprune.job.naming import output_folder
+from llmprune.job.options import PruneConfig
+from llmprune.job.progress import Progress
+from llmprune.job.record import RunRecord
+from llmprune.models.resolve import look_up
+from llmprune.output.resume import turn_folder
+from llmprune.output.write import write_record
+from llmprune.reports.saved import read_runs
+from llmprune.runs.checks import finished, untrained
+from llmprune.runs.result import Result
+
+Once = Callable[[PruneConfig, "str | None"], Result]  # prune and train by a configuration of one turn, towards a teacher
+
+
+def prune_in_turns(config: PruneConfig, progress: Progress, once: Once) -> Result:
+    """Do one turn after the other, each in a hidden folder beside the output; the last one's becomes the output. Goes on after
+    the turns that an earlier run has finished, and within one.
+
+    Raises:
+        InputError: an unfinished run of other settings is there.
+    """
+    output = output_folder(config, look_up(config.model).name)
+    assert output is not None  # recover asks for one
+    folders = [turn_folder(output, number) for number in range(1, 1 + len(config.turns))]
+    if config.restart:
+        _clear(folders)
+    records: list[RunRecord] = []
+    for number, (sparsity, folder) in enumerate(zip(config.turns, folders, strict=True)):
+        own = _turn(config, sparsity, folder, folders[:number], records)
+        if folder.exists() and finished(own) is None and untrained(own) is None:
+            raise InputError(
+                f"{folder} is of an unfinished run with other settings: repeat them, or pass --restart to begin anew"
+            )
+        progress.note(f"turn {number + 1} of {len(folders)}: {sparsity}")
+        if finished(own) is None:
+            once(own, config.model if records else None)
+        records.append(read_runs([str(folder)])[0].record)
+    whole = _joined(config, records)
+    write_record(folders[-1], whole, output.name)
+    publish(folders[-1], output, overwrite=config.overwrite)
+    _clear(folders)
+    progress.recovered(whole, output)
+    return Result(whole, None, output)
+
+
+def _turn(
+    config: PruneConfig, sparsity: str, folder: Path, before: Sequence[Path], records: Sequence[RunRecord]
+) -> PruneConfig:
+    """What a turn is asked for; those after the first prune weights alone, with the first one's texts."""
+    own = replace(config, sparsity=sparsity, output=str(folder), overwrite=False, restart=False, push_to_hub=None)
+    if not records:
+        return own
+    first = records[0]
+    own = replace(own, model=str(before[-1])).weights_only(folder)
+    texts = {"calibration": first.calibration["text"], "eval_text": first.pruned.text if first.pruned else "none"}
+    return replace(own, **{name: text for name, text in texts.items() if getattr(config, name) == "auto"})
+
+
+def _joined(config: PruneConfig, records: Sequence[RunRecord]) -> RunRecord:
+    """The last turn's record, which starts where the first began."""
+    first, last = records[0], records[-1]
+    dense, nonzero = last.dense, first.size["nonzero_before"]  # the teacher's, by the last training
+    last.follow(first)
+    last.arguments, last.dense, last.size["nonzero_before"] = asdict(config), dense, nonzero
+    last.recoveries = [told for own in records for told in own.recoveries]
+    phases = dict.fromkeys(phase for own in records for phase in own.seconds)
+    last.seconds = {phase: sum(own.seconds.get(phase, 0.0) for own in records) for phase in phases}
+    return last
+
+
+def _clear(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
