@@ -50,6 +50,16 @@ def sparsity_text(sparsity: float | tuple[int, int]) -> str:
     return percent if float(percent[:-1]) / 100 == sparsity else repr(sparsity)
 
 
+def in_file_name(amount: str) -> str:
+    """An amount as file names have it: `2of4`, `50pct`."""
+    return amount.replace(":", "of").replace("%", "pct")
+
+
+def from_file_name(part: str) -> str:
+    """The amount that `in_file_name` wrote."""
+    return part.replace("pct", "%").replace("of", ":")
+
+
 def check_fraction(fraction: float) -> None:
     """Raises: InputError: it drops nothing, all, or is no number."""
     if not 0 < fraction < 1:  # also rejects nan

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.base.errors import user_path
-from llmprune.base.notation import ALLOWANCES
+from llmprune.base.notation import ALLOWANCES, in_file_name
 from llmprune.job.options import PruneConfig
 from llmprune.job.recipes import choose_recipe
 
@@ -28,7 +28,7 @@ def output_folder(config: PruneConfig, model: str) -> Path | None:
     parts += [config.by] if config.by != "structure" else []
     parts += [choose_recipe(config).name] if config.sparse else []
     parts += ["recovered"] if config.recover else []
-    return Path("-".join([model, *parts]).replace(":", "of").replace("%", "pct"))
+    return Path("-".join([model, *map(in_file_name, parts)]))
 
 
 def asked_text(arguments: Mapping[str, Any]) -> str:

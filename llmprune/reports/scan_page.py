@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llmprune.base.notation import from_file_name
 from llmprune.base.words import count
 from llmprune.job.scan import Allocation, Scan, Scanned, by_kind, total_weights
 from llmprune.numerics.patterns import NM, Pattern, Unstructured
@@ -75,8 +76,7 @@ def _proposal(scan: Scan, name: str, allocation: Allocation) -> dict[str, Any]:
         return _dropped(own[0]) if own else None
 
     whole = sum(one.weights * (dropped(one) or 0.0) for one in scan.matrices) / total_weights(scan.matrices)
-    title = name.replace("pct", "%").replace("of", ":")
-    return {"title": title, "dropped": f"{whole:.1%}", "map": _map(scan, dropped, "{:.0%}".format)}
+    return {"title": from_file_name(name), "dropped": f"{whole:.1%}", "map": _map(scan, dropped, "{:.0%}".format)}
 
 
 def _dropped(pattern: Pattern | None) -> float:

@@ -14,6 +14,7 @@ from rich.table import Table
 from llmprune.base.errors import InputError, plain_errors, user_path
 from llmprune.base.files import SCAN
 from llmprune.base.folders import publish
+from llmprune.base.notation import in_file_name
 from llmprune.base.processes import joined
 from llmprune.base.words import command_line, count
 from llmprune.data.documents import GIVEN
@@ -76,7 +77,7 @@ class ScanModel:
             (into / SCAN).write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
             for name, allocation in proposals(found).items():
                 text = json.dumps(as_texts(allocation), indent=1) + "\n"
-                (into / f"allocation-{name.replace('%', 'pct').replace(':', 'of')}.json").write_text(text, encoding="utf-8")
+                (into / f"allocation-{in_file_name(name)}.json").write_text(text, encoding="utf-8")
 
 
 def scan(

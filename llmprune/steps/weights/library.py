@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmprune.base.notation import in_file_name
 from llmprune.base.processes import Ranks
 from llmprune.models.sites import Site
 from llmprune.numerics.patterns import Pattern
@@ -69,7 +70,7 @@ class Library:
 
     def _file(self, name: str, pattern: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{name.replace('*', 'all')}-{pattern.replace(':', 'of').replace('%', 'pct')}.safetensors"
+        return self.folder / f"{name.replace('*', 'all')}-{in_file_name(pattern)}.safetensors"
 
 
 def group_name(site: Site) -> str:
