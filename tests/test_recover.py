@@ -448,6 +448,7 @@ def test_pruning_and_training_in_turns(text: str, tmp_path: Path) -> None:
         ({"recover": None}, "sparsity 30%,50% is for turns of pruning and training: pass --recover"),
         ({"sparsity": "50%,30%"}, "does not rise: each turn prunes more"),
         ({"sparsity": "30%,"}, "sparsity is empty"),
+        ({"recover": "1K"}, "tokens 1K is less than one step of 8 windows"),
     ):
         with pytest.raises(InputError, match=words):
             llmprune.prune(source, **(asked | wrong | {"overwrite": True}))

@@ -13,6 +13,7 @@ from llmprune.data.documents import names_a_file
 from llmprune.job.naming import output_folder
 from llmprune.job.options import PruneConfig
 from llmprune.job.recipes import choose_recipe
+from llmprune.job.recovery import RecoverConfig
 from llmprune.models.resolve import ModelFolder, look_up
 from llmprune.solvers import METHODS
 from llmprune.steps.structured.scores import SCORES
@@ -44,6 +45,7 @@ def check_recovery(config: PruneConfig, *, in_memory: bool, processes: int) -> N
         raise InputError("recover trains in one process: prune without it, then `llmprune recover` the output")
     if config.calibration == config.eval_text and names_a_file(config.calibration):
         raise InputError(f"recover would train on {config.calibration}, which perplexity is measured on: name two texts")
+    RecoverConfig(model=config.model, tokens=config.recover)  # enough for a step
 
 
 def check_folders(config: PruneConfig) -> None:
