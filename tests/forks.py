@@ -46,6 +46,7 @@ def quick(arguments: list[str]) -> list[str]:
     if arguments[0] == "recover" and "--tokens" in arguments:  # as many as an example asks for take minutes
         arguments[arguments.index("--tokens") + 1] = FEW
     chosen = QUICK.get("prune" if prunes else arguments[0], {}) | ({"--limit": "4"} if "--tasks" in arguments else {})
+    chosen |= {"--for-context": "16"} if "--target-speedup" in arguments else {}
     return arguments + [word for flag, value in chosen.items() if flag not in arguments for word in (flag, value)]
 
 
@@ -152,6 +153,7 @@ def answer(connection: socket.socket, home: Path) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         os.chdir(folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the server may have ignored it
         sys.path[0] = folder
         os.environ.clear()
         os.environ.update(environment)

@@ -120,9 +120,10 @@ def bfloat16_products() -> float:
     return best[torch.float32] / best[torch.bfloat16]
 
 
+@functools.cache
 @full_float32()
 def operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a product of matrices, measured now: the better of two. The numbers are random,
+    """Floating-point operations a second of a product of matrices, measured once: the better of two. The numbers are random,
     for a GPU multiplies zeros and ones faster."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)

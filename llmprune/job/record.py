@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import platform
@@ -179,6 +180,11 @@ class RunRecord:
 
 def versions() -> dict[str, str]:
     """Versions of Python and the packages that decide a result."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
