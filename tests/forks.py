@@ -85,9 +85,11 @@ def run(words: list[str], home: Path) -> int:
     match words:
         case ["quick", program, *arguments]:
             import llmprune
+            from llmprune.measure import pace
             from llmprune.models import resolve
 
             resolve.BUNDLED["llama"] = home / "llama"
+            pace._WHOLE = pace._SMALLER = 0.1  # seconds of timing
             llmprune.prune = quick_prune(llmprune.prune)
             llmprune.recover = quick_recover(llmprune.recover)
             if program == "python":

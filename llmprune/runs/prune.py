@@ -27,6 +27,7 @@ from llmprune.runs.announce import claim_output
 from llmprune.runs.checks import check_folders, check_names, check_recovery, untrained
 from llmprune.runs.in_memory import FROM_FOLDER, prune_in_memory
 from llmprune.runs.pushing import check_push, push_output
+from llmprune.runs.recover import recover_in_place
 from llmprune.runs.result import Result
 from llmprune.runs.schedule import schedule
 from llmprune.runs.turns import prune_in_turns
@@ -78,8 +79,6 @@ def prune(
             with job.clock:
                 result = _prune(job, model if isinstance(model, PreTrainedModel) else own.model, tokenizer)
         if own.recover is not None and result.output is not None:
-            from llmprune.runs.recover import recover_in_place  # transformers' Trainer takes a second to import
-
             result = recover_in_place(result.output, own, shown, teacher)
         if ranks.first:
             push_output(own, shown, result.output)  # the others do not wait for it

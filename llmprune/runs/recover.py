@@ -17,7 +17,6 @@ from llmprune.models.resolve import spelled
 from llmprune.output.resume import continued
 from llmprune.output.write import write_record
 from llmprune.runs.recover_blocks import ByBlock
-from llmprune.runs.recover_whole import Whole
 from llmprune.runs.recovery import Recovery, Way
 from llmprune.runs.result import Result
 
@@ -50,11 +49,18 @@ def recover_in_place(folder: Path, config: PruneConfig, progress: Progress, teac
     return _recover(RecoverConfig.create({"model": str(folder), **options}), progress, in_place=True)
 
 
+def _way(task: Recovery) -> Way:
+    if task.config.train == BLOCKS:
+        return ByBlock(task)
+    from llmprune.runs.recover_whole import Whole  # transformers' Trainer takes a second to import
+
+    return Whole(task)
+
+
 def _recover(config: RecoverConfig, progress: Progress, *, in_place: bool) -> Result:
     with plain_errors(), joined() as ranks:
         task = Recovery.begin(config, progress, ranks, in_place)
-        kind: type[Way] = ByBlock if config.train == BLOCKS else Whole
-        way = kind(task)
+        way = _way(task)
         check_room(task.output, way.room())
         task.announce(str(way))
         with ExitStack() as unfinished:
