@@ -181,7 +181,8 @@ def ask(address: str, words: list[str]) -> int:
             signal.signal(number, lambda passed, _: os.kill(child, passed))
         (code,) = struct.unpack("q", connection.recv(8, socket.MSG_WAITALL))
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        if -code != signal.SIGKILL:  # which no process can set
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return int(code)
 

@@ -168,9 +168,9 @@ def reordered(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("family", "size", "cases"), [
-    ("llama", 2, ["wanda", "unstructured", "balanced", "best"]),
-    ("llama", 4, ["one_pass"]),
-    ("mixtral", 2, ["balanced"]),
+    ("llama", 2, list(CASES)),
+    ("llama", 4, ["unstructured", "one_pass"]),
+    ("mixtral", 2, ["unstructured", "balanced"]),
 ])  # fmt: skip
 def test_processes_find_what_one_finds(family: str, size: int, cases: list[str], together, saved, tmp_path: Path) -> None:
     """Sums in another order move near ties, and later blocks follow: by no more than in one process whose batches hold the
@@ -275,7 +275,7 @@ def test_an_error_of_one_process_is_told_and_ends_the_run(name: str, start, save
 
 def test_processes_search_together(together, saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums in another order may lead elsewhere, but start from the same, and come to the same number of weights."""
-    source = saved(tiny_model("llama", num_hidden_layers=2))
+    source = saved(tiny_model("llama"))
     together(2, source, tmp_path / "many", "lives", *SEARCHED)
     monkeypatch.setattr(search, "STALE", 2)
     one = llmprune.prune(source, output=tmp_path / "one", **OPTIONS, **SEARCHED["searched"]).record

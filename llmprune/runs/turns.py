@@ -38,12 +38,13 @@ def prune_in_turns(config: PruneConfig, progress: Progress, once: Once) -> Resul
     records: list[RunRecord] = []
     for number, (sparsity, folder) in enumerate(zip(config.turns, folders, strict=True)):
         own = _turn(config, sparsity, folder, folders[:number], records)
-        if folder.exists() and finished(own) is None and untrained(own) is None:
+        done = finished(own) is not None
+        if folder.exists() and not done and untrained(own) is None:
             raise InputError(
                 f"{folder} is of an unfinished run with other settings: repeat them, or pass --restart to begin anew"
             )
         progress.note(f"turn {number + 1} of {len(folders)}: {sparsity}")
-        if finished(own) is None:
+        if not done:
             once(own, config.model if records else None)
         records.append(read_runs([str(folder)])[0].record)
     whole = _joined(config, records)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -31,7 +32,8 @@ class Predictions:
 
     def of(self, window: int) -> dict[str, Tensor]:
         file, row = divmod(self.first + window, _WINDOWS)
-        return {name: own[row] for name, own in load_file(_file(self.folder, file)).items()}
+        with safe_open(_file(self.folder, file), framework="pt") as kept:  # reads this window's rows alone
+            return {name: kept.get_slice(name)[row] for name in (TOKENS, LOGS)}
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,10 @@ def rewind(model: PreTrainedModel, earlier: PreTrainedModel, pruned: Collection[
         InputError: it is a model of other blocks.
     """
     now, then = _inside(model), _inside(earlier)
-    shapes, others = ({name: tuple(own.shape) for name, own in parameters.items()} for parameters in (now, then))
-    if shapes != others:
-        name = min(name for name in {**shapes, **others} if shapes.get(name) != others.get(name))
-        own, other = (" x ".join(map(str, found.get(name, ("not there",)))) for found in (shapes, others))
+    shapes, earlier_shapes = ({name: tuple(own.shape) for name, own in found.items()} for found in (now, then))
+    if shapes != earlier_shapes:
+        name = min(name for name in {**shapes, **earlier_shapes} if shapes.get(name) != earlier_shapes.get(name))
+        own, other = (" x ".join(map(str, found.get(name, ("not there",)))) for found in (shapes, earlier_shapes))
         raise InputError(f"rewind is to another model: its {name} is {other}, here it is {own}")
     for name, parameter in now.items():
         kept = (parameter != 0) if name in pruned else True
