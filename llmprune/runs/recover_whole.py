@@ -127,7 +127,7 @@ class Whole:
     def _split(self) -> tuple[Examples, Examples]:
         """What is trained on, and what is held out."""
         ids, text = self._task.training.ids, self._task.training.text
-        some = max(min(HELD_OUT, len(ids) // 10), 1)
+        some = max(min(HELD_OUT, len(ids) // HELD_OUT), 1)
         folder = partial_folder(self._task.output) / _TEACHER
         kept, held_out = (Predictions(folder, first) if self._top else None for first in (some, 0))
         return Examples(Windows(ids[some:], text), kept), Examples(Windows(ids[:some], text), held_out)

@@ -26,7 +26,7 @@ from llmprune.models.skeleton import load_config, load_tokenizer
 from llmprune.output.resume import Manifest
 from llmprune.runs.pruned import check_teacher, dense_model, evaluated_on, of_bundled, pruned_record
 
-HELD_OUT = 16  # windows that choose the best step, at most, and no more than a tenth
+HELD_OUT = 8  # windows that choose the best step, at most, and no more than an eighth
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from llmprune.steps.recover.examples import Examples
 from llmprune.steps.recover.learning import Aim, Learning, losses
 
 EVALUATIONS = 20  # of the held-out windows while it trains, at most
+_CHEAP = 4  # windows trained on for each that is measured, at least: one costs half as much to measure
 _HOPELESS = 2.0  # times the loss that it began with, after which training stops
 _WARMUP = 0.05  # of all steps
 _MOMENTS = (0.9, 0.95)  # of AdamW, as language models are trained with
@@ -119,6 +120,9 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.began, self.first = time.monotonic(), state.global_step
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_evaluate |= state.global_step == self.plan.steps
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
         logs = told["logs"]
         if "loss" in logs:
@@ -190,7 +194,8 @@ def train(
 
 
 def _arguments(plan: Plan, *, use_cpu: bool) -> TrainingArguments:
-    every = max(plan.steps // EVALUATIONS, 1)
+    cheap = math.ceil(_CHEAP * len(plan.held_out) / (plan.batch * plan.processes))
+    every = max(plan.steps // EVALUATIONS, min(cheap, plan.steps))
     return TrainingArguments(
         output_dir=str(plan.folder),
         max_steps=plan.steps,
