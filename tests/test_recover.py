@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
 from llmprune.base.errors import InputError
+from llmprune.cli.main import main
 from llmprune.cli.tables import recovery_table
 from llmprune.data import pydoc
 from llmprune.job.progress import Progress, Progressed
@@ -558,3 +559,12 @@ def test_bad_input_is_one_line(options: dict, words: str, bad: Path, text: str, 
     with pytest.raises(InputError, match=words):
         llmprune.recover(asked.pop("model"), asked.pop("output"), **asked)
     assert sorted(path.name for path in bad.iterdir()) == before
+
+
+def test_the_command_reads_every_option(text: str, tmp_path: Path) -> None:
+    source = pruned(tmp_path, text)
+    asked = ["--tokens", "256", "--rate", "2e-3", "--batch-size", "4", "--seqlen", "16", "--seed", "3", "--train", "lora"]
+    asked += ["--rank", "2", "--loss", "mix", "--text", text, "--eval-text", "none", "--output", str(tmp_path / "out")]
+    assert main(["recover", str(source), *asked]) == 0
+    told = json.loads((tmp_path / "out" / "llmprune.json").read_text())["recoveries"][-1]
+    assert (told["rate"], told["arguments"]["rate"], told["arguments"]["rank"], told["steps"]) == (2e-3, 2e-3, 2, 4)

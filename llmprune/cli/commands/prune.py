@@ -48,7 +48,7 @@ def add_fields(parser: argparse.ArgumentParser, fields: Iterable[dataclasses.Fie
         elif str(field.type).startswith("tuple"):
             parser.add_argument(name, nargs="+", action="extend", metavar=field.metadata["metavar"], **common)
         else:
-            kind = int if str(field.type).startswith("int") else str
+            kind = next((kind for kind in (int, float) if str(field.type).startswith(kind.__name__)), str)
             parser.add_argument(name, type=kind, metavar=field.metadata["metavar"] or field.name[0].upper(), **common)
 
 
