@@ -15,7 +15,9 @@ BLOCKS = "blocks"
 RECOVERED = "-recovered"  # follows the model's name in that of the output
 TRAINED = ("kept", "lora", "small", BLOCKS)
 SHARES = {"kd": 1.0, "mix": 2 / 3, "ce": 0.0}  # of the divergence from the teacher in the loss
-RATES = {"kept": 3e-4, "lora": 1e-3, "small": 1e-3}  # peak learning rates of AdamW
+RATES = {"kept": 3e-4, "lora": 2e-3, "small": 1e-3}  # peak learning rates of AdamW, measured at width 256 and below
+_FALLS = {"kept": 1.0, "lora": 0.5, "small": 0.0}  # with which power of the width the rate falls above that
+_MEASURED = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +57,12 @@ class RecoverConfig(Options):
         metavar="TEXT",
     )  # fmt: skip
     tokens: str = option("how many to train on, such as 2M (default: %(default)s)", "1M", metavar="N")
-    batch_size: int = option("windows a step (default: %(default)s)", 8, metavar="N")
+    batch_size: int = option("windows a step (default: %(default)s)", 2, metavar="N")
     seqlen: int = option("tokens a window, capped at the model's positions (default: %(default)s)", 512)
     rate: float | None = option(
-        "peak learning rate of AdamW, after which it falls to zero (default: 3e-4; 1e-3 with --train lora or small)", None
+        "peak learning rate of AdamW, after which it falls to zero (default: by the model's width, 3e-4 up to 256 and 2e-5 at "
+        "4096; with --train lora 2e-3 and 5e-4; with --train small 1e-3)",
+        None,
     )
     seed: int = option("seed of the order of the text (default: %(default)s)", 0)
     activations: str = option(
@@ -115,9 +119,16 @@ class RecoverConfig(Options):
         """Optimiser steps, with windows of `seqlen` tokens."""
         return read_count("tokens", self.tokens) // (self.batch_size * (seqlen or self.seqlen))
 
-    def peak(self) -> float:
-        """The highest learning rate, of training whole models."""
-        return RATES[self.train] if self.rate is None else self.rate
+    def peak(self, width: int) -> float:
+        """The highest learning rate, of training whole models `width` wide.
+
+        Up to a width of 256 the default is what was measured to be best. Above, that of weights falls as one over the width
+        (Yang et al., "Tensor programs V", 2022), which gives at 4096 the 2e-5 that is published for training under a mask
+        (CAST, 2025), and that of adapters as one over its root, which gives the 5e-4 that is usual there.
+        """
+        if self.rate is not None:
+            return self.rate
+        return RATES[self.train] / max(width / _MEASURED, 1) ** _FALLS[self.train]
 
 
 def measure(arguments: Mapping[str, Any], teacher: str | None) -> str:

@@ -63,7 +63,10 @@ class Whole:
         named = teacher.name if teacher else ""
         aim = {"kd": f"to imitate {named}", "ce": "to predict the text", "mix": f"to imitate {named} and predict the text"}
         begin = f", begun at {self._task.rewind.name}" if self._task.rewind else ""
-        return f"{what} ({count(self._learned(), 'parameter')}){begin}, {aim[config.loss]}; AdamW, rate {config.peak():g}"
+        return f"{what} ({count(self._learned(), 'parameter')}){begin}, {aim[config.loss]}; AdamW, rate {self._rate():.2g}"
+
+    def _rate(self) -> float:
+        return self._task.config.peak(next(self._model.get_input_embeddings().parameters()).shape[-1])
 
     def _learned(self) -> int:
         return sum(parameter.numel() for parameter in self._learning.learned())
@@ -81,9 +84,7 @@ class Whole:
         if self._top:
             self._keep_predictions(manifest)
         found = self._train(manifest)
-        task.fill_in(
-            {**found.told(), "rate": task.config.peak()}, dense, before, perplexity(model.eval(), text) if text else None
-        )
+        task.fill_in({**found.told(), "rate": self._rate()}, dense, before, perplexity(model.eval(), text) if text else None)
 
     def _keep_predictions(self, manifest: Manifest | None) -> None:
         """Have the teacher predict the text, and let go of it."""
@@ -111,7 +112,7 @@ class Whole:
             steps,
             config.batch_size // task.ranks.size,
             task.ranks.size,
-            config.peak(),
+            self._rate(),
             config.seed,
             task.compute,
             partial_folder(task.output) / _TRAINING,
