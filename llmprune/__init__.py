@@ -14,11 +14,26 @@ from llmprune.base.errors import InputError
 from llmprune.base.version import __version__
 
 if TYPE_CHECKING:
-    from llmprune.api import Result, bench, compare, evaluate, load, pack, prune, push, recover, report, scan, unpack, verify
+    from llmprune.api import (
+        Result,
+        bench,
+        compare,
+        evaluate,
+        load,
+        pack,
+        prune,
+        push,
+        quantise,
+        recover,
+        report,
+        scan,
+        unpack,
+        verify,
+    )
 
 __all__ = [
-    "InputError", "Result", "__version__", "bench", "compare", "evaluate", "load", "pack", "prune", "push", "recover", "report",
-    "scan", "unpack", "verify",
+    "InputError", "Result", "__version__", "bench", "compare", "evaluate", "load", "pack", "prune", "push", "quantise",
+    "recover", "report", "scan", "unpack", "verify",
 ]  # fmt: skip
 
 

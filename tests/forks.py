@@ -32,6 +32,7 @@ FEW = "1K"  # tokens to train on
 # fewer and shorter windows for calibration and evaluation, fewer sizes to time.
 QUICK = {
     "prune": {"--samples": "8", "--seqlen": "64", "--calibration": TEXT, "--eval-text": TEXT},
+    "quantise": {"--samples": "8", "--seqlen": "64", "--calibration": TEXT, "--eval-text": TEXT},
     "recover": {"--tokens": FEW, "--batch-size": "4", "--seqlen": "64", "--text": TEXT, "--eval-text": "none"},
     "scan": {"--samples": "8", "--seqlen": "64", "--calibration": TEXT},
     "compare": {"--samples": "8", "--seqlen": "64", "--windows": "4", "--text": TEXT},
@@ -58,6 +59,11 @@ def quick_prune(prune: Any) -> Any:
         return prune(model, **(chosen | options))
 
     return quicker
+
+
+def quick_quantise(quantise: Any) -> Any:
+    """`llmprune.quantise` on fewer and shorter windows."""
+    return lambda *names, **options: quantise(*names, **({"samples": 8, "seqlen": 64} | options))
 
 
 def quick_recover(recover: Any) -> Any:
@@ -92,6 +98,7 @@ def run(words: list[str], home: Path) -> int:
             pace._WHOLE = pace._SMALLER = 0.1  # seconds of timing
             llmprune.prune = quick_prune(llmprune.prune)
             llmprune.recover = quick_recover(llmprune.recover)
+            llmprune.quantise = quick_quantise(llmprune.quantise)
             if program == "python":
                 return told(lambda: runpy.run_path(arguments[0], run_name="__main__"))
             sys.argv = ["llmprune", *quick(arguments)]

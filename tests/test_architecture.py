@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"base"},
     "solvers": {"base", "numerics"},
     "stream": {"base", "models", "data"},
-    "formats": {"base", "models"},
+    "formats": {"base", "numerics", "models"},
     "cost": {"base", "models"},
     "job": {"base", "numerics", "data", "solvers"},
     "measure": {"base", "models", "data", "stream", "formats", "cost", "job"},
@@ -36,18 +36,21 @@ ALLOWED: dict[str, set[str]] = {
     "steps/weights": {
         *("base", "numerics", "models", "data", "solvers", "stream", "formats", "cost", "job", "measure", "output", "steps"),
     },
+    "steps/quantise": {
+        *("base", "numerics", "models", "data", "formats", "stream", "job", "measure", "output", "steps", "steps/weights"),
+    },
     "steps/structured": {
         *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "output"),
         *("steps", "steps/weights"),
     },
     "runs": {
         *("base", "numerics", "models", "data", "solvers", "stream", "cost", "job", "measure", "output", "reports"),
-        *("steps", "steps/weights", "steps/structured", "steps/recover"),
+        *("steps", "steps/weights", "steps/structured", "steps/recover", "steps/quantise"),
     },
     "api": {"formats", "measure", "output", "reports", "runs"},
     "cli": {
         *("base", "models", "formats", "solvers", "cost", "job", "measure", "output", "reports", "runs"),
-        *("steps/structured", "steps/weights"),
+        *("steps/structured", "steps/weights", "steps/quantise"),
     },
     "__init__": {"base", "api"},
     "__main__": {"cli"},

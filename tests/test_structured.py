@@ -287,7 +287,7 @@ def test_an_interrupted_run_goes_on_with_the_smaller_model(saved, tmp_path: Path
     whole = llmprune.prune(source, output=tmp_path / "whole", **options).record
     with pytest.raises(Killed):
         llmprune.prune(source, output=tmp_path / "out", progress=Kill(), **options)
-    assert (tmp_path / ".out.smaller").is_dir()
+    assert (tmp_path / ".out.first").is_dir()
     notes = Notes()
     record = llmprune.prune(source, output=tmp_path / "out", progress=notes, **options).record
     assert "the smaller model is there from an earlier run" in notes.notes

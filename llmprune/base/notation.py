@@ -50,6 +50,9 @@ def sparsity_text(sparsity: float | tuple[int, int]) -> str:
     return percent if float(percent[:-1]) / 100 == sparsity else repr(sparsity)
 
 
+BITS = (8, 4, 3)  # of codes that weights are rounded to
+
+
 def in_file_name(amount: str) -> str:
     """An amount as file names have it: `2of4`, `50pct`."""
     return amount.replace(":", "of").replace("%", "pct")

@@ -17,7 +17,7 @@ from rich.table import Table
 from llmprune.base.words import command_line, count, literal, size
 from llmprune.cli.tables import recovery_table, run_table, share
 from llmprune.job.progress import Progress, Progressed
-from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, mean_known
+from llmprune.job.record import CodeRecord, Reconstruction, Removal, RunRecord, SiteRecord, mean_known
 from llmprune.job.scan import Scanned
 from llmprune.models.resolve import spelled
 from llmprune.output.resume import is_turn
@@ -49,6 +49,7 @@ class Console(Progress):
         )
         self._in_block: list[SiteRecord] = []
         self._gone: list[Removal] = []
+        self._rounded: list[CodeRecord] = []
         self._fit, self._came = "", ""
         self._best = 0.0  # divergence that a search has come to
 
@@ -104,6 +105,18 @@ class Console(Progress):
         if self._console.is_terminal:
             self._live.update(self._task, completed=self._done, eta=self._eta())
 
+    def quantised(self, one: CodeRecord) -> None:
+        self._done += 1
+        self._rounded.append(one)
+        if self._each_site:
+            self._line(
+                f"  {one.name}  {one.bits} bits, groups of {one.group}  {one.shape[0]} x {one.shape[1]}  "
+                f"output error {share(one.error)}  {one.seconds:.2f} s",
+                4,
+            )
+        if self._console.is_terminal:
+            self._live.update(self._task, completed=self._done, eta=self._eta())
+
     def reconstructed(self, result: Reconstruction) -> None:
         self._fit = (
             f"  block fit {result.before:.3%} -> {result.after:.3%} ({count(result.steps, 'step')}, rate {result.rate:g}, "
@@ -134,12 +147,17 @@ class Console(Progress):
 
     def block(self, index: int) -> None:
         pruned = f"output error: {_errors(self._in_block)}{self._fit}" if self._in_block else "nothing pruned"
-        came = self._came or _removals(self._gone) or (self._fit.strip() or "stays" if not self._sites else pruned)
+        came = (
+            self._came
+            or _removals(self._gone)
+            or _rounding(self._rounded)
+            or (self._fit.strip() or "stays" if not self._sites else pruned)
+        )
         if not self._sites:
             self._done = index + 1
         title = f"block {index + 1}/{self._blocks}  "
         self._line(f"{title}{came}  ETA {self._eta()}", len(title))
-        self._in_block, self._gone, self._fit, self._came = [], [], "", ""
+        self._in_block, self._gone, self._rounded, self._fit, self._came = [], [], [], "", ""
         if self._console.is_terminal:
             self._live.update(self._task, block=f"{min(index + 2, self._blocks)}/{self._blocks}")
 
@@ -228,6 +246,11 @@ def _compute(how: Mapping[str, Any]) -> str:
     shared = f", {count(how['processes'], 'process')}" if how["processes"] > 1 else ""
     why = f" ({how['why']})" if how["why"] else ""
     return f"{how['dtype']} on {how['device']}{shared}{why}"
+
+
+def _rounding(done: Sequence[CodeRecord]) -> str:
+    """How much of the outputs of a block's matrices rounding lost, on average."""
+    return f"rounded, output error of a matrix {share(mean_known(one.error for one in done))}" if done else ""
 
 
 def _removals(gone: Sequence[Removal]) -> str:

@@ -43,6 +43,11 @@ def _measured(record: RunRecord) -> Iterator[tuple[str, str, str]]:
         yield f"zeros in {count(len(record.sites), 'pruned matrix')} (asked: {asked})", "", f"{zeros:.2%}"
         yield "nonzero weights in them", f"{record.size['nonzero_before']:,}", f"{record.size['nonzero_after']:,}"
         yield "output error of a matrix, mean", "", share(record.output_error())
+    if record.rounding.get("before"):
+        before, after = (Perplexity(**record.rounding[name]) for name in ("before", "after"))
+        yield f"of it rounding, perplexity ({_protocol(after)})", f"{before.value:.3f}", f"{after.value:.3f}"
+    if record.codes:
+        yield f"output error of {count(len(record.codes), 'rounded matrix')}, mean", "", share(record.rounding_error())
     for phase, seconds in record.seconds.items():
         yield f"seconds: {phase}", "", f"{seconds:.1f}"
     if overhead := record.overhead():
@@ -58,6 +63,8 @@ def _computed(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     if "bytes_after" in record.size:
         before, after = record.size["bytes_before"], record.size["bytes_after"]
         yield f"weight bytes{' (zeros are stored)' if record.sites else ''}", f"{before:,}", f"{after:,}"
+        if bits := record.code_bits():
+            yield "bits a weight that is stored as a code, scales counted", "", f"{bits:.3f}"
         if "bytes_packed" in record.size:
             yield "weight bytes, packed by llmprune pack", f"{before:,}", f"{record.size['bytes_packed']:,}"
 

@@ -16,6 +16,7 @@ from llmprune.formats.fuse import fuse
 from llmprune.formats.kernels.reference import arrange, compress, violation
 from llmprune.formats.layer import Sparse24Linear, replace_module, sparse_layers
 from llmprune.formats.packed import DenseView, linears, open_checkpoint
+from llmprune.formats.quantised import CodesView
 from llmprune.models.resolve import resolve, spelled
 from llmprune.models.skeleton import Skeleton, load_config, load_model
 
@@ -26,7 +27,7 @@ _PEEK = 16  # rows that show whether a matrix may be 2:4
 def load_packed(
     folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype, *, dense: bool, check: bool
 ) -> PreTrainedModel | None:
-    """The model of a packed folder, or of a dense one that has 2:4 linear layers; None for any other.
+    """The model of a packed or quantised folder, or of a dense one that has 2:4 linear layers; None for any other.
 
     Args:
         dense: unpack all layers.
@@ -38,7 +39,8 @@ def load_packed(
     checkpoint = open_checkpoint(folder)
     if isinstance(checkpoint, DenseView) and check:
         checkpoint.packed.check(checkpoint.packed.files)
-    if dense and not isinstance(checkpoint, DenseView):
+    other = isinstance(checkpoint, (DenseView, CodesView))  # than what transformers load into the same layers
+    if dense and not other:
         return None
     skeleton = Skeleton(checkpoint, config, device, dtype)
     linear = linears(skeleton)
@@ -47,7 +49,7 @@ def load_packed(
         for disk, name in linear.items():
             if f"{name}.weight" not in _tied(skeleton) and (parts := _parts(skeleton, disk)):
                 kept |= _put(skeleton, name, *parts)
-        if not kept and not isinstance(checkpoint, DenseView):
+        if not kept and not other:
             return None
     skeleton.fill(name for name in skeleton.names if name not in kept)
     skeleton.tie()
@@ -120,7 +122,8 @@ def load(
 
     Linear layers that are 2:4, in a packed folder or a dense one, become `Sparse24Linear`: packed in memory, for inference. On
     a CPU that saves memory and costs time. What stays dense in the blocks is listed in a warning. Models without such
-    layers load as `from_pretrained` loads them; needed, too, where `--per-layer` made layers of different sizes.
+    layers load as `from_pretrained` loads them; needed, too, where `--per-layer` made layers of different sizes. Codes of a
+    quantised folder become the weights that they stand for, without the compressed-tensors package.
 
     Args:
         device: `auto` is CUDA where there is one, else the CPU.
@@ -134,7 +137,7 @@ def load(
     """
     with plain_errors("free some, or load on another device"):
         folder = resolve(spelled(model))
-        config, where = load_config(folder.path), pick_device(device)
+        config, where = load_config(folder.path, quantised=True), pick_device(device)
         compute = _dtype(dtype, config)
         packed = load_packed(folder.path, config, where, compute, dense=dense, check=check)
         return packed if packed is not None else load_model(folder.path, config, where, compute)

@@ -30,6 +30,7 @@ from torch.nn import functional
 from llmprune.base.errors import InputError
 from llmprune.base.files import PACKED, differing, read_json
 from llmprune.formats.kernels.reference import compress, expand, violation
+from llmprune.formats.quantised import CodesView, stored_bits
 from llmprune.models.checkpoint import Checkpoint, TensorInfo, opened, read_header
 from llmprune.models.skeleton import Skeleton
 
@@ -158,12 +159,15 @@ class DenseView(Checkpoint):
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A dense folder, or a packed one read as dense.
+    """A dense folder; or a packed or a quantised one, read as the weights that it stands for.
 
     Raises:
-        InputError: it is neither, or not whole.
+        InputError: it is none of them, or not whole.
     """
-    return DenseView(PackedFolder.open(folder)) if (folder / PACKED).is_file() else Checkpoint(folder)
+    if (folder / PACKED).is_file():
+        return DenseView(PackedFolder.open(folder))
+    bits = stored_bits(folder)
+    return Checkpoint(folder) if bits is None else CodesView(folder, bits)
 
 
 def _manifest(folder: Path, problems: list[str]) -> tuple[dict[str, Layer], dict[str, str], dict[str, str]]:

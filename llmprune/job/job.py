@@ -68,7 +68,8 @@ class Job:
             steps.append(f"{config.score}{fitted}{', by layer' if config.per_layer else ''}")
         if config.by == "weights":
             steps.append(f"a budget of {' and '.join(ALLOWANCES[name].noun for name in config.budgets)} by sensitivity")
-        return ", then ".join(steps + ([str(self.recipe)] if config.sparse else []))
+        steps += [str(self.recipe)] if config.sparse else []
+        return ", then ".join(steps + ([f"{config.rounding} rounding to {config.bits} bits"] if config.bits else []))
 
     def batch(self, length: int, device: torch.device) -> int:
         """How many windows of `length` tokens this process runs at once.
@@ -82,6 +83,10 @@ class Job:
     def output(self, model: str) -> Path | None:
         """See `output_folder`."""
         return output_folder(self.config, model)
+
+    def quantise_only(self, output: Path) -> Job:
+        """What is left of the job when weights have been pruned."""
+        return Job(self.config.quantise_only(output), self.given, self.progress, self.ranks, self.clock)
 
     def weights_only(self, output: Path) -> Job:
         """What is left of the job when structure has been removed: the same clock and processes, weights to prune."""

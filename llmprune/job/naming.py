@@ -27,6 +27,7 @@ def output_folder(config: PruneConfig, model: str) -> Path | None:
     parts += [Path(config.allocation).stem] if config.allocation else []
     parts += [config.by] if config.by != "structure" else []
     parts += [choose_recipe(config).name] if config.sparse else []
+    parts += [f"{config.bits}bit"] if config.bits else []
     parts += ["recovered"] if config.recover else []
     return Path("-".join([model, *map(in_file_name, parts)]))
 
@@ -43,4 +44,5 @@ def asked_text(arguments: Mapping[str, Any]) -> str:
     *turns, last = given.get("sparsity", "").split(",")
     by = f" by way of {', '.join(turns)}" if turns else ""
     parts += [f"{last}{spread}{by}"] if last else []
-    return ", ".join(parts + (["a sparsity for each matrix"] if "allocation" in given else []))
+    parts += ["a sparsity for each matrix"] if "allocation" in given else []
+    return ", ".join(parts + ([f"{given['bits']} bits"] if "bits" in given else []))

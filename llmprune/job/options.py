@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from llmprune.base.errors import InputError, unknown
-from llmprune.base.notation import AUTO_DTYPE, DTYPES, read_sparsity
+from llmprune.base.notation import AUTO_DTYPE, BITS, DTYPES, read_sparsity
 from llmprune.job.fields import PLACES, Options, option
 
 LAYER_SCORES = ("influence", "loss")
@@ -17,6 +18,10 @@ PHASES = ("decode", "prefill")
 MEANS = ("structure", "weights")
 TARGETS = ("target_params", "target_bytes", "target_macs", "target_speedup")
 _USE = ("for_", "for_batch", "for_context")  # at what a speed is measured
+_WEIGHTS = (
+    *("sparsity", "quality", "method", "refit", "target", "reconstruct", "allocate", "search_minutes", "scan", "allocation"),
+    *("true_sequential", "by", "recover"),
+)
 _STRUCTURE = ("heads", "neurons", "layers", *TARGETS, *_USE, "score", "layer_score", "per_layer", "round_to")
 
 
@@ -96,6 +101,14 @@ class PruneConfig(Options):
     allocation: str | None = option(
         "instead of --sparsity: a JSON file of patterns by matrix, as llmprune scan writes them", None, metavar="FILE"
     )
+    bits: int | None = option(
+        "then round what is left to codes of so many bits: 8, 4 or 3; zeros stay zero (default: no rounding)", None, metavar="N"
+    )
+    group_size: int | None = option(
+        "columns that share a scale, with --bits (default: 128, or the largest divisor of it that divides a matrix's columns)",
+        None, metavar="N",
+    )  # fmt: skip
+    rounding: str = option("how codes are found, with --bits (default: %(default)s)", "refined")
     recover: str | None = option(
         "then train what is left on so many tokens, such as 1M, as llmprune recover does (default: no training)", None,
         metavar="TOKENS",
@@ -142,7 +155,8 @@ class PruneConfig(Options):
     dtype: str = option(f"compute dtype: {', '.join(DTYPES)}; auto is {AUTO_DTYPE}", "auto")
 
     def __post_init__(self) -> None:
-        for name in ("samples", "seqlen", "batch_size", "round_to", "for_batch", "for_context", "search_minutes"):
+        numbers = ("samples", "seqlen", "batch_size", "round_to", "for_batch", "for_context", "search_minutes", "group_size")
+        for name in numbers:
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} {number} is impossible: give at least 1")
         for name, known in (
@@ -160,10 +174,12 @@ class PruneConfig(Options):
             raise InputError("sparsity and allocation exclude each other: the file says how sparse each matrix becomes")
         if self.by == "weights":
             self._check_weight_budgets()
-        if not self.sparse and not self.structured:
+        if self.bits is not None and self.bits not in BITS:
+            raise InputError(f"bits {self.bits} is impossible: give {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}")
+        if not self.sparse and not self.structured and self.bits is None:
             raise InputError(
                 "sparsity is required: pass --sparsity, --allocation, --heads, --neurons, --layers or --target-params, -bytes, "
-                "-macs, -speedup (in YAML, Python alike)"
+                "-macs, -speedup, or --bits (in YAML, Python alike)"
             )
         self._check_roads()
         if self.seqlen < 2:
@@ -209,8 +225,12 @@ class PruneConfig(Options):
             ),
             "to bound a search, with --allocate search": (self.allocate == "search", ("search_minutes",)),
             "to prune weights, with --sparsity, --allocation or --by weights": (
-                weights, ("method", "quality", "reconstruct", "true_sequential", "only", "skip")
+                weights, ("method", "quality", "reconstruct", "true_sequential")
             ),
+            "to prune weights or round them, with --sparsity, --allocation, --by weights or --bits": (
+                weights or self.bits is not None, ("only", "skip")
+            ),
+            "to round weights, with --bits": (self.bits is not None, ("group_size", "rounding")),
             "to say what --target-speedup is about": (self.target_speedup is not None, _USE),
             "to remove --heads or --neurons, or with a budget": (chosen, ("score", "per_layer")),
             "to remove --neurons, or with a budget": (self.neurons is not None or budget, ("round_to",)),
@@ -249,5 +269,12 @@ class PruneConfig(Options):
 
     def weights_only(self, output: Path) -> PruneConfig:
         """Without all that is about structure, and with the name of the output."""
-        default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self) if field.name in _STRUCTURE}
+        return self._without(_STRUCTURE, output)
+
+    def quantise_only(self, output: Path) -> PruneConfig:
+        """Without all that is about structure and sparsity, and with the name of the output."""
+        return self._without((*_STRUCTURE, *_WEIGHTS), output)
+
+    def _without(self, names: Collection[str], output: Path) -> PruneConfig:
+        default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self) if field.name in names}
         return dataclasses.replace(self, output=str(output), **default)

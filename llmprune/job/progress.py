@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord
+from llmprune.job.record import CodeRecord, Reconstruction, Removal, RunRecord, SiteRecord
 from llmprune.job.scan import Scanned
 
 
@@ -38,6 +38,8 @@ class Progress:
     def solving(self, site: str) -> None: ...
 
     def site(self, site: SiteRecord) -> None: ...
+
+    def quantised(self, one: CodeRecord) -> None: ...
 
     def reconstructed(self, result: Reconstruction) -> None: ...
 

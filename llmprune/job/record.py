@@ -108,6 +108,34 @@ class Removal:
     seconds: Measure
 
 
+@dataclass(frozen=True, slots=True)
+class CodeRecord:
+    """One quantised matrix.
+
+    Attributes:
+        tensor, part, shape, transposed: as of a `SiteRecord`.
+        group: columns that share a scale, of `scale_bytes`.
+        coded: stored as codes; else as the weights that they stand for.
+        zeros: share of codes that are 0.
+        error: relative squared output error on a sample of calibration tokens, beside the weights before; None where those put
+            out nothing.
+    """
+
+    name: str
+    tensor: str
+    part: str
+    block: Count
+    bits: Size
+    group: Size
+    scale_bytes: Size
+    shape: tuple[Size, Size]
+    transposed: bool
+    coded: bool
+    zeros: Share
+    error: Measure | None
+    seconds: Measure
+
+
 @dataclass(slots=True)
 class RunRecord:
     """A whole run. Seconds, memory and perplexities are measured in it, sizes computed; `None` stands for what was not.
@@ -115,7 +143,8 @@ class RunRecord:
     `size` counts the nonzero weights of the pruned matrices, and the bytes of all tensors, before and after. `recipe` is
     what the arguments came to: method, refit, target, reconstruction. `structure` says what was removed and what that made
     smaller, before and after. `predicted` is what the preflight expected. `peak_memory` is that
-    of the whole run, in bytes, `phase_memory` each phase's. `recoveries` are what training afterwards did, in order.
+    of the whole run, in bytes, `phase_memory` each phase's. `recoveries` are what training afterwards did, in order; `codes`
+    the matrices that were quantised in the end, and `rounding` how, where that was a command of its own.
     """
 
     arguments: dict[str, Any]
@@ -137,6 +166,8 @@ class RunRecord:
     size: dict[str, Count] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     recoveries: list[dict[str, Any]] = field(default_factory=list)
+    codes: list[CodeRecord] = field(default_factory=list)
+    rounding: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> int:
         """Weights in the pruned matrices."""
@@ -145,9 +176,19 @@ class RunRecord:
     def zeros(self) -> int:
         return sum(round(site.sparsity * site.shape[0] * site.shape[1]) for site in self.sites)
 
+    def code_bits(self) -> float:
+        """Bits that a quantised weight takes, its share of the scales counted, of the matrices that are stored as codes."""
+        held = [one for one in self.codes if one.coded]
+        weights = sum(one.shape[0] * one.shape[1] for one in held)
+        return sum(one.shape[0] * one.shape[1] * (one.bits + 8 * one.scale_bytes / one.group) for one in held) / max(weights, 1)
+
     def output_error(self) -> float | None:
         """The mean of the matrices'."""
         return mean_known(site.error for site in self.sites)
+
+    def rounding_error(self) -> float | None:
+        """The mean of the quantised matrices'."""
+        return mean_known(one.error for one in self.codes)
 
     def pruning_seconds(self) -> float:
         """Seconds of forwards, statistics, solving, reconstruction and writing; not of reading texts or evaluating."""
@@ -159,20 +200,34 @@ class RunRecord:
         return self.pruning_seconds() / forwards if forwards else None
 
     def follow(self, earlier: RunRecord) -> None:
-        """Let the record start where `earlier`, of the step before, did."""
+        """Let the record start where `earlier`, of the step before, did. Quantising leaves what was pruned as it is."""
+        dense, asked = self.dense, self.arguments
         self.dense, self.removals, self.structure = earlier.dense, earlier.removals, earlier.structure
         self.arguments, self.model = earlier.arguments, earlier.model
-        self.recipe["text"] = earlier.recipe["text"]
         self.size["bytes_before"] = earlier.size["bytes_before"]
+        if not self.codes:
+            self.recipe["text"] = earlier.recipe["text"]
+            return
+        if dense and self.pruned:
+            self.rounding |= {"before": dataclasses.asdict(dense), "after": dataclasses.asdict(self.pruned)}
+        if not (dense and earlier.pruned and dense.comparable(earlier.pruned)):
+            self.dense = self.pruned = None
+        if not earlier.arguments.get("bits"):
+            self.rounding["arguments"] = asked
+        self.recipe, self.sites, self.reconstructions = earlier.recipe, earlier.sites, earlier.reconstructions
+        self.skipped, self.recoveries = earlier.skipped, earlier.recoveries
+        self.size |= {name: number for name, number in earlier.size.items() if name.startswith("nonzero")}
 
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> RunRecord:
-        """What `as_dict` made of a run that pruned no weights: as it is, for a perplexity may have been infinite."""
+        """What `as_dict` made of a step on the way: as it is, for a perplexity may have been infinite."""
         names = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in saved.items() if name in names}
         for name in ("dense", "pruned"):
             values[name] = Perplexity(**values[name]) if values[name] else None
-        return cls(**values | {"removals": [Removal(**one) for one in values["removals"]]})
+        kinds = {"removals": Removal, "sites": SiteRecord, "reconstructions": Reconstruction}
+        lists = {name: [kind(**one) for one in values[name]] for name, kind in kinds.items()}
+        return cls(**values | lists)
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
@@ -211,6 +266,10 @@ class Perplexity:
     windows: Count
     length: Count
     dtype: str = ""
+
+    def comparable(self, other: Perplexity) -> bool:
+        """Whether it is of the same windows of a text."""
+        return (self.text, self.tokens, self.windows, self.length) == (other.text, other.tokens, other.windows, other.length)
 
     def computed(self) -> str:
         """The dtype, as it follows the windows where those are named."""

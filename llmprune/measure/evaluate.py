@@ -118,7 +118,7 @@ def evaluate(
         harness = Tasks(tasks, None if task_path is None else user_path(task_path, "task path")) if tasks else None
         subjects = [_Subject.find(one, texts, seqlen, windows) for one in (model, baseline) if one is not None]
         where = pick_device(device)
-        compute = pick_dtype(dtype, where, load_config(subjects[0].folder.path)).dtype
+        compute = pick_dtype(dtype, where, load_config(subjects[0].folder.path, quantised=True)).dtype
         options = {"batch_size": batch_size, "limit": limit, "fewshot": fewshot, "seed": seed}
         scores, *others = (one.measure(harness, options, where, compute, tell) for one in subjects)
         settings = {"seqlen": seqlen, "windows": windows, "device": device, "dtype": dtype, **options}
@@ -168,7 +168,7 @@ class _Subject:
 
 def _windows(text: str, folder: Path, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None) -> Windows:
     """Of a text, for a model: the first `most`, of as many tokens as its positions allow."""
-    positions = getattr(load_config(folder).get_text_config(), "max_position_embeddings", None) or seqlen
+    positions = getattr(load_config(folder, quantised=True).get_text_config(), "max_position_embeddings", None) or seqlen
     windows = evaluation_windows(text, tokenizer, seqlen=min(seqlen, positions))
     return Windows(windows.ids[:most], windows.text)
 

@@ -23,6 +23,7 @@ from llmprune.base.files import INDEX, PACKED, SINGLE, read_json
 
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}  # of dtypes that are no floating point; else one
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,7 @@ def read_header(folder: Path, file: str) -> dict[str, TensorInfo]:
 
 def _info(file: str, slice_: Any) -> TensorInfo:
     shape = tuple(slice_.get_shape())
-    dtype = _DTYPES.get(slice_.get_dtype())
-    size = dtype.itemsize if dtype else 1
+    called = slice_.get_dtype()
+    dtype = _DTYPES.get(called)
+    size = dtype.itemsize if dtype else _OTHER_BYTES.get(called, 1)
     return TensorInfo(file, shape, dtype, int(torch.Size(shape).numel()) * size)

@@ -67,18 +67,24 @@ def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(folder)
 
 
-def load_config(folder: Path) -> PretrainedConfig:
+def load_config(folder: Path, *, quantised: bool = False) -> PretrainedConfig:
     """The model's configuration.
+
+    Args:
+        quantised: read that of a quantised model as the one of the weights that its codes stand for.
 
     Raises:
         InputError: there is none, it needs code from its repository, or it describes a quantised model.
     """
     raw = read_json(folder / "config.json")
-    if quantisation := raw.get("quantization_config"):
+    if (quantisation := raw.get("quantization_config")) and not quantised:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise InputError(f"{folder} is already quantised ({method}): prune the unquantised model first")
+        raise InputError(f"{folder} is already quantised ({method}): name the model that it was made from")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if quantisation:
+            del config.quantization_config
+        return config
     except FOREIGN as error:
         if "auto_map" in raw:
             raise InputError(f"{folder} needs code from its own repository, which llmprune never runs") from None

@@ -26,10 +26,15 @@ def again(record: RunRecord) -> str | None:
         options["model"] = f"{model['hub_id']}@{model['commit']}"
     start = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
     turns = len((arguments["sparsity"] or "").split(",")) if arguments.get("recover") else 0
+    rounded = record.rounding.get("arguments")
     later = record.recoveries[turns:]  # of which the command does not speak
-    commands = [command_line(*start, "llmprune", *as_flags(options), *(("--output", _PRUNED) if later else ()))]
+    commands = [command_line(*start, "llmprune", *as_flags(options), *(("--output", _PRUNED) if later or rounded else ()))]
     for number, told in enumerate(later):
         trained = {key: value for key, value in told["arguments"].items() if key not in ("model", *_NOT_THE_RESULT)}
         name = _PRUNED + number * RECOVERED  # as `recover` names what it writes
         commands.append(command_line("llmprune", "recover", name, *as_flags(trained, RecoverConfig)))
+    if rounded:
+        name = _PRUNED + len(later) * RECOVERED
+        asked = {key: value for key, value in rounded.items() if key not in ("model", *_NOT_THE_RESULT)}
+        commands.append(command_line("llmprune", "quantise", name, *as_flags(asked)))
     return " && ".join(commands)

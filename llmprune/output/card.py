@@ -53,6 +53,7 @@ def model_card(record: RunRecord, name: str) -> str:
 def _front_matter(record: RunRecord, name: str) -> str:
     tags = ["llmprune", "pruned", *(["structured-pruning"] if record.structure else [])]
     tags += ["sparse", record.recipe["method"]] if record.sites else []
+    tags += ["quantized", "compressed-tensors"] if record.codes else []
     facts = {
         "library_name": "llmprune" if record.structure.get("differ_by_layer") else "transformers",
         "pipeline_tag": "text-generation",
@@ -61,7 +62,7 @@ def _front_matter(record: RunRecord, name: str) -> str:
     }
     if record.model["hub_id"]:
         # the Hub knows adapter, merge, quantized and finetune: weights of the same precision, with other values
-        facts |= {"base_model": record.model["hub_id"], "base_model_relation": "finetune"}
+        facts |= {"base_model": record.model["hub_id"], "base_model_relation": "quantized" if record.codes else "finetune"}
     measured = [("", record.pruned), (" of the dense model", record.dense)]
     results = [_result(found, whose) for whose, found in measured if found and math.isfinite(found.value)]
     if results:
@@ -86,7 +87,21 @@ def _summary(record: RunRecord) -> str:
     return (
         f"`{record.model['name']}` pruned to **{asked}** by `{record.recipe['text']}` with llmprune, {once}"
         f"block by block. Calibration: {count(calibration['samples'], 'window')} of {calibration['seqlen']} tokens of "
-        f"{calibration['text']}, seed {calibration['seed']}.{''.join(map(_trained, record.recoveries))}"
+        f"{calibration['text']}, seed {calibration['seed']}.{''.join(map(_trained, record.recoveries))}{_rounded(record)}"
+    )
+
+
+def _rounded(record: RunRecord) -> str:
+    """What quantising did, in a sentence."""
+    if not record.codes:
+        return ""
+    apart = sum(not one.coded for one in record.codes)
+    error = record.rounding_error()
+    lost = "" if error is None else f", which changed what a matrix puts out by {error:.2%} (squared, mean)"
+    others = f" {apart} of them are stored as the weights that they came to." if apart else ""
+    return (
+        f" In the end the weights of {count(len(record.codes), 'matrix')} were rounded to codes of {record.codes[0].bits} "
+        f"bits, zeros kept{lost}.{others}"
     )
 
 
@@ -137,7 +152,12 @@ def _rows(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _usage(name: str, record: RunRecord) -> str:
-    stored = "The zeros are stored: the files are as large as the dense model's and load as one.\n\n"
+    stored = "The zeros are stored: the files are as large as the dense model's and load as one.\n\n" if record.sites else ""
+    if record.codes:
+        stored = (
+            f"{record.code_bits():.2f} bits a weight that is stored as a code, scales counted; transformers read them with "
+            "`pip install compressed-tensors`, and compute with the weights that they stand for.\n\n"
+        )
     other = ""
     if record.structure and record.structure["architecture"] != record.model["class"]:
         other = (
@@ -154,7 +174,7 @@ def _usage(name: str, record: RunRecord) -> str:
             f"tokenizer = AutoTokenizer.from_pretrained({literal(name)})"
         )
     return (
-        f"{stored if record.sites else ''}{other}```python\n{how}\n```\n\n"
+        f"{stored}{other}```python\n{how}\n```\n\n"
         "`llmprune verify` with the folder's path re-checks every file's sha256 and every matrix's pattern; `llmprune.json` "
         "holds the arguments, versions and per-matrix errors of the run."
     )
@@ -166,6 +186,8 @@ def _limits(record: RunRecord) -> str:
         told = "Nothing was measured on text: evaluate it before you use it."
     if record.sites:
         told += " Zeros make nothing faster by themselves: that takes kernels for them, as there are for 2:4."
+    if record.codes:
+        told += " Codes make it smaller; nothing is faster by them without kernels."
     source = " The source model's own limits and licence hold on." if record.model["hub_id"] else ""
     return f"## Limits\n\n{told}{source}"
 

@@ -112,7 +112,7 @@ def _checked(folder: Path) -> dict[str, str]:
     if found.problems:
         more = f" and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
         raise InputError(f"{folder} does not pass `llmprune verify`, so it is not pushed: {found.problems[0]}{more}")
-    Skeleton(open_checkpoint(folder), load_config(folder), torch.device("cpu"), torch.float32)
+    Skeleton(open_checkpoint(folder), load_config(folder, quantised=True), torch.device("cpu"), torch.float32)
     return {**found.sums, **{own: sha256(folder / own) for own in (PACKED, RECORD) if (folder / own).is_file()}}
 
 

@@ -24,7 +24,7 @@ def public(saved: Mapping[str, Any]) -> dict[str, Any]:
 def public_run(record: RunRecord) -> RunRecord:
     """A record without local paths."""
     hub_ids = {*_hub_ids(record.model), *_hub_ids(record.recoveries)}
-    names = ("arguments", "calibration", "dense", "pruned", "recoveries")
+    names = ("arguments", "calibration", "dense", "pruned", "recoveries", "rounding")
     return dataclasses.replace(record, **{name: _cut(getattr(record, name), name, hub_ids) for name in names})
 
 

@@ -104,21 +104,21 @@ def continued(
     fingerprint: Mapping[str, Any],
     restart: bool,
     tell: Callable[[str], None],
-    begun: str = "the smaller model, in part or whole",
+    begun: str = "a step on the way, in part or whole",
 ) -> Iterator[Manifest]:
     """A hidden folder beside `output` to fill and publish, with what an earlier run of the same fingerprint finished in it.
 
     On an error or ^C it stays, if a block is finished. `restart` empties it first; `tell` hears what a user should know. The
-    folder of a step on the way, `between_folder`, stays and goes with it. `begun`: what is finished where no block is.
+    folders of steps on the way, `between_folders`, stay and go with it. `begun`: what is finished where no block is.
 
     Raises:
         InputError: another run works in it, or it cannot be continued.
     """
-    target, partial, smaller = output.resolve(), partial_folder(output), between_folder(output)
+    target, partial, between = output.resolve(), partial_folder(output), between_folders(output)
     partial.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(partial, output):
         if restart or not (partial / MANIFEST).exists():
-            for path in (*partial.iterdir(), smaller):
+            for path in (*partial.iterdir(), *between):
                 _remove(path)
         manifest = Manifest(partial, fingerprint)
         if manifest.blocks:
@@ -132,7 +132,7 @@ def continued(
                 done = count(len(manifest.blocks), "block") if manifest.blocks else begun
                 tell(f"finished: {done}; the same command goes on from there")
             else:
-                for folder in (partial, smaller):
+                for folder in (partial, *between):
                     shutil.rmtree(folder, ignore_errors=True)
         (target / MANIFEST).unlink(missing_ok=True)
 
@@ -143,9 +143,10 @@ def partial_folder(output: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def between_folder(output: Path) -> Path:
-    """Where a run to `output` that prunes the weights of a smaller model keeps that model."""
-    return partial_folder(output).with_suffix(".smaller")
+def between_folders(output: Path) -> tuple[Path, Path]:
+    """Where a run to `output` of several steps keeps what the first and the second came to, when another follows."""
+    partial = partial_folder(output)
+    return partial.with_suffix(".first"), partial.with_suffix(".second")
 
 
 def turn_folder(output: Path, number: int) -> Path:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmprune.base.files import INDEX, write_json
+from llmprune.formats.quantised import read_values
 from llmprune.models.checkpoint import Checkpoint, opened, read_header
 from llmprune.models.names import Names
 from llmprune.models.sites import Block, Part
@@ -44,11 +45,21 @@ class ShardWriter:
     """A `Sink`: one safetensors shard a block, further ones for what is outside the blocks, then the index.
 
     `edited` names the parameters that are taken from the model, and may grow until their block is put; all else is
-    copied from the source, bit for bit.
+    copied from the source, bit for bit. `coded` has what some tensors on disk are replaced by, the codes of their weights of
+    `bits`, and may grow and shrink alike.
     """
 
-    def __init__(self, layout: Layout, folder: Path, edited: Collection[str]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        folder: Path,
+        edited: Collection[str],
+        coded: Mapping[str, Mapping[str, Tensor]] | None = None,
+        bits: int = 0,
+    ) -> None:
         self._layout, self._folder, self._edited = layout, folder, edited
+        self._coded: Mapping[str, Mapping[str, Tensor]] = {} if coded is None else coded
+        self._bits = bits
         self._outside = self._plan_outside()
         self._count = len(layout.blocks) + len(self._outside)
         self._weight_map: dict[str, str] = {}
@@ -62,7 +73,9 @@ class ShardWriter:
         places = self._places(block)
         copied = [disk for disk, (name, _) in places.items() if name not in self._edited]
         tensors = dict(self._layout.checkpoint.read(copied))
-        tensors |= {disk: block.stored(*place) for disk, place in places.items() if disk not in tensors}
+        for disk, place in places.items():
+            if disk not in tensors:
+                tensors |= self._coded[disk] if disk in self._coded else {disk: block.stored(*place)}
         self._write(block.index + 1, tensors)
 
     def restore(self, block: Block) -> None:
@@ -72,8 +85,9 @@ class ShardWriter:
             for disk, (name, part) in places.items():
                 parameter = own.get(name.removeprefix(f"{block.name}."))
                 if parameter is not None:
-                    parameter.data[part] = shard.get_tensor(disk).to(parameter.device, parameter.dtype)
-        self._weight_map |= dict.fromkeys(places, self.shard(block).name)
+                    value = read_values(shard, disk, self._bits)
+                    parameter.data[part] = value.to(parameter.device, parameter.dtype)
+            self._weight_map |= dict.fromkeys(shard.keys(), self.shard(block).name)
 
     def finish(self) -> None:
         """Write what is outside the blocks, and the index."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llmprune.base.errors import InputError, plain_errors, reason, user_folder
 from llmprune.base.files import PACKED, RECORD, differing, read_record
-from llmprune.formats.packed import PackedFolder
+from llmprune.formats.packed import PackedFolder, open_checkpoint
+from llmprune.formats.quantised import CodesView
 from llmprune.models.checkpoint import Checkpoint, TensorInfo, read_header
 from llmprune.models.sites import read_part
 from llmprune.numerics.patterns import Pattern, parse
@@ -76,10 +77,11 @@ def verify(folder: str | Path) -> Verification:
         record, files = read_record(folder)
         try:
             sites = [_Claim.read(site) for site in record["sites"]]
+            codes = {str(one["tensor"]): (one["bits"], one["group"]) for one in record.get("codes", ()) if one["coded"]}
         except (KeyError, TypeError, ValueError, InputError) as error:
             raise InputError(f"{folder / RECORD} is no record of a run: {reason(error)}") from None
-        problems = (*_file_problems(folder, files), *_site_problems(folder, files, sites))
-        return Verification(len(files), len(sites), problems, files)
+        problems = (*_file_problems(folder, files), *_site_problems(folder, files, sites), *_code_problems(folder, codes))
+        return Verification(len(files), len(sites) or len(codes), problems, files)
 
 
 def _verify_packed(packed: PackedFolder) -> Verification:
@@ -123,13 +125,30 @@ class _Remains(Checkpoint):
                 self.problems.append(str(error))
 
 
+def _code_problems(folder: Path, codes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Tensors that the record says are codes must be, of as many bits and columns a scale."""
+    if not codes:
+        return
+    try:
+        view = open_checkpoint(folder)
+    except InputError:
+        return  # told with the patterns
+    held = view if isinstance(view, CodesView) else None
+    for name, (bits, group) in codes.items():
+        found = held.group_of(name) if held and name in held.coded else None
+        if held is None or found is None:
+            yield f"{name}: not codes, which the record says"
+        elif (held.bits, found) != (bits, group):
+            yield f"{name}: {held.bits} bits in groups of {found}, {bits} in groups of {group} in the record"
+
+
 def _site_problems(folder: Path, files: Iterable[str], claims: list[_Claim]) -> Iterator[str]:
     by_tensor: dict[str, list[_Claim]] = {}
     for claim in claims:
         by_tensor.setdefault(claim.tensor, []).append(claim)
     checkpoint: Checkpoint
     try:
-        checkpoint = Checkpoint(folder)
+        checkpoint = open_checkpoint(folder)
         yield from (f"{name}: not in the checkpoint" for name in by_tensor if name not in checkpoint.tensors)
     except InputError as error:
         checkpoint = remains = _Remains(folder, files)

@@ -17,7 +17,7 @@ def write_record(folder: Path, record: RunRecord, name: str) -> None:
     (folder / "README.md").write_text(model_card(record, record.arguments["push_to_hub"] or name), encoding="utf-8")
     checkpoint = Checkpoint(folder)
     record.size["bytes_after"] = checkpoint.nbytes()
-    if saved := _packing(record, checkpoint):
+    if not record.codes and (saved := _packing(record, checkpoint)):
         record.size["bytes_packed"] = checkpoint.nbytes() - saved
     record.files = sums(folder, MANIFEST, RECORD)
     write_json(folder / RECORD, record.as_dict())

@@ -20,7 +20,7 @@ from llmprune.numerics.patterns import parse
 from llmprune.reports.schema import parts
 
 T = TypeVar("T")
-_LATER = ("recoveries",)  # in a record, which those of earlier versions lack
+_LATER = ("recoveries", "codes", "rounding")  # in a record, which those of earlier versions lack
 _WORDS = {
     "array": "a list", "object": "a mapping", "str": "text", "int": "a whole number", "float": "a finite number",
     "bool": "true or false",
@@ -153,7 +153,7 @@ def _read_record(saved: Mapping[str, Any]) -> RunRecord:
 def _relations(record: RunRecord) -> Iterator[tuple[str, bool, str]]:
     """Of numbers to one another: where, whether they are right, and what is."""
     blocks = record.model["blocks"]
-    for name in ("sites", "reconstructions", "removals"):
+    for name in ("sites", "reconstructions", "removals", "codes"):
         for number, one in enumerate(getattr(record, name)):
             yield f"{name}[{number}].block", one.block < blocks, f"0 to {blocks - 1}"
     for number, fit in enumerate(record.reconstructions):

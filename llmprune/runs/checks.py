@@ -16,6 +16,7 @@ from llmprune.job.recipes import choose_recipe
 from llmprune.job.recovery import RecoverConfig
 from llmprune.models.resolve import ModelFolder, look_up
 from llmprune.solvers import METHODS
+from llmprune.steps.quantise.rounding import ROUNDINGS
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.weights.allocate import ALLOCATORS
 
@@ -26,6 +27,7 @@ def check_names(config: PruneConfig) -> None:
         ("method", choose_recipe(config).method, METHODS.names()),
         ("score", config.score, SCORES.names()),
         ("allocation", config.allocate, ALLOCATORS.names()),
+        ("rounding", config.rounding, ROUNDINGS.names()),
     ):
         if name not in known:
             raise unknown(kind, name, known)

@@ -29,7 +29,7 @@ from llmprune.steps.weights.spreading import spread
 from llmprune.steps.weights.step import PruneWeights, asked, choose, prune_weights
 from llmprune.stream.source import ModelSource
 
-FROM_FOLDER = "heads, neurons and layers are removed, and budgets kept, from folder to folder: "
+FROM_FOLDER = "heads, neurons and layers are removed, budgets kept and weights rounded from folder to folder: "
 
 
 def prune_in_memory(
@@ -40,7 +40,7 @@ def prune_in_memory(
     Args:
         why: its dtype was chosen, in words; nothing where nobody chose.
     """
-    if job.config.structured or job.config.budgets:
+    if job.config.structured or job.config.budgets or job.config.bits:
         raise InputError(FROM_FOLDER + "pass the model's folder or Hub id")
     output = job.output(folder.name if folder else job.config.model)
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.base.errors import InputError, plain_errors
+from llmprune.base.files import RECORD
 from llmprune.base.folders import publish
 from llmprune.base.hardware import pick_device, pick_dtype
 from llmprune.base.processes import joined
@@ -19,6 +20,7 @@ from llmprune.data.windows import Given
 from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
 from llmprune.job.progress import Progress
+from llmprune.job.record import RunRecord
 from llmprune.models.resolve import ModelFolder, resolve, spelled
 from llmprune.models.skeleton import find_tokenizer, load_config, load_model
 from llmprune.output.resume import continued
@@ -26,6 +28,7 @@ from llmprune.reports.saved import read_runs
 from llmprune.runs.announce import claim_output
 from llmprune.runs.checks import check_folders, check_names, check_recovery, untrained
 from llmprune.runs.in_memory import FROM_FOLDER, prune_in_memory
+from llmprune.runs.pruned import on_its_texts
 from llmprune.runs.pushing import check_push, push_output
 from llmprune.runs.recover import recover_in_place
 from llmprune.runs.result import Result
@@ -93,6 +96,34 @@ def prune(
         return result
 
 
+def quantise(model: str | Path, output: str | Path, *, progress: Progress | None = None, **options: Any) -> Result:
+    """Round the weights of a model to codes of few bits; what is zero stays zero. Streams, and goes on from an unfinished run's
+    last block.
+
+    Args:
+        model: a folder that llmprune pruned, not packed; or any other, a bundled name or a Hub id.
+        output: the folder to write, or `auto`.
+        progress: what to show; nothing by default.
+        options: fields of `PruneConfig`: `bits` (default 4), `group_size`, `rounding`, and those that say how to calibrate and
+            compute. Texts are by default those of the run that pruned the model.
+
+    Raises:
+        InputError: bad input, in one line; nothing has been written.
+    """
+    config = PruneConfig.create({"bits": 4, **options, "model": spelled(model), "output": str(output)})
+    check_names(config)
+    check_folders(config)
+    shown = progress or Progress()
+    with plain_errors():
+        source = resolve(config.model)
+        earlier = read_runs([str(source.path)])[0].record if (source.path / RECORD).is_file() else None
+        config = on_its_texts(config, earlier) if earlier else config
+        with joined() as ranks, torch.no_grad():
+            job = Job(config, None, shown, ranks)
+            with job.clock:
+                return _prune_folder(job, source, find_tokenizer(source.path), earlier)
+
+
 def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Result:
     """In memory or from folder to folder, by where the model is and what is asked."""
     folder: ModelFolder | None = None
@@ -100,7 +131,7 @@ def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedT
     if not isinstance(model, PreTrainedModel):
         folder = resolve(job.config.model)
         tokenizer = tokenizer or find_tokenizer(folder.path)
-        if job.config.structured or job.config.budgets or job.config.output is not None:
+        if job.config.structured or job.config.budgets or job.config.bits or job.config.output is not None:
             return _prune_folder(job, folder, tokenizer)
         config, device = load_config(folder.path), pick_device(job.config.device, job.ranks.local)
         dtype, why = job.ranks.agree(pick_dtype(job.config.dtype, device, config))
@@ -109,8 +140,14 @@ def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedT
     return Result(record, model, output)
 
 
-def _prune_folder(job: Job, source: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> Result:
-    """Each step reads a folder and writes one beside the output; that of the last gets the output's name."""
+def _prune_folder(
+    job: Job, source: ModelFolder, tokenizer: PreTrainedTokenizerBase | None, earlier: RunRecord | None = None
+) -> Result:
+    """Each step reads a folder and writes one beside the output; that of the last gets the output's name.
+
+    Args:
+        earlier: what made `source`, where the record is to begin with that.
+    """
     output = job.output(source.name)
     if (pruned := untrained(job.config)) is not None:
         job.progress.note(f"{pruned} was pruned by an earlier run")
@@ -118,11 +155,11 @@ def _prune_folder(job: Job, source: ModelFolder, tokenizer: PreTrainedTokenizerB
     if output is None:
         raise InputError(FROM_FOLDER + "name an output folder")
     claim_output(job, output, source.path)
-    place, record, manifest = source, None, None
+    place, record, manifest = source, earlier, None
     with ExitStack() as unfinished:
         for stage in schedule(job, output):
             step = stage.begin(place, tokenizer)
-            if record is None and job.ranks.first:  # which alone writes
+            if manifest is None and job.ranks.first:  # which alone writes
                 manifest = unfinished.enter_context(
                     continued(output, step.fingerprint(), job.config.restart, job.progress.note)
                 )

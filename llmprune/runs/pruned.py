@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from llmprune.base.errors import InputError
 from llmprune.base.files import PACKED, RECORD
+from llmprune.data.documents import GIVEN
+from llmprune.job.options import PruneConfig
 from llmprune.job.record import RunRecord
 from llmprune.job.recovery import RecoverConfig
 from llmprune.models.resolve import ModelFolder, look_up, resolve
@@ -41,6 +44,13 @@ def evaluated_on(config: RecoverConfig, record: RunRecord) -> str | None:
     if config.eval_text == "auto":
         return record.pruned.text if record.pruned else None
     return None if config.eval_text == "none" else config.eval_text
+
+
+def on_its_texts(config: PruneConfig, record: RunRecord) -> PruneConfig:
+    """With the texts that a run had been given, where `config` names none."""
+    texts = {"calibration": record.calibration["text"], "eval_text": record.pruned.text if record.pruned else "none"}
+    known = {name: text for name, text in texts.items() if getattr(config, name) == "auto" and text != GIVEN}
+    return replace(config, **known)
 
 
 def of_bundled(record: RunRecord) -> bool:

@@ -17,13 +17,14 @@ from llmprune.job.record import RunRecord
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.resolve import ModelFolder
 from llmprune.models.skeleton import Skeleton, load_config
-from llmprune.output.resume import Manifest, between_folder, partial_folder
+from llmprune.output.resume import Manifest, between_folders, partial_folder
 from llmprune.output.write import write_record
 from llmprune.runs.announce import announce
 from llmprune.runs.fingerprint import fingerprint
 from llmprune.runs.preflight import predict
 from llmprune.runs.texts import choose_texts
 from llmprune.steps.base import Step, Work
+from llmprune.steps.quantise.step import QuantiseWeights
 from llmprune.steps.structured.step import RemoveStructure
 from llmprune.steps.weights.step import PruneWeights
 
@@ -31,13 +32,15 @@ _LARGE_TENSOR = 4 * 2**20  # bytes
 
 
 def schedule(job: Job, output: Path) -> list[Stage]:
-    """What `job` asks for: structure is removed first, then weights are pruned."""
+    """What `job` asks for: structure is removed first, then weights are pruned, then those that are left are rounded."""
     asked: list[tuple[Job, type[Step]]] = []
     if job.config.structured:
         asked.append((job, RemoveStructure))
     if job.config.sparse:
         asked.append((job.weights_only(output) if asked else job, PruneWeights))
-    folders = [*(between_folder(output) for _ in asked[1:]), partial_folder(output)]
+    if job.config.bits:
+        asked.append((job.quantise_only(output) if asked else job, QuantiseWeights))
+    folders = [*between_folders(output)[: len(asked) - 1], partial_folder(output)]
     return [Stage(own, kind, output, into) for (own, kind), into in zip(asked, folders, strict=True)]
 
 
@@ -54,6 +57,11 @@ class Stage:
     kind: type[Step]
     output: Path
     into: Path
+
+    @property
+    def told(self) -> str:
+        """What it makes, where that is on the way."""
+        return "the smaller model" if self.kind is RemoveStructure else "the pruned model"
 
     @property
     def last(self) -> bool:
@@ -104,14 +112,14 @@ class Begun:
         """
         job, into, record = self.stage.job, self.stage.into, self.record
         if not self.stage.last and job.ranks.agree((into / RECORD).is_file()):
-            job.progress.note("the smaller model is there from an earlier run")
+            job.progress.note(f"{self.stage.told} is there from an earlier run")
             return RunRecord.read(read_json(into / RECORD))
         own = manifest
         if manifest and not self.stage.last:
             into.mkdir(mode=0o700, exist_ok=True)
             own = manifest.on_the_way(into)
             if own.blocks:
-                job.progress.note(f"going on after block {len(own.blocks)} of the smaller model, which an earlier run finished")
+                job.progress.note(f"going on after block {len(own.blocks)} of {self.stage.told}, which an earlier run finished")
         self.step.run(self.texts, record, into, own)
         if earlier:
             record.follow(earlier)

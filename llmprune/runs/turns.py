@@ -18,6 +18,7 @@ from llmprune.output.resume import turn_folder
 from llmprune.output.write import write_record
 from llmprune.reports.saved import read_runs
 from llmprune.runs.checks import finished, untrained
+from llmprune.runs.pruned import on_its_texts
 from llmprune.runs.result import Result
 
 Once = Callable[[PruneConfig, "str | None"], Result]  # prune and train by a configuration of one turn, towards a teacher
@@ -62,10 +63,7 @@ def _turn(
     own = replace(config, sparsity=sparsity, output=str(folder), overwrite=False, restart=False, push_to_hub=None)
     if not records:
         return own
-    first = records[0]
-    own = replace(own, model=str(before[-1])).weights_only(folder)
-    texts = {"calibration": first.calibration["text"], "eval_text": first.pruned.text if first.pruned else "none"}
-    return replace(own, **{name: text for name, text in texts.items() if getattr(config, name) == "auto"})
+    return on_its_texts(replace(own, model=str(before[-1])).weights_only(folder), records[0])
 
 
 def _joined(config: PruneConfig, records: Sequence[RunRecord]) -> RunRecord:

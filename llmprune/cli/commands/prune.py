@@ -18,6 +18,7 @@ from llmprune.cli.terminal import Terminal, is_first
 from llmprune.job.flags import flag
 from llmprune.job.options import TARGETS, PruneConfig
 from llmprune.solvers import METHODS
+from llmprune.steps.quantise.rounding import ROUNDINGS
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.weights.allocate import ALLOCATORS
 
@@ -27,6 +28,7 @@ NAMES: dict[str, Callable[[], list[str]]] = {
     "method": METHODS.names,
     "score": SCORES.names,
     "allocate": ALLOCATORS.names,
+    "rounding": ROUNDINGS.names,
 }  # what options name
 
 
@@ -93,7 +95,7 @@ def _under(flags: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 def _checked(values: dict[str, Any], path: str) -> dict[str, Any]:
     """A file's options, checked on their own so that an error names the file, as if flags said what else they need."""
     amounts = {} if any(name in values for name in TARGETS) else {"neurons": "1", "layers": "1"}
-    PruneConfig.create({"model": "-", "output": "-", "sparsity": "0.5", **amounts, **values}, where=path)
+    PruneConfig.create({"model": "-", "output": "-", "sparsity": "0.5", "bits": 8, **amounts, **values}, where=path)
     return values
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from llmprune.base.clock import Clock
 from llmprune.base.errors import InputError
 from llmprune.base.processes import Ranks
-from llmprune.models.sites import Stage
+from llmprune.models.sites import Block, Site, Stage
 from llmprune.numerics.stats import CrossGram, Gram, InputSample, Statistic, blend_with_pool
+from llmprune.stream.activations import Activations
 
 CORRECTION = 0.5  # how far the corrected target goes from the dense weights
 
@@ -54,6 +55,15 @@ class Observed:
             return w
         assert isinstance(self.statistic, Gram)
         return self.cross.corrected_target(w, self.statistic, CORRECTION)
+
+
+def traced(feed: Activations, block: Block, ranks: Ranks) -> tuple[list[list[Site]], list[str]]:
+    """The block's sites by stage, as all processes agree, and those that its forward never runs."""
+    sites = {site.name: site for site in block.sites}
+    names = ranks.agree([[site.name for site in stage] for stage in feed.stages(block)])
+    stages = [[sites[name] for name in stage] for stage in names]
+    called = {site.name for stage in stages for site in stage}
+    return stages, [site.name for site in block.sites if site.name not in called]
 
 
 def blend_experts(group: Sequence[Stage], observed: Sequence[Observed]) -> None:

@@ -25,7 +25,7 @@ from llmprune.solvers import METHODS
 from llmprune.solvers.base import Solution
 from llmprune.steps.fitting import fit_block
 from llmprune.steps.weights.batching import make_batches
-from llmprune.steps.weights.observing import Observed, blend_experts, passes
+from llmprune.steps.weights.observing import Observed, blend_experts, passes, traced
 from llmprune.steps.weights.sharing import Round, make_rounds, solve
 from llmprune.stream.activations import Activations, PairedDense
 
@@ -124,12 +124,9 @@ class WeightPruner:
     def _groups(self, block: Block) -> list[list[Stage]]:
         """The planned sites by stage; stages in one group are solved from one pass."""
         with self.clock("forward"):
-            traced = self.feed.stages(block)
-        sites = {site.name: site for site in block.sites}
-        traced = [[sites[name] for name in stage] for stage in self.ranks.agree([[s.name for s in stage] for stage in traced])]
-        called = {site.name for stage in traced for site in stage}
-        self.uncalled += [site.name for site in block.sites if site.name not in called]
-        planned = ([site for site in stage if site.name in self.patterns] for stage in traced)
+            found, uncalled = traced(self.feed, block, self.ranks)
+        self.uncalled += uncalled
+        planned = ([site for site in stage if site.name in self.patterns] for stage in found)
         stages: list[Stage] = [stage for stage in planned if stage]
         if not self.recipe.true_sequential:
             return [stages] if stages else []
