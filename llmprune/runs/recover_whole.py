@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from llmprune.base.hardware import freed_memory_kept
 from llmprune.base.words import count
 from llmprune.data.windows import Windows
 from llmprune.job.recovery import SHARES
@@ -118,7 +120,8 @@ class Whole:
             partial_folder(task.output) / _TRAINING,
         )
         aim, saved = Aim(self._teacher, SHARES[config.loss]), manifest.begin if manifest else _nothing
-        found = train(self._learning, aim, plan, saved, task.progress.trained)
+        with freed_memory_kept() if task.device.type == "cpu" else nullcontext():
+            found = train(self._learning, aim, plan, saved, task.progress.trained)
         if found.diverged:
             task.progress.note(f"training was stopped, for it diverged: {found.diverged}; a lower --rate may help")
         if not found.best:
