@@ -160,6 +160,36 @@ def test_a_folder_that_was_pruned(bits: int, source: Path, some: dict, tmp_path:
     assert torch.allclose(torch.tensor(read_elsewhere(tmp_path / "two")["logits"]), logits.float(), atol=1e-2)
 
 
+def test_pruned_trained_and_rounded_in_one_command(source: Path, some: dict, text: str, tmp_path: Path) -> None:
+    """As the three commands one after the other; stopped while it rounds, it goes on there."""
+    (tmp_path / "other.txt").write_text("Other words, of another text altogether. " * 40)
+    asked = some | {
+        "eval_text": str(tmp_path / "other.txt"),
+        "sparsity": "2:4",
+        "method": "magnitude",
+        "recover": "4K",
+        "bits": 4,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        llmprune.prune(source, output=tmp_path / "out", progress=StopAt(1), **asked)
+    assert not (tmp_path / "out").exists()
+    record = llmprune.prune(source, output=tmp_path / "out", **asked).record
+    assert len(record.recoveries) == 1
+    assert len(record.codes) == len(record.sites) == 21
+    assert record.arguments["bits"] == 4
+    steps = {name: value for name, value in asked.items() if name != "bits"}
+    llmprune.prune(source, output=tmp_path / "trained", **steps)
+    later = llmprune.quantise(tmp_path / "trained", tmp_path / "rounded", bits=4, samples=4, seqlen=16, batch_size=2).record
+    first, second = weights(tmp_path / "out"), weights(tmp_path / "rounded")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (record.dense, record.pruned) == (later.dense, later.pruned)
+    assert verify(tmp_path / "out").problems == ()
+    command = llmprune.report(tmp_path / "out", tmp_path / "page.html")["runs"][0]["command"]
+    assert " --bits 4 --recover 4K " in command
+    assert "&&" not in command
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_the_package_that_reads_it_agrees(source: Path, some: dict, tmp_path: Path) -> None:
     """compressed-tensors validates the configuration and decompresses each layer to the same weights, bit for bit."""
     from compressed_tensors.compressors import BaseCompressor
@@ -277,6 +307,8 @@ def test_the_command(source: Path, some: dict, tmp_path: Path, monkeypatch: pyte
     shown = capsys.readouterr().out
     assert "3 bits in 21 matrices, groups of 16 columns" in shown
     assert "bits a weight that is stored as a code, scales counted" in shown
+    assert main(["quantise", "source", "--bits", "3", "--group-size", "16", *few]) == 0
+    assert "source-3bit is complete" in capsys.readouterr().out
     assert main(["quantise", "source-3bit", *few]) == 2
     assert "is already quantised" in capsys.readouterr().err
 

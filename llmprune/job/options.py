@@ -18,6 +18,7 @@ PHASES = ("decode", "prefill")
 MEANS = ("structure", "weights")
 TARGETS = ("target_params", "target_bytes", "target_macs", "target_speedup")
 _USE = ("for_", "for_batch", "for_context")  # at what a speed is measured
+_ROUNDING = ("bits", "group_size", "rounding")
 _WEIGHTS = (
     *("sparsity", "quality", "method", "refit", "target", "reconstruct", "allocate", "search_minutes", "scan", "allocation"),
     *("true_sequential", "by", "recover"),
@@ -271,10 +272,14 @@ class PruneConfig(Options):
         """Without all that is about structure, and with the name of the output."""
         return self._without(_STRUCTURE, output)
 
+    def unquantised(self) -> PruneConfig:
+        """Without all that is about rounding."""
+        return self._without(_ROUNDING, self.output)
+
     def quantise_only(self, output: Path) -> PruneConfig:
         """Without all that is about structure and sparsity, and with the name of the output."""
         return self._without((*_STRUCTURE, *_WEIGHTS), output)
 
-    def _without(self, names: Collection[str], output: Path) -> PruneConfig:
+    def _without(self, names: Collection[str], output: Path | str | None) -> PruneConfig:
         default: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self) if field.name in names}
-        return dataclasses.replace(self, output=str(output), **default)
+        return dataclasses.replace(self, output=None if output is None else str(output), **default)

@@ -83,6 +83,8 @@ def _written(config: PruneConfig) -> tuple[Path, dict[str, Any]] | None:
     try:
         record, files = read_record(output)
         arguments = record.get("arguments")
+        if not (config.sparse or config.structured):  # of the run that made what was rounded
+            arguments = record.get("rounding", {}).get("arguments", arguments)
         if not isinstance(arguments, dict):
             return None
         earlier = PruneConfig.recorded(arguments)

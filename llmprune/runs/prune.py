@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from llmprune.models.skeleton import find_tokenizer, load_config, load_model
 from llmprune.output.resume import continued
 from llmprune.reports.saved import read_runs
 from llmprune.runs.announce import claim_output
-from llmprune.runs.checks import check_folders, check_names, check_recovery, untrained
+from llmprune.runs.checks import check_folders, check_names, check_recovery, finished, untrained
 from llmprune.runs.in_memory import FROM_FOLDER, prune_in_memory
 from llmprune.runs.pruned import on_its_texts
 from llmprune.runs.pushing import check_push, push_output
@@ -88,7 +88,7 @@ def prune(
         return result
 
     with plain_errors():
-        if len(config.turns) < 2:
+        if len(config.turns) < 2 and not (config.recover and config.bits):
             return once(config)
         check_push(config, first=True)
         result = prune_in_turns(config, shown, once)
@@ -112,16 +112,13 @@ def quantise(model: str | Path, output: str | Path, *, progress: Progress | None
     """
     config = PruneConfig.create({"bits": 4, **options, "model": spelled(model), "output": str(output)})
     check_names(config)
-    check_folders(config)
-    shown = progress or Progress()
-    with plain_errors():
-        source = resolve(config.model)
-        earlier = read_runs([str(source.path)])[0].record if (source.path / RECORD).is_file() else None
-        config = on_its_texts(config, earlier) if earlier else config
-        with joined() as ranks, torch.no_grad():
-            job = Job(config, None, shown, ranks)
-            with job.clock:
-                return _prune_folder(job, source, find_tokenizer(source.path), earlier)
+    source = resolve(config.model)
+    if (earlier := _made_by(source)) is not None:
+        config = on_its_texts(config, earlier)
+    if (done := finished(config)) is not None:
+        (progress or Progress()).note(f"{done[0]} is complete: an earlier run of this command wrote it")
+        return Result(read_runs([str(done[0])])[0].record, None, done[0])
+    return prune(progress=progress, **asdict(config))
 
 
 def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Result:
@@ -140,14 +137,14 @@ def _prune(job: Job, model: str | Path | PreTrainedModel, tokenizer: PreTrainedT
     return Result(record, model, output)
 
 
-def _prune_folder(
-    job: Job, source: ModelFolder, tokenizer: PreTrainedTokenizerBase | None, earlier: RunRecord | None = None
-) -> Result:
-    """Each step reads a folder and writes one beside the output; that of the last gets the output's name.
+def _made_by(source: ModelFolder) -> RunRecord | None:
+    """The record of the run that made it, if one did."""
+    return read_runs([str(source.path)])[0].record if (source.path / RECORD).is_file() else None
 
-    Args:
-        earlier: what made `source`, where the record is to begin with that.
-    """
+
+def _prune_folder(job: Job, source: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) -> Result:
+    """Each step reads a folder and writes one beside the output; that of the last gets the output's name. Where weights are
+    only rounded, the record begins as that of the run which made the folder."""
     output = job.output(source.name)
     if (pruned := untrained(job.config)) is not None:
         job.progress.note(f"{pruned} was pruned by an earlier run")
@@ -155,7 +152,8 @@ def _prune_folder(
     if output is None:
         raise InputError(FROM_FOLDER + "name an output folder")
     claim_output(job, output, source.path)
-    place, record, manifest = source, earlier, None
+    record = None if job.config.sparse or job.config.structured else _made_by(source)
+    place, manifest = source, None
     with ExitStack() as unfinished:
         for stage in schedule(job, output):
             step = stage.begin(place, tokenizer)

@@ -1,4 +1,4 @@
-"""Pruning and training in turns: each sparsity is pruned to from what the one before was trained to."""
+"""Pruning and training in turns: each sparsity is pruned to from what the one before was trained to; then rounded, if asked."""
 
 from __future__ import annotations
 
@@ -33,22 +33,26 @@ def prune_in_turns(config: PruneConfig, progress: Progress, once: Once) -> Resul
     """
     output = output_folder(config, look_up(config.model).name)
     assert output is not None  # recover asks for one
-    folders = [turn_folder(output, number) for number in range(1, 1 + len(config.turns))]
+    turns: list[str | None] = [*config.turns] or [None]
+    folders = [turn_folder(output, number) for number in range(1, 1 + len(turns) + bool(config.bits))]
     if config.restart:
         _clear(folders)
     records: list[RunRecord] = []
-    for number, (sparsity, folder) in enumerate(zip(config.turns, folders, strict=True)):
+    for number, (sparsity, folder) in enumerate(zip(turns, folders, strict=False)):
         own = _turn(config, sparsity, folder, folders[:number], records)
         done = finished(own) is not None
         if folder.exists() and not done and untrained(own) is None:
             raise InputError(
                 f"{folder} is of an unfinished run with other settings: repeat them, or pass --restart to begin anew"
             )
-        progress.note(f"turn {number + 1} of {len(folders)}: {sparsity}")
+        if len(turns) > 1:
+            progress.note(f"turn {number + 1} of {len(turns)}: {sparsity}")
         if not done:
             once(own, config.model if records else None)
         records.append(read_runs([str(folder)])[0].record)
     whole = _joined(config, records)
+    if config.bits:
+        _quantise(config, folders, whole, records[0], once)
     write_record(folders[-1], whole, output.name)
     publish(folders[-1], output, overwrite=config.overwrite)
     _clear(folders)
@@ -56,11 +60,24 @@ def prune_in_turns(config: PruneConfig, progress: Progress, once: Once) -> Resul
     return Result(whole, None, output)
 
 
+def _quantise(config: PruneConfig, folders: Sequence[Path], whole: RunRecord, first: RunRecord, once: Once) -> None:
+    """Round what the last turn came to, into the last folder, and tell the record."""
+    own = replace(config, model=str(folders[-2]), overwrite=False, restart=False, push_to_hub=None)
+    own = on_its_texts(own.quantise_only(folders[-1]), first)
+    if finished(own) is None:
+        once(own, None)
+    found = read_runs([str(folders[-1])])[0].record
+    told = {name: value for name, value in found.rounding.items() if name != "arguments"}
+    whole.codes, whole.pruned, whole.rounding = found.codes, found.pruned, told
+    whole.dense = whole.dense if found.pruned else None
+
+
 def _turn(
-    config: PruneConfig, sparsity: str, folder: Path, before: Sequence[Path], records: Sequence[RunRecord]
+    config: PruneConfig, sparsity: str | None, folder: Path, before: Sequence[Path], records: Sequence[RunRecord]
 ) -> PruneConfig:
     """What a turn is asked for; those after the first prune weights alone, with the first one's texts."""
-    own = replace(config, sparsity=sparsity, output=str(folder), overwrite=False, restart=False, push_to_hub=None)
+    own = config.unquantised()
+    own = replace(own, sparsity=sparsity, output=str(folder), overwrite=False, restart=False, push_to_hub=None)
     if not records:
         return own
     return on_its_texts(replace(own, model=str(before[-1])).weights_only(folder), records[0])
