@@ -66,7 +66,8 @@ def measure(way: str, pattern: str, seed: int, args: argparse.Namespace, folder:
     }
 
 
-def page(result: Row) -> str:
+def measured(result: Row) -> str:
+    """The table, and how it was measured."""
     rows, cells = result["rows"], []
     for pattern in dict.fromkeys(row["pattern"] for row in rows):
         for way in WAYS:
@@ -76,11 +77,14 @@ def page(result: Row) -> str:
             rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in own}))
             cells.append(f"| {pattern} | {way} | {len(own)} | {rates} | {mean(losses):.4f}{spread} |" if own else "")
     return "\n".join([
-        "# Tickets, random masks, fine-tuning", "", "By `scripts/compare_tickets.py`.", "",
         f"{result['model']}, early weights of {result['early']}, {rows[0]['tokens']:,} tokens of training each. Loss: nats a",
         f"token more than the trained dense model on {WINDOWS} windows of held-out documentation; mean and standard deviation.",
         "", "| sparsity | begun as | seeds | rates chosen | loss |", "|---|---|---:|---|---:|", *filter(None, cells), "",
     ])  # fmt: skip
+
+
+def page(result: Row) -> str:
+    return "\n".join(["# Tickets, random masks, fine-tuning", "", "By `scripts/compare_tickets.py`.", "", measured(result)])
 
 
 def main() -> None:

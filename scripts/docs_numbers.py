@@ -4,7 +4,7 @@
 
 A region of README.md or of a page in docs/ begins with `<!-- NAME -->`, ends with `<!-- /NAME -->` and holds what the function
 of that name below makes of the JSON files; so each number has one source, wherever it stands. Beside the JSON files the tables
-methods.md, structured.md, peers.md, allocation.md, budgets.md and recovery.md and the plot methods.svg are written.
+methods.md, structured.md, peers.md, allocation.md, budgets.md, recovery.md and tickets.md and the plot methods.svg are written.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import bench_budgets
 import bench_recovery
 import compare_allocation
+import compare_tickets
 from compare_dtypes import table as dtypes_table
 from compare_peers import share
 from compare_peers import table as peers_table
@@ -259,6 +260,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "profile-batches": lambda: batches_table(read("profile")),
     "allocation": lambda: compare_allocation.measured(read("allocation")),
     "budgets": lambda: bench_budgets.measured(read("budgets")),
+    "tickets": lambda: compare_tickets.measured(read("tickets")),
     "recovery": lambda: bench_recovery.measured(read("recovery")),
     "dtypes": lambda: dtypes_table(read("dtypes")),
     "gpu-layers": lambda: gpu_tables.layers(read("gpu_layers")),
@@ -285,6 +287,7 @@ def pages() -> dict[Path, str]:
     texts[RESULTS / "structured.md"] = structured_table(read("structured")["rows"])
     texts[RESULTS / "allocation.md"] = compare_allocation.page(read("allocation"))
     texts[RESULTS / "budgets.md"] = bench_budgets.page(read("budgets"))
+    texts[RESULTS / "tickets.md"] = compare_tickets.page(read("tickets"))
     texts[RESULTS / "recovery.md"] = bench_recovery.page(read("recovery"))
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         texts[page] = filled(page.read_text(encoding="utf-8"), page.name)
