@@ -300,16 +300,16 @@ def test_the_command(source: Path, some: dict, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     few = ["--calibration", some["calibration"], "--eval-text", some["eval_text"], "--samples", "4", "--seqlen", "16"]
     assert main(["quantise", "source", "--bits", "3", "--group-size", "16", *few]) == 0
-    assert (tmp_path / "source-3bit").is_dir()
-    assert main(["verify", "source-3bit"]) == 0
+    assert (tmp_path / "source-int3").is_dir()
+    assert main(["verify", "source-int3"]) == 0
     assert main(["--model", "source", "--sparsity", "2:4", "--method", "magnitude", "--bits", "4", *few]) == 0
-    assert (tmp_path / "source-2of4-magnitude-4bit").is_dir()
+    assert (tmp_path / "source-2of4-magnitude-int4").is_dir()
     shown = capsys.readouterr().out
     assert "3 bits in 21 matrices, groups of 16 columns" in shown
     assert "bits a weight that is stored as a code, scales counted" in shown
     assert main(["quantise", "source", "--bits", "3", "--group-size", "16", *few]) == 0
-    assert "source-3bit is complete" in capsys.readouterr().out
-    assert main(["quantise", "source-3bit", *few]) == 2
+    assert "source-int3 is complete" in capsys.readouterr().out
+    assert main(["quantise", "source-int3", *few]) == 2
     assert "is already quantised" in capsys.readouterr().err
 
 

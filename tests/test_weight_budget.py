@@ -130,5 +130,5 @@ def test_a_bad_budget_is_one_line(options: dict, words: str, saved, tmp_path: Pa
 
 
 def test_a_model_in_memory_keeps_no_budget() -> None:
-    with pytest.raises(InputError, match="budgets kept, from folder to folder"):
+    with pytest.raises(InputError, match="budgets kept and weights rounded from folder to folder"):
         llmprune.prune(tiny_model("llama"), target_params="75%", **OPTIONS)

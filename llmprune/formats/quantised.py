@@ -31,15 +31,9 @@ def code_tensors(name: str, codes: Tensor, scales: Tensor, bits: int) -> dict[st
     return {name + _PACKED: pack(codes, bits), name + _SCALE: scales.contiguous(), name + _SHAPE: tensor(codes.shape)}
 
 
-def code_bytes(rows: int, columns: int, bits: int, group: int, scale: int) -> int:
-    """Of the three tensors, a scale having `scale` bytes."""
-    return rows * (4 * words(columns, bits) + columns // group * scale) + 16
-
-
-def values(packed: Tensor, scales: Tensor, columns: int, bits: int) -> Tensor:
-    """The weights (rows, columns) that codes and scales stand for, as compressed-tensors computes them."""
-    codes = unpack(packed, bits, columns)
-    return codes.to(scales.dtype) * scales.repeat_interleave(columns // scales.shape[1], dim=1)
+def values(codes: Tensor, scales: Tensor) -> Tensor:
+    """The weights (rows, columns) that `codes` and `scales` (rows, groups) stand for, as compressed-tensors computes them."""
+    return codes.to(scales.dtype) * scales.repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
 
 
 def quantisation_config(bits: int, groups: Mapping[str, int], others: Sequence[str], first: int | None) -> dict[str, Any]:
@@ -95,7 +89,8 @@ def stored_bits(folder: Path) -> int | None:
     Raises:
         InputError: it is quantised in another way.
     """
-    raw = read_json(folder / "config.json").get(CONFIG)
+    path = folder / "config.json"
+    raw = read_json(path).get(CONFIG) if path.is_file() else None
     if raw is None:
         return None
     try:
@@ -164,7 +159,7 @@ def read_values(shard: Any, name: str, bits: int) -> Tensor:
     if name in shard.keys():  # noqa: SIM118
         return shard.get_tensor(name)
     columns = int(shard.get_tensor(name + _SHAPE)[1])
-    return values(shard.get_tensor(name + _PACKED), shard.get_tensor(name + _SCALE), columns, bits)
+    return values(unpack(shard.get_tensor(name + _PACKED), bits, columns), shard.get_tensor(name + _SCALE))
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

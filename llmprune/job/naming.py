@@ -27,7 +27,7 @@ def output_folder(config: PruneConfig, model: str) -> Path | None:
     parts += [Path(config.allocation).stem] if config.allocation else []
     parts += [config.by] if config.by != "structure" else []
     parts += [choose_recipe(config).name] if config.sparse else []
-    parts += [f"{config.bits}bit"] if config.bits else []
+    parts += [f"int{config.bits}"] if config.bits else []
     parts += ["recovered"] if config.recover else []
     return Path("-".join([model, *map(in_file_name, parts)]))
 

@@ -225,9 +225,10 @@ class RunRecord:
         values = {name: value for name, value in saved.items() if name in names}
         for name in ("dense", "pruned"):
             values[name] = Perplexity(**values[name]) if values[name] else None
-        kinds = {"removals": Removal, "sites": SiteRecord, "reconstructions": Reconstruction}
-        lists = {name: [kind(**one) for one in values[name]] for name, kind in kinds.items()}
-        return cls(**values | lists)
+        values["sites"] = [SiteRecord(**one | {"shape": tuple(one["shape"])}) for one in values["sites"]]
+        values["reconstructions"] = [Reconstruction(**one) for one in values["reconstructions"]]
+        values["removals"] = [Removal(**one) for one in values["removals"]]
+        return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}

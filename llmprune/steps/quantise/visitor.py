@@ -20,7 +20,6 @@ from llmprune.job.progress import Progress
 from llmprune.job.record import CodeRecord, relative
 from llmprune.models.names import Names, Piece, locate
 from llmprune.models.sites import Block, Site, Stage, part_text
-from llmprune.numerics.codes import pack
 from llmprune.numerics.stats import SAMPLE_TOKENS, CrossGram, Gram, InputSample
 from llmprune.steps.quantise.grid import Quantised
 from llmprune.steps.quantise.plan import Plan
@@ -129,8 +128,7 @@ class Quantiser:
             synchronize(self.clock.device)
         seconds = time.perf_counter() - began
         scales = found.scales.to(site.storage)
-        packed = pack(found.codes, found.grid.bits)
-        site.write(values(packed, scales, site.columns, found.grid.bits))
+        site.write(values(found.codes, scales))
         after = site.weight.float()
         if not bool(torch.isfinite(after).all()):
             raise InputError(f"{site.name}: scales overflow {site.storage}: quantise a bfloat16 copy of the model")

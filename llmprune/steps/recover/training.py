@@ -32,6 +32,7 @@ from llmprune.steps.recover.learning import Aim, Learning, losses
 EVALUATIONS = 20  # of the held-out windows while it trains, at most
 _CHEAP = 4  # windows trained on for each that is measured, at least: one costs half as much to measure
 _HOPELESS = 2.0  # times the loss that it began with, after which training stops
+_LITTLE = 0.02  # nats more than that loss, up to which it goes on however little it began with
 _WARMUP = 0.05  # of all steps
 _MOMENTS = (0.9, 0.95)  # of AdamW, as language models are trained with
 
@@ -136,7 +137,7 @@ class _Watch(TrainerCallback):
         speed = done * plan.tokens_a_step / max(taken, 1e-9)
         left = taken / max(done, 1) * (plan.steps - state.global_step)
         self.tell(Progressed(state.global_step, plan.steps, found, self.since, speed, left))
-        if not found < _HOPELESS * self.start:
+        if not found < max(_HOPELESS * self.start, self.start + _LITTLE):
             self._stop(f"the held-out loss is {found:.4g} after step {state.global_step}, from {self.start:.4g}", control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
