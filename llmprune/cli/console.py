@@ -94,26 +94,23 @@ class Console(Progress):
             self._live.update(self._task, now=f"{site} {error}")
 
     def site(self, site: SiteRecord) -> None:
-        self._done += 1
         self._in_block.append(site)
-        if self._each_site:
-            self._line(
-                f"  {site.name}  {site.pattern}  {site.shape[0]} x {site.shape[1]}  zeros {site.sparsity:.2%}  "
-                f"output error {share(site.error)}  {count(site.tokens, 'token')}  {site.seconds:.2f} s",
-                4,
-            )
-        if self._console.is_terminal:
-            self._live.update(self._task, completed=self._done, eta=self._eta())
+        self._site_done(
+            f"  {site.name}  {site.pattern}  {site.shape[0]} x {site.shape[1]}  zeros {site.sparsity:.2%}  "
+            f"output error {share(site.error)}  {count(site.tokens, 'token')}  {site.seconds:.2f} s"
+        )
 
     def quantised(self, one: CodeRecord) -> None:
-        self._done += 1
         self._rounded.append(one)
+        self._site_done(
+            f"  {one.name}  {one.bits} bits, groups of {one.group}  {one.shape[0]} x {one.shape[1]}  "
+            f"output error {share(one.error)}  {one.seconds:.2f} s"
+        )
+
+    def _site_done(self, told: str) -> None:
+        self._done += 1
         if self._each_site:
-            self._line(
-                f"  {one.name}  {one.bits} bits, groups of {one.group}  {one.shape[0]} x {one.shape[1]}  "
-                f"output error {share(one.error)}  {one.seconds:.2f} s",
-                4,
-            )
+            self._line(told, 4)
         if self._console.is_terminal:
             self._live.update(self._task, completed=self._done, eta=self._eta())
 

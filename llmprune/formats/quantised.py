@@ -77,9 +77,8 @@ def _targets(layers: Sequence[str], foreign: Sequence[str]) -> list[str]:
     """Patterns that `layers` match and `foreign` ones do not: of each kind of layer one, whatever its block; else names."""
     found: dict[str, None] = {}
     for name in layers:
-        pattern = re.escape(name).replace(r"\.", ".")
-        kind = "re:" + re.sub(r"\d+", r"\\d+", pattern.replace(".", r"\."))
-        found[name if any(re.fullmatch(kind[3:], other) for other in foreign) else kind] = None
+        kind = re.sub(r"\d+", r"\\d+", re.escape(name))
+        found[name if any(re.fullmatch(kind, other) for other in foreign) else f"re:{kind}"] = None
     return list(found)
 
 

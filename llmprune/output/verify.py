@@ -80,7 +80,7 @@ def verify(folder: str | Path) -> Verification:
             codes = {str(one["tensor"]): (one["bits"], one["group"]) for one in record.get("codes", ()) if one["coded"]}
         except (KeyError, TypeError, ValueError, InputError) as error:
             raise InputError(f"{folder / RECORD} is no record of a run: {reason(error)}") from None
-        problems = (*_file_problems(folder, files), *_site_problems(folder, files, sites), *_code_problems(folder, codes))
+        problems = (*_file_problems(folder, files), *_site_problems(folder, files, sites, codes))
         return Verification(len(files), len(sites) or len(codes), problems, files)
 
 
@@ -125,15 +125,9 @@ class _Remains(Checkpoint):
                 self.problems.append(str(error))
 
 
-def _code_problems(folder: Path, codes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+def _code_problems(checkpoint: Checkpoint, codes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     """Tensors that the record says are codes must be, of as many bits and columns a scale."""
-    if not codes:
-        return
-    try:
-        view = open_checkpoint(folder)
-    except InputError:
-        return  # told with the patterns
-    held = view if isinstance(view, CodesView) else None
+    held = checkpoint if isinstance(checkpoint, CodesView) else None
     for name, (bits, group) in codes.items():
         found = held.group_of(name) if held and name in held.coded else None
         if held is None or found is None:
@@ -142,7 +136,9 @@ def _code_problems(folder: Path, codes: Mapping[str, tuple[int, int]]) -> Iterat
             yield f"{name}: {held.bits} bits in groups of {found}, {bits} in groups of {group} in the record"
 
 
-def _site_problems(folder: Path, files: Iterable[str], claims: list[_Claim]) -> Iterator[str]:
+def _site_problems(
+    folder: Path, files: Iterable[str], claims: list[_Claim], codes: Mapping[str, tuple[int, int]]
+) -> Iterator[str]:
     by_tensor: dict[str, list[_Claim]] = {}
     for claim in claims:
         by_tensor.setdefault(claim.tensor, []).append(claim)
@@ -150,6 +146,7 @@ def _site_problems(folder: Path, files: Iterable[str], claims: list[_Claim]) -> 
     try:
         checkpoint = open_checkpoint(folder)
         yield from (f"{name}: not in the checkpoint" for name in by_tensor if name not in checkpoint.tensors)
+        yield from _code_problems(checkpoint, codes)
     except InputError as error:
         checkpoint = remains = _Remains(folder, files)
         yield from dict.fromkeys([str(error), *remains.problems])

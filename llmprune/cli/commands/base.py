@@ -7,10 +7,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from llmprune.cli.terminal import Terminal
+from llmprune.base.version import __version__
+from llmprune.cli.terminal import Terminal, is_first
+
+if TYPE_CHECKING:
+    from llmprune.job.progress import Progress
+
+
+def showing(terminal: Terminal) -> AbstractContextManager[Progress]:
+    """What shows a run: on the first process, unless it is to be quiet. Says that torch is loaded, and loads it."""
+    if is_first():
+        terminal.say(f"llmprune {__version__}: loading torch and transformers ...")
+    from llmprune.cli.console import Console
+    from llmprune.job.progress import Progress
+
+    shows = is_first() and not terminal.quiet
+    return Console(terminal.console, each_site=terminal.verbose) if shows else nullcontext(Progress())
 
 
 @dataclass(frozen=True, slots=True)

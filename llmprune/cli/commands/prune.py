@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from llmprune.base.errors import user_path
-from llmprune.base.version import __version__
 from llmprune.base.words import command_line
-from llmprune.cli.commands.base import Outcome
+from llmprune.cli.commands.base import Outcome, showing
 from llmprune.cli.config_file import read_yaml
 from llmprune.cli.terminal import Terminal, is_first
 from llmprune.job.flags import flag
@@ -62,18 +60,13 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     if (done := finished(config)) is not None:
         return _finished(*done, config.push_to_hub, terminal)
     check_folders(config)
-    first = is_first()
-    if first:
-        terminal.say(f"llmprune {__version__}: loading torch and transformers ...")
-    from llmprune.cli.console import Console
-    from llmprune.job.progress import Progress
+    shown = showing(terminal)
     from llmprune.runs.prune import prune
 
-    shown = Console(terminal.console, each_site=terminal.verbose) if first and not terminal.quiet else nullcontext(Progress())
     with shown as progress:
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         result = prune(values.pop("model"), progress=progress, **values)
-    return Outcome({"output": result.output, **result.record.as_dict()} if first else None)
+    return Outcome({"output": result.output, **result.record.as_dict()} if is_first() else None)
 
 
 def _configured(options: dict[str, Any]) -> PruneConfig:

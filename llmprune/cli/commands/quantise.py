@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
-from llmprune.base.version import __version__
-from llmprune.cli.commands.base import Outcome
+from llmprune.cli.commands.base import Outcome, showing
 from llmprune.cli.commands.prune import add_fields
 from llmprune.cli.terminal import Terminal, is_first
 from llmprune.job.options import PruneConfig
@@ -32,14 +30,9 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
     rest: dict[str, Any] = {name: value for name, value in options.items() if name in OPTIONS}
     rest = {"bits": 4, "output": "auto", **rest}
     PruneConfig.create({"model": options["model"], **rest})  # before torch is imported
-    first = is_first()
-    if first:
-        terminal.say(f"llmprune {__version__}: loading torch and transformers ...")
-    from llmprune.cli.console import Console
-    from llmprune.job.progress import Progress
+    shown = showing(terminal)
     from llmprune.runs.prune import quantise
 
-    shown = Console(terminal.console, each_site=terminal.verbose) if first and not terminal.quiet else nullcontext(Progress())
     with shown as progress:
         result = quantise(options["model"], rest.pop("output"), progress=progress, **rest)
-    return Outcome({"output": result.output, **result.record.as_dict()} if first else None)
+    return Outcome({"output": result.output, **result.record.as_dict()} if is_first() else None)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
-from llmprune.base.version import __version__
-from llmprune.cli.commands.base import Outcome
+from llmprune.cli.commands.base import Outcome, showing
 from llmprune.cli.commands.prune import add_fields
 from llmprune.cli.terminal import Terminal, is_first
 from llmprune.job.options import PruneConfig
@@ -29,20 +27,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
-    first = is_first()
-    if first:
-        terminal.say(f"llmprune {__version__}: loading torch and transformers ...")
-    from llmprune.cli.console import Console
-    from llmprune.job.progress import Progress
+    shown = showing(terminal)
     from llmprune.models.resolve import look_up
     from llmprune.runs.scan import scan, show
 
     rest = {name: value for name, value in options.items() if name in OPTIONS}
     rest.setdefault("output", f"{look_up(options['model']).name}-scan")
-    shown = Console(terminal.console, each_site=terminal.verbose) if first and not terminal.quiet else nullcontext(Progress())
     with shown as progress:
         found = scan(options["model"], progress=progress, **rest)
-    if not first:
+    if not is_first():
         return Outcome(None)
     show(found, options["model"], rest["output"], terminal.console)
     return Outcome({"output": rest["output"], **found.as_dict()})
