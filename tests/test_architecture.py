@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         *("base", "numerics", "models", "data", "solvers", "stream", "formats", "cost", "job", "measure", "output", "steps"),
     },
     "steps/quantise": {
-        *("base", "numerics", "models", "data", "formats", "stream", "job", "measure", "output", "steps", "steps/weights"),
+        *("base", "numerics", "models", "data", "formats", "stream", "job", "output", "steps", "steps/weights"),
     },
     "steps/structured": {
         *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "output"),

@@ -7,25 +7,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmprune.base.errors import InputError
-from llmprune.data.windows import Texts, Windows
+from llmprune.data.windows import Texts
 from llmprune.formats.quantised import quantisation_config, write_config
 from llmprune.job.job import Job
 from llmprune.job.record import RunRecord
-from llmprune.measure.perplexity import streamed_perplexity
-from llmprune.models.experts import observable
 from llmprune.models.extras import copy_extras
-from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.steps.base import Feeds, Keeper, Resume, Work
+from llmprune.steps.base import Resume, Work
 from llmprune.steps.quantise.plan import plan
 from llmprune.steps.quantise.rounding import ROUNDINGS
 from llmprune.steps.quantise.visitor import Quantiser
 from llmprune.steps.weights.selection import EVERY, select
+from llmprune.steps.weights.streaming import stream_through
 from llmprune.stream.activations import Activations
-from llmprune.stream.engine import stream
 
 
 class QuantiseWeights:
@@ -78,51 +74,21 @@ class QuantiseWeights:
         self, texts: Texts, record: RunRecord, edited: set[str], coded: dict[str, dict[str, Tensor]], resume: Resume
     ) -> None:
         job, work = self._job, self._work
-        clock, ranks, blocks = job.clock, job.ranks, list(work.blocks.values())
-        batch = job.batch(texts.calibration.ids.shape[1], work.device)
 
-        def start(windows: Windows) -> Activations:
-            return Activations.record(work.model, blocks, windows, batch=batch, device=work.device, folder=work.scratch)
+        def make(feed: Activations) -> Quantiser:
+            return Quantiser(
+                self._plan,
+                self._rounding,
+                feed,
+                feed.fork() if self._rounding.corrected else None,
+                texts.calibration.tokens(),
+                len(work.blocks) - 1,
+                job.progress,
+                job.clock,
+                job.ranks,
+                work.names,
+                edited,
+                coded,
+            )
 
-        share = texts.evaluation.share(ranks.rank, ranks.size) if texts.evaluation else None
-        with work.outside(), clock("capture"):
-            feed = start(texts.calibration.share(ranks.rank, ranks.size))
-            before = start(share) if share else None
-        after = before.fork() if before else None
-        quantiser = Quantiser(
-            self._plan,
-            self._rounding,
-            feed,
-            feed.fork() if self._rounding.corrected else None,
-            texts.calibration.tokens(),
-            len(blocks) - 1,
-            job.progress,
-            clock,
-            ranks,
-            work.names,
-            edited,
-            coded,
-        )
-
-        def visit(block: Block) -> None:
-            if before is not None:
-                with clock("evaluate"):
-                    before.advance(block)
-            if resume.has(block):
-                quantiser.repeat(block, resume.finished[block.index], resume.writer.restore)
-            else:
-                quantiser.quantise(block)
-
-        job.progress.start(len(blocks), len(self._plan.grids))
-        with observable(work.model, all_tokens=job.config.all_experts):
-            feeds = Feeds(feed, after, len(blocks) - 1, job.progress, clock)
-            stream(work.source, feeds, Keeper(clock, quantiser.report, resume), visit)
-        if not quantiser.records:
-            raise InputError("nothing was quantised: the model's forward runs none of the chosen sites")
-        if share and before and after:
-            with work.outside(), clock("evaluate"):
-                record.dense = streamed_perplexity(work.model, blocks, before, share, work.device, ranks)
-                record.pruned = streamed_perplexity(work.model, blocks, after, share, work.device, ranks)
-        record.codes = quantiser.records
-        record.skipped |= dict.fromkeys(quantiser.uncalled, "the model's forward never runs it")
-        record.peak_memory = clock.peaks()
+        record.codes = stream_through(job, work, texts, record, make, len(self._plan.grids), resume).records

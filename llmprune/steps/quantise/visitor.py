@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from llmprune.numerics.stats import SAMPLE_TOKENS, CrossGram, Gram, InputSample
 from llmprune.steps.quantise.grid import Quantised
 from llmprune.steps.quantise.plan import Plan
 from llmprune.steps.quantise.rounding.base import Rounding
-from llmprune.steps.weights.observing import Observed, blend_experts, passes, traced
+from llmprune.steps.weights.observing import Observed, add_up, passes, traced
 from llmprune.stream.activations import Activations, PairedDense
 
 
@@ -45,6 +45,7 @@ class Quantiser:
         uncalled: sites that the model's forward never runs.
     """
 
+    done: ClassVar[str] = "quantised"
     plan: Plan
     rounding: Rounding
     feed: Activations
@@ -60,7 +61,7 @@ class Quantiser:
     records: list[CodeRecord] = field(default_factory=list)
     uncalled: list[str] = field(default_factory=list)
 
-    def quantise(self, block: Block) -> None:
+    def visit(self, block: Block) -> None:
         """Round the block's matrices, stage by stage.
 
         Raises:
@@ -79,13 +80,7 @@ class Quantiser:
                 paired = PairedDense(self.source, reference, advance=block.index < self.last and group is groups[-1])
             with self.clock("forward"):
                 observed = self.feed.collect(block, group, self._observe, paired)
-            for stage, seen in zip(group, observed, strict=True):
-                with self.clock("statistics"):
-                    seen.add_up(self.ranks)
-                if not seen.statistic.finite():
-                    names = ", ".join(site.name for site in stage)
-                    raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
-            blend_experts(group, observed)
+            add_up(group, observed, self.ranks)
             for stage, seen in zip(group, observed, strict=True):
                 for site in stage:
                     self.progress.solving(site.name)
@@ -102,7 +97,7 @@ class Quantiser:
         }
 
     def repeat(self, block: Block, report: Mapping[str, Any], restore: Callable[[Block], None]) -> None:
-        """Instead of `quantise`, for a block that an earlier run has done: `restore` gives it the weights of then."""
+        """Instead of `visit`, for a block that an earlier run has done: `restore` gives it the weights of then."""
         self.coded.clear()
         reference = block.copy() if self.source is not None else None
         restore(block)

@@ -66,6 +66,21 @@ def traced(feed: Activations, block: Block, ranks: Ranks) -> tuple[list[list[Sit
     return stages, [site.name for site in block.sites if site.name not in called]
 
 
+def add_up(group: Sequence[Stage], observed: Sequence[Observed], ranks: Ranks) -> None:
+    """Count what all processes saw of a group's inputs, and blend what experts saw.
+
+    Raises:
+        InputError: inputs are not finite; their sites are named.
+    """
+    for stage, seen in zip(group, observed, strict=True):
+        with seen.clock("statistics"):
+            seen.add_up(ranks)
+        if not seen.statistic.finite():
+            names = ", ".join(site.name for site in stage)
+            raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
+    blend_experts(group, observed)
+
+
 def blend_experts(group: Sequence[Stage], observed: Sequence[Observed]) -> None:
     """Blend the statistics of each expert with the pooled ones, which weigh as much as one token an input: with fewer, an
     expert's own Gram has no full rank."""

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmprune.base.errors import InputError
 from llmprune.base.words import count
-from llmprune.data.windows import Texts, Windows
+from llmprune.data.windows import Texts
 from llmprune.job.job import Job
 from llmprune.job.progress import Progress
 from llmprune.job.record import RunRecord, SiteRecord
-from llmprune.measure.perplexity import streamed_perplexity
-from llmprune.models.experts import observable
 from llmprune.models.extras import copy_extras
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.steps.base import Feeds, Keeper, Resume, Work
+from llmprune.steps.base import Resume, Work
 from llmprune.steps.fitting import check_batches
 from llmprune.steps.weights.allocate.base import grid
 from llmprune.steps.weights.budget import WeightBudget
@@ -27,9 +24,9 @@ from llmprune.steps.weights.scanning import followed
 from llmprune.steps.weights.searching import searches
 from llmprune.steps.weights.selection import EVERY, Selection, select
 from llmprune.steps.weights.spreading import UNIFORM, spread
+from llmprune.steps.weights.streaming import stream_through
 from llmprune.steps.weights.visitor import WeightPruner
 from llmprune.stream.activations import Activations
-from llmprune.stream.engine import stream
 
 
 class PruneWeights:
@@ -104,57 +101,28 @@ def prune_weights(
     resume: Resume | None = None,
 ) -> None:
     """Stream the model block by block, and fill in what was found; `edited` learns what was changed."""
-    clock, ranks, blocks = job.clock, job.ranks, list(work.blocks.values())
-    batch = job.batch(texts.calibration.ids.shape[1], work.device)
 
-    def start(windows: Windows) -> Activations:
-        return Activations.record(work.model, blocks, windows, batch=batch, device=work.device, folder=work.scratch)
+    def make(feed: Activations) -> WeightPruner:
+        if job.recipe.reconstruct:
+            check_batches(feed, job.ranks)
+        return WeightPruner(
+            selection.patterns,
+            job.recipe,
+            feed,
+            feed.fork() if job.recipe.reconstruct or job.recipe.target == "corrected" else None,
+            texts.calibration.tokens(),
+            len(work.blocks) - 1,
+            job.progress,
+            job.clock,
+            job.ranks,
+            work.names,
+            edited,
+        )
 
-    evaluation = texts.evaluation.share(ranks.rank, ranks.size) if texts.evaluation else None
-    with work.outside(), clock("capture"):
-        feed = start(texts.calibration.share(ranks.rank, ranks.size))
-        dense = start(evaluation) if evaluation else None
-    pruned = dense.fork() if dense else None
-    if job.recipe.reconstruct:
-        check_batches(feed, ranks)
-    pruner = WeightPruner(
-        selection.patterns,
-        job.recipe,
-        feed,
-        feed.fork() if job.recipe.reconstruct or job.recipe.target == "corrected" else None,
-        texts.calibration.tokens(),
-        len(blocks) - 1,
-        job.progress,
-        clock,
-        ranks,
-        work.names,
-        edited,
-    )
-
-    def visit(block: Block) -> None:
-        if dense is not None:
-            with clock("evaluate"):
-                dense.advance(block)
-        if resume and resume.has(block):
-            pruner.repeat(block, resume.finished[block.index], resume.writer.restore)
-        else:
-            pruner.prune(block)
-
-    job.progress.start(len(blocks), len(selection.patterns))
-    with observable(work.model, all_tokens=job.config.all_experts):
-        feeds = Feeds(feed, pruned, len(blocks) - 1, job.progress, clock)
-        stream(work.source, feeds, Keeper(clock, pruner.report, resume), visit)
+    pruner = stream_through(job, work, texts, record, make, len(selection.patterns), resume)
     _note_thin_experts(pruner.records, job.progress)
-    if not pruner.records:
-        raise InputError("nothing was pruned: the model's forward runs none of the chosen sites")
-    if evaluation and dense and pruned:
-        with work.outside(), clock("evaluate"):
-            record.dense = streamed_perplexity(work.model, blocks, dense, evaluation, work.device, ranks)
-            record.pruned = streamed_perplexity(work.model, blocks, pruned, evaluation, work.device, ranks)
     record.sites, record.reconstructions = pruner.records, pruner.reconstructions
-    record.skipped |= dict.fromkeys(pruner.uncalled, "the model's forward never runs it")
     record.size["nonzero_before"], record.size["nonzero_after"] = pruner.nonzero
-    record.peak_memory = job.clock.peaks()
 
 
 def _note_thin_experts(records: Sequence[SiteRecord], progress: Progress) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from llmprune.solvers import METHODS
 from llmprune.solvers.base import Solution
 from llmprune.steps.fitting import fit_block
 from llmprune.steps.weights.batching import make_batches
-from llmprune.steps.weights.observing import Observed, blend_experts, passes, traced
+from llmprune.steps.weights.observing import Observed, add_up, passes, traced
 from llmprune.steps.weights.sharing import Round, make_rounds, solve
 from llmprune.stream.activations import Activations, PairedDense
 
@@ -49,6 +49,7 @@ class WeightPruner:
         nonzero: weights that are not zero in the matrices pruned so far, before and after.
     """
 
+    done: ClassVar[str] = "pruned"
     patterns: Mapping[str, Pattern]
     recipe: Recipe
     feed: Activations
@@ -65,7 +66,7 @@ class WeightPruner:
     uncalled: list[str] = field(default_factory=list)
     nonzero: tuple[int, int] = (0, 0)
 
-    def prune(self, block: Block) -> None:
+    def visit(self, block: Block) -> None:
         """Solve the block's planned sites, stage by stage or all from one pass; then fit the block, if asked to.
 
         Raises:
@@ -81,13 +82,7 @@ class WeightPruner:
                 paired = PairedDense(self.dense, reference, advance=onward and group is groups[-1])
             with self.clock("forward"):
                 observed = self.feed.collect(block, group, self._observe, paired)
-            for stage, seen in zip(group, observed, strict=True):
-                with self.clock("statistics"):
-                    seen.add_up(self.ranks)
-                if not seen.statistic.finite():
-                    names = ", ".join(site.name for site in stage)
-                    raise InputError(f"the inputs of {names} hold NaN or infinity; try --dtype float32")
-            blend_experts(group, observed)
+            add_up(group, observed, self.ranks)
             batches = make_batches(group, observed, self.patterns, self.recipe.method)
             for work in make_rounds(batches, self.recipe.method, self.ranks.size):
                 masks |= self._solve(block, work)
@@ -109,7 +104,7 @@ class WeightPruner:
         }
 
     def repeat(self, block: Block, report: Mapping[str, Any], restore: Callable[[Block], None]) -> None:
-        """Instead of `prune`, for a block that an earlier run has pruned: `restore` gives it the weights of then."""
+        """Instead of `visit`, for a block that an earlier run has pruned: `restore` gives it the weights of then."""
         reference = block.copy() if self.dense is not None else None
         restore(block)
         if self.dense is not None and reference is not None and (self.recipe.reconstruct or block.index < self.last):
