@@ -101,7 +101,7 @@ def test_bad_input_is_one_line(arguments: list[str], words: str, saved, capsys: 
 
 
 def test_a_dense_model_has_nothing_to_bench(saved) -> None:
-    with pytest.raises(InputError, match=r"no layer of .* is 2:4: prune it with --sparsity 2:4 first"):
+    with pytest.raises(InputError, match=r"no layer of .* is packed or 2:4: prune it with --sparsity 2:4, or pack"):
         bench(saved(tiny_model("llama")), device="cpu")
 
 
@@ -128,7 +128,7 @@ def test_a_folder_called_as_the_bundled_model_is(
     assert main(["pack", source, "./llama"]) == 0
     assert "\n  llmprune bench ./llama\n" in capsys.readouterr().out
     for act in (bench, lambda name: llmprune.pack(name, "out")):
-        with pytest.raises(InputError, match=r"\(a folder here of that name is ./llama\) is 2:4"):
+        with pytest.raises(InputError, match=r"\(a folder here of that name is ./llama\) is packed or 2:4"):
             act("llama")
     assert len(bench(Path("llama"), device="cpu", tokens=(1,), batches=(), length=4).layers) == 4
     assert main(["pack", source, "a b"]) == 0

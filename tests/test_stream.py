@@ -317,7 +317,7 @@ def test_only_one_block_is_in_memory(saved, monkeypatch: pytest.MonkeyPatch, tmp
     from llmprune.steps.weights.visitor import WeightPruner
 
     loaded: list[set[str]] = []
-    original = WeightPruner.prune
+    original = WeightPruner.visit
 
     def spy(self: WeightPruner, block: Block) -> None:
         real = {n for n, p in skeletons[0].model.named_parameters() if p.device.type != "meta"}
@@ -333,7 +333,7 @@ def test_only_one_block_is_in_memory(saved, monkeypatch: pytest.MonkeyPatch, tmp
         build(self, *args)  # type: ignore[arg-type]
         skeletons.append(self)
 
-    monkeypatch.setattr(WeightPruner, "prune", spy)
+    monkeypatch.setattr(WeightPruner, "visit", spy)
     monkeypatch.setattr(Skeleton, "__init__", remember)
     llmprune.prune(saved(tiny_model("llama")), output=tmp_path / "out", sparsity="2:4", calibration=tokens(4, 16))
     assert [{name.split(".")[2] for name in real} for real in loaded] == [{"0"}, {"1"}, {"2"}]

@@ -14,7 +14,7 @@ from test_resume import weights
 
 import llmprune
 from llmprune.base.errors import InputError
-from llmprune.formats.packed import packed_bytes
+from llmprune.formats.matrices import packed_bytes
 from llmprune.job.progress import Progress
 from llmprune.output.verify import verify
 from llmprune.steps.weights.allocate.sensitivity import choose

@@ -1,9 +1,9 @@
-"""From a dense folder whose matrices are 2:4 to a packed one, and back."""
+"""From a folder whose matrices have zeros to a packed one, and back."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from llmprune.base.errors import InputError, plain_errors, user_folder, user_path
 from llmprune.base.files import INDEX, PACKED, RECORD, differing, read_record, sums, write_json
 from llmprune.base.folders import check_output, check_room, published, recover
-from llmprune.formats.packed import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, pack_tensors, why_dense
+from llmprune.formats.matrices import Layer, encode, encode_codes
+from llmprune.formats.packed import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, open_checkpoint
+from llmprune.formats.quantised import CodesView
 from llmprune.models.checkpoint import Checkpoint, read_header
 from llmprune.models.extras import copy_extras
 from llmprune.models.resolve import resolve, spelled
@@ -23,9 +25,9 @@ from llmprune.models.skeleton import Skeleton, load_config
 _CARD, _DENSE_CARD = "README.md", "README.dense.md"
 _DENSE, _PACKED = "\nlibrary_name: transformers\n", "\nlibrary_name: llmprune # transformers, once unpacked\n"
 _NOTE = f"""
-# A packed 2:4 model
+# A packed model
 
-Matrices that are 2:4 are stored as values and codes. transformers do not read this folder; llmprune does:
+Zeros of its matrices are not stored. transformers do not read this folder; llmprune does:
 
 ```python
 import llmprune
@@ -33,7 +35,7 @@ import llmprune
 model = llmprune.load(FOLDER)  # dense=True for plain layers
 ```
 
-`llmprune unpack` gives back the dense model, whose card is `{_DENSE_CARD}`.
+`llmprune unpack` gives back the model that was packed, whose card is `{_DENSE_CARD}`.
 """
 
 
@@ -44,13 +46,15 @@ class Converted:
     Attributes:
         layers: how many matrices are packed.
         dense: matrices of the blocks that are not, and why.
-        before, after: bytes of the packed matrices, dense and packed.
+        weights: of the packed matrices, zeros counted.
+        before, after: bytes of the packed matrices, as they were and packed.
         total_before, total_after: bytes of all tensors.
     """
 
     output: Path
     layers: int
     dense: dict[str, str]
+    weights: int
     before: int
     after: int
     total_before: int
@@ -60,14 +64,14 @@ class Converted:
 def pack(
     folder: str | Path, output: str | Path, *, overwrite: bool = False, tell: Callable[[str], None] | None = None
 ) -> Converted:
-    """Write the 2:4 linear layers of a dense folder as values and codes, everything else as it is.
+    """Write a folder's linear layers without their zeros, wherever that takes fewer bytes; everything else as it is.
 
     Args:
-        folder: a bundled name, a folder or a Hub id.
+        folder: a bundled name, a folder or a Hub id; quantised or not.
         tell: hears of every file that is done.
 
     Raises:
-        InputError: no linear layer is 2:4, or a folder cannot be read or written; nothing is left behind.
+        InputError: no linear layer gains by it, or a folder cannot be read or written; nothing is left behind.
     """
     output = user_path(output, "output")
     with plain_errors("free some, or use a machine with more"):
@@ -78,11 +82,11 @@ def pack(
         recover(output)
         check_output(output, source, overwrite)
         _check_record(source)
-        checkpoint = Checkpoint(source)
-        skeleton = Skeleton(checkpoint, load_config(source), torch.device("cpu"), torch.float32)
+        checkpoint = open_checkpoint(source)
+        skeleton = Skeleton(checkpoint, load_config(source, quantised=True), torch.device("cpu"), torch.float32)
         linear = linears(skeleton)
         sizes = ((name, info.nbytes) for name, info in checkpoint.tensors.items())
-        check_room(output, sum(nbytes // 2 if name in linear else nbytes for name, nbytes in sizes))  # at least
+        check_room(output, sum(nbytes // 16 if name in linear else nbytes for name, nbytes in sizes))  # at least
         with published(output, overwrite=overwrite) as partial:
             found = _pack_files(skeleton, linear, partial, tell)
             if not found.layers:
@@ -116,6 +120,7 @@ def _check_record(source: Path) -> None:
 class _Packing:
     manifest: dict[str, dict[str, object]]
     dense: dict[str, str]
+    weights: int = 0
     before: int = 0
     after: int = 0
     total_before: int = 0
@@ -125,8 +130,14 @@ class _Packing:
     def layers(self) -> int:
         return len(self.manifest["layers"])
 
+    def add(self, name: str, layer: Layer, tensors: Mapping[str, Tensor]) -> None:
+        self.manifest["layers"][name] = layer.entry()
+        self.weights += layer.rows * layer.columns
+        self.before += layer.nbytes()
+        self.after += sum(one.nbytes for one in tensors.values())
+
     def converted(self, output: Path) -> Converted:
-        sizes = (self.before, self.after, self.total_before, self.total_after)
+        sizes = (self.weights, self.before, self.after, self.total_before, self.total_after)
         return Converted(output, self.layers, self.dense, *sizes)
 
 
@@ -136,19 +147,16 @@ def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: 
     files = sorted({info.file for info in checkpoint.tensors.values()})
     for number, file in enumerate(files, 1):
         written: dict[str, Tensor] = {}
-        for name, tensor in checkpoint.read([name for name, info in checkpoint.tensors.items() if info.file == file]):
-            why = why_dense(name, tensor, linear)
-            if why is None:
-                tensors = pack_tensors(name, tensor)
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                found.manifest["layers"][name] = {"shape": list(tensor.shape), "dtype": dtype}
-                found.before += tensor.nbytes
-                found.after += sum(one.nbytes for one in tensors.values())
+        for name in (name for name, info in checkpoint.tensors.items() if info.file == file):
+            result = _encode(checkpoint, name) if name in linear else None
+            if isinstance(result, tuple):
+                layer, tensors = result
+                found.add(name, layer, tensors)
             else:
-                tensors = {name: tensor}
-                if name in linear and skeleton.block_of(linear[name]):
-                    found.dense[linear[name]] = why
-            found.total_before += tensor.nbytes
+                tensors = checkpoint.stored(name)
+                if result and skeleton.block_of(linear[name]):
+                    found.dense[linear[name]] = result
+            found.total_before += checkpoint.tensors[name].nbytes
             found.total_after += sum(one.nbytes for one in tensors.values())
             written |= tensors
         packed = f"packed-{number:05d}-of-{len(files):05d}.safetensors"
@@ -159,13 +167,21 @@ def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: 
     return found
 
 
+def _encode(checkpoint: Checkpoint, name: str) -> tuple[Layer, dict[str, Tensor]] | str:
+    """A matrix, packed; or why it is not."""
+    if isinstance(checkpoint, CodesView) and name in checkpoint.coded:
+        return encode_codes(name, *checkpoint.codes(name), checkpoint.bits)
+    return encode(name, checkpoint.stored(name)[name])
+
+
 def _nothing(source: str, dense: dict[str, str], linear: dict[str, str]) -> InputError:
     """Why nothing was packed."""
     own = [(name, why) for name, why in dense.items() if name in linear.values()]
     if not own:
         name, why = next(iter(dense.items()), ("it", "no matrix of a block is known"))
         return InputError(f"nothing of {source} can be packed: only linear layers can ({name}: {why})")
-    return InputError(f"no layer of {source} is 2:4 ({own[0][0]}: {own[0][1]}): prune it with --sparsity 2:4 first")
+    why = f"{own[0][0]}: {own[0][1]}"
+    return InputError(f"no layer of {source} would get smaller ({why}): prune it with --sparsity 2:4 or 50% first")
 
 
 def _seal(folder: Path, manifest: dict[str, dict[str, object]]) -> None:
@@ -185,7 +201,7 @@ def _write_card(source: Path, folder: Path) -> None:
 def unpack(
     folder: str | Path, output: str | Path, *, overwrite: bool = False, tell: Callable[[str], None] | None = None
 ) -> Converted:
-    """Write the dense folder that a packed one stands for: the same tensors, bit for bit, in files of the same names.
+    """Write the folder that was packed: the same tensors, bit for bit, in files of the same names.
 
     Raises:
         InputError: the folder is not packed, not whole, or cannot be written; nothing is left behind.
@@ -197,15 +213,16 @@ def unpack(
         packed = PackedFolder.open(folder)
         recover(output)
         check_output(output, folder, overwrite)
-        view = DenseView(packed)
-        check_room(output, view.nbytes())
+        check_room(output, packed.unpacked_bytes())
         packed.check(sorted({*packed.files, *packed.sums} - {_CARD}))
+        view = DenseView(packed)
         if (folder / RECORD).is_file():
             read_record(folder)
         with published(output, overwrite=overwrite) as partial:
             for number, (file, dense) in enumerate(packed.files.items(), 1):
                 names = [name for name, info in view.tensors.items() if info.file == file]
-                save_file(dict(view.read(names)), partial / dense, metadata={"format": "pt"})
+                tensors = {own: tensor for name in names for own, tensor in view.stored(name).items()}
+                save_file(tensors, partial / dense, metadata={"format": "pt"})
                 if tell:
                     tell(f"{file} -> {dense} ({number} of {len(packed.files)})")
             if len(packed.files) > 1:
@@ -216,9 +233,10 @@ def unpack(
             if (folder / _DENSE_CARD).is_file():
                 shutil.copyfile(folder / _DENSE_CARD, partial / _CARD)
     sizes = {name: packed.tensors[name].nbytes for name in packed.tensors}
-    after = sum(view.tensors[name].nbytes for name in packed.layers)
+    after = sum(layer.nbytes() for layer in packed.layers.values())
+    weights = sum(layer.rows * layer.columns for layer in packed.layers.values())
     before = sum(sizes.values()) - sum(sizes[name] for name in packed.others())
-    return Converted(output, len(packed.layers), {}, before, after, sum(sizes.values()), view.nbytes())
+    return Converted(output, len(packed.layers), {}, weights, before, after, sum(sizes.values()), packed.unpacked_bytes())
 
 
 def _index(folder: Path, packed: PackedFolder) -> None:

@@ -1,4 +1,4 @@
-"""A linear layer whose 2:4 matrix stays packed."""
+"""Linear layers whose sparse matrix stays packed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from llmprune.formats.kernels import dispatch
-from llmprune.formats.kernels.ops import product
+from llmprune.formats.kernels.bitmask import Bitmask
+from llmprune.formats.kernels.ops import masked_product, product
 from llmprune.formats.kernels.reference import Packed, arrange, compress, unpack
 
 
@@ -66,14 +67,52 @@ class Sparse24Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
 
 
+class SparseLinear(nn.Module):
+    """As `nn.Linear`, for inference, of any sparse matrix: a mask and what is not zero.
+
+    Attributes:
+        mask, values, starts, scale: buffers, as in `kernels.bitmask.Bitmask`.
+        bias: a buffer (out,), or None.
+        weight: the dense matrix (out, in), expanded anew each time.
+    """
+
+    mask: Tensor
+    values: Tensor
+    starts: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, packed: Bitmask, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.columns, packed.rows
+        for name in ("mask", "values", "starts", "scale"):
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("bias", bias)
+
+    @property
+    def packed(self) -> Bitmask:
+        return Bitmask(self.mask, self.values, self.starts, self.scale, self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed.weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return masked_product(x, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        kind = "codes" if self.scale is not None else "weights"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, sparse {kind}"
+
+
 def nbytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers, copies for cuSPARSELt included; what is shared counts once."""
     return sum(tensor.nbytes for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
 
 
-def sparse_layers(model: nn.Module) -> dict[str, Sparse24Linear]:
+def sparse_layers(model: nn.Module) -> dict[str, Sparse24Linear | SparseLinear]:
     """By full name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, (Sparse24Linear, SparseLinear))}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

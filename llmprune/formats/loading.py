@@ -1,4 +1,4 @@
-"""Load what llmprune wrote, or any other model; 2:4 linear layers stay packed, one layer at a time."""
+"""Load what llmprune wrote, or any other model; packed and 2:4 linear layers stay packed, one layer at a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmprune.base.errors import InputError, plain_errors, unknown
 from llmprune.base.hardware import pick_device, stored_dtype
 from llmprune.base.notation import DTYPES
 from llmprune.formats.fuse import fuse
+from llmprune.formats.kernels.bitmask import Bitmask
 from llmprune.formats.kernels.reference import arrange, compress, violation
-from llmprune.formats.layer import Sparse24Linear, replace_module, sparse_layers
+from llmprune.formats.layer import Sparse24Linear, SparseLinear, replace_module, sparse_layers
+from llmprune.formats.matrices import TwoOfFour
 from llmprune.formats.packed import DenseView, linears, open_checkpoint
 from llmprune.formats.quantised import CodesView
 from llmprune.models.resolve import resolve, spelled
@@ -47,8 +49,8 @@ def load_packed(
     kept: set[str] = set()
     if not dense:
         for disk, name in linear.items():
-            if f"{name}.weight" not in _tied(skeleton) and (parts := _parts(skeleton, disk)):
-                kept |= _put(skeleton, name, *parts)
+            if f"{name}.weight" not in _tied(skeleton) and (found := _packed(skeleton, disk)):
+                kept |= _put(skeleton, name, found)
         if not kept and not other:
             return None
     skeleton.fill(name for name in skeleton.names if name not in kept)
@@ -61,7 +63,8 @@ def load_packed(
         if device.type == "cuda":
             fuse(skeleton.model)
         for module in sparse_layers(skeleton.model).values():
-            module.prepare()
+            if isinstance(module, Sparse24Linear):
+                module.prepare()
     return skeleton.model
 
 
@@ -74,31 +77,36 @@ def _tied(skeleton: Skeleton) -> set[str]:
     return {name for pair in pairs for name in pair}
 
 
-def _parts(skeleton: Skeleton, disk: str) -> tuple[Tensor, Tensor] | None:
-    """A matrix's values and codes, if it is 2:4."""
+def _packed(skeleton: Skeleton, disk: str) -> TwoOfFour | Bitmask | None:
+    """A matrix, if it is packed or 2:4."""
     checkpoint = skeleton.checkpoint
     if isinstance(checkpoint, DenseView):
         return checkpoint.packed.layer(disk) if disk in checkpoint.packed.layers else None
     ((_, weight),) = checkpoint.read([disk])
     if violation(weight[:_PEEK]) or violation(weight):
         return None
-    return compress(weight)
+    return TwoOfFour(*compress(weight))
 
 
-def _put(skeleton: Skeleton, name: str, values: Tensor, codes: Tensor) -> set[str]:
+def _put(skeleton: Skeleton, name: str, found: TwoOfFour | Bitmask) -> set[str]:
     """Give the model a packed layer in place of the one called `name`; returns the tensors that it holds now."""
-    device = skeleton.device
-    if device.type == "cuda" and skeleton.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < _BFLOAT16:
+    device, dtype = skeleton.device, skeleton.dtype
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < _BFLOAT16:
         raise InputError(f"{torch.cuda.get_device_name(device)} has no bfloat16: pass dtype='float16' (--dtype float16)")
-    if not bool(torch.isfinite(values).all()):
+    numbers = found.scale if isinstance(found, Bitmask) and found.scale is not None else found.values
+    if not bool(torch.isfinite(numbers).all()):
         raise InputError(f"the weights of {name} in {skeleton.checkpoint.folder} are not finite (NaN or infinity)")
     held, bias = {f"{name}.weight"}, None
     if f"{name}.bias" in skeleton.names:
         held.add(f"{name}.bias")
         ((_, stored),) = skeleton.checkpoint.read([skeleton.names[f"{name}.bias"][0].disk])
-        bias = stored.to(skeleton.device, skeleton.dtype, copy=True)
-    packed = arrange(values.to(skeleton.device, skeleton.dtype, copy=True), codes.to(skeleton.device))
-    replace_module(skeleton.model, name, Sparse24Linear(packed, bias))
+        bias = stored.to(device, dtype, copy=True)
+    layer: nn.Module
+    if isinstance(found, Bitmask):
+        layer = SparseLinear(found.to(device, dtype), bias)
+    else:
+        layer = Sparse24Linear(arrange(found.values.to(device, dtype, copy=True), found.codes.to(device)), bias)
+    replace_module(skeleton.model, name, layer)
     return held
 
 
@@ -120,10 +128,11 @@ def load(
 ) -> PreTrainedModel:
     """A model that llmprune wrote, or any other: a bundled name, a folder or a Hub id, in eval mode.
 
-    Linear layers that are 2:4, in a packed folder or a dense one, become `Sparse24Linear`: packed in memory, for inference. On
-    a CPU that saves memory and costs time. What stays dense in the blocks is listed in a warning. Models without such
-    layers load as `from_pretrained` loads them; needed, too, where `--per-layer` made layers of different sizes. Codes of a
-    quantised folder become the weights that they stand for, without the compressed-tensors package.
+    Linear layers that are 2:4, in a packed folder or a dense one, become `Sparse24Linear`, and other packed ones
+    `SparseLinear`: packed in memory, for inference. On a CPU that saves memory and costs time. What stays dense in the blocks
+    is listed in a warning. Models without such layers load as `from_pretrained` loads them; needed, too, where `--per-layer`
+    made layers of different sizes. Codes of a quantised folder become the weights that they stand for, without the
+    compressed-tensors package; those of packed layers stay codes.
 
     Args:
         device: `auto` is CUDA where there is one, else the CPU.

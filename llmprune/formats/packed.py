@@ -1,52 +1,47 @@
-"""Packed folders: 2:4 matrices as values and codes, everything else as it was.
+"""Packed folders: sparse matrices without their zeros, everything else as it was.
 
-A packed folder has the files of its dense one (configuration, tokenizer, record) but for the weights. Those are in
-`packed-*.safetensors`, and `packed.json` says what they are:
+A packed folder has the files of the one that it was made from (configuration, tokenizer, record) but for the weights. Those are
+in `packed-*.safetensors`, and `packed.json` says what they are:
 
-- `format`: "llmprune-2of4"; `version`: 1.
-- `layers`: of each packed matrix, by its name in the dense checkpoint, its `shape` [rows, columns] and `dtype`.
-- `files`: of each `packed-*.safetensors`, the dense checkpoint's file whose tensors it holds.
+- `format`: "llmprune-packed"; `version`: 2.
+- `layers`: of each packed matrix, by its name in the folder that it was made from, its `shape` [rows, columns], `dtype` and
+  `kind`, "2of4" or "bitmask"; of one of codes their `bits`, and how many `groups` of columns have a scale of their own.
+- `files`: of each `packed-*.safetensors`, that folder's file whose tensors it holds.
 - `sha256`: of every file of the folder but itself and the run's record.
 
-A packed matrix NAME is two tensors. `NAME.values` (rows, columns / 2), of the matrix's dtype: the two kept values of each
-group of four consecutive weights of a row, in order. `NAME.codes` (rows, ceil(columns / 8)) uint8: four bits a group, the even
-group of a pair in the low ones; code 0 to 5 says at which two of the four places the values stand: 0 (0, 1), 1 (0, 2),
+A matrix NAME of kind "2of4" is two tensors. `NAME.values` (rows, columns / 2), of the matrix's dtype: the two kept values of
+each group of four consecutive weights of a row, in order. `NAME.codes` (rows, ceil(columns / 8)) uint8: four bits a group, the
+even group of a pair in the low ones; code 0 to 5 says at which two of the four places the values stand: 0 (0, 1), 1 (0, 2),
 2 (0, 3), 3 (1, 2), 4 (1, 3), 5 (2, 3). The other two are +0.0. A spare half byte at a row's end is 0.
+
+A matrix of kind "bitmask" is `NAME.mask`, `NAME.values` and, where its values are codes, `NAME.scale`, as
+`formats/kernels/bitmask.py` says. Each is whole tiles, or begins on a whole byte: kernels can read them where they are mapped.
+
+Version 1, format "llmprune-2of4", had the first kind only, and named none.
 
 Weights have other names than transformers look for, so that they refuse the folder instead of loading it without them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from llmprune.base.errors import InputError
 from llmprune.base.files import PACKED, differing, read_json
-from llmprune.formats.kernels.reference import compress, expand, violation
-from llmprune.formats.quantised import CodesView, stored_bits
+from llmprune.formats.kernels.bitmask import Bitmask
+from llmprune.formats.matrices import Layer, TwoOfFour
+from llmprune.formats.quantised import CodesView, code_tensors, stored_bits
 from llmprune.models.checkpoint import Checkpoint, TensorInfo, opened, read_header
 from llmprune.models.skeleton import Skeleton
 
 T = TypeVar("T")
-FORMAT, VERSION = "llmprune-2of4", 1
-_VALUES, _CODES = ".values", ".codes"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A packed matrix."""
-
-    rows: int
-    columns: int
-    dtype: torch.dtype
+FORMAT, VERSION = "llmprune-packed", 2
+_OLD = ("llmprune-2of4", 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +87,14 @@ class PackedFolder:
         return replace(found, problems=(*problems, *misfits))
 
     def _there(self, name: str) -> bool:
-        return {name + _VALUES, name + _CODES} <= self.tensors.keys()
+        return self.layers[name].shapes(name).keys() <= self.tensors.keys()
 
     def _misfit(self, name: str) -> str | None:
-        """The two tensors of a layer must be there, in the shapes that the manifest says."""
-        layer = self.layers[name]
-        wanted = {name + _VALUES: (layer.rows, layer.columns // 2), name + _CODES: (layer.rows, -(-layer.columns // 8))}
-        for tensor, shape in wanted.items():
+        """The tensors of a layer must be there, in the shapes that the manifest says."""
+        for tensor, shape in self.layers[name].shapes(name).items():
             info = self.tensors.get(tensor)
-            if info is None or info.shape != shape:
+            sized = info and len(info.shape) == len(shape) and all(b in (a, -1) for a, b in zip(info.shape, shape, strict=True))
+            if info is None or not sized:
                 what = "is missing" if info is None else f"has shape {list(info.shape)}, not {list(shape)}"
                 return f"{self.folder}: tensor {tensor} {what}: copy the folder again"
         return None
@@ -122,40 +116,57 @@ class PackedFolder:
         with opened(self.folder / self.tensors[tensor].file) as handle:
             return handle.get_tensor(tensor)
 
-    def layer(self, name: str) -> tuple[Tensor, Tensor]:
-        """A packed matrix's values (rows, columns / 2) and codes (rows, columns / 4).
+    def layer(self, name: str) -> TwoOfFour | Bitmask:
+        """A packed matrix.
 
         Raises:
-            InputError: a code or the dtype is none.
+            InputError: its tensors are not what they must be.
         """
-        layer, values, halves = self.layers[name], self.read(name + _VALUES), self.read(name + _CODES)
-        codes = torch.stack([halves & 15, halves >> 4], dim=2).flatten(1)[:, : layer.columns // 4]
-        where = self.folder / self.tensors[name + _CODES].file
-        if halves.dtype != torch.uint8 or values.dtype != layer.dtype:
-            raise InputError(f"{where}: {name} is of {values.dtype} and {halves.dtype}, not {layer.dtype} and torch.uint8")
-        if codes.numel() and int(codes.max()) > 5:
-            raise InputError(f"{where}: {name} has a code of {int(codes.max())}, and 5 is the highest: the file is damaged")
-        return values, codes.contiguous()
+        layer, where = self.layers[name], ""
+        try:
+            return layer.decode(name, {tensor: self.read(tensor) for tensor in layer.shapes(name)})
+        except ValueError as error:
+            where = self.tensors[next(iter(layer.shapes(name)))].file
+            raise InputError(f"{self.folder / where}: {name} {error}") from None
 
     def others(self) -> list[str]:
         """Tensors that are as they were."""
-        packed = {name + end for name in self.layers for end in (_VALUES, _CODES)}
+        packed = {tensor for name, layer in self.layers.items() for tensor in layer.shapes(name)}
         return [name for name in self.tensors if name not in packed]
+
+    def unpacked_bytes(self) -> int:
+        """Of all tensors of the folder that was packed."""
+        return sum(self.tensors[name].nbytes for name in self.others()) + sum(own.nbytes() for own in self.layers.values())
 
 
 class DenseView(Checkpoint):
-    """A packed folder, read as the dense checkpoint that it stands for: one matrix at a time is unpacked."""
+    """A packed folder, read as the weights that it stands for: one matrix at a time is unpacked."""
 
     def __init__(self, packed: PackedFolder) -> None:
-        self.packed, self.folder = packed, packed.folder
-        self.tensors = {name: packed.tensors[name] for name in packed.others()}
+        others = {name: packed.tensors[name] for name in packed.others()}
+        bits = stored_bits(packed.folder)
+        self._others = Checkpoint(packed.folder, others) if bits is None else CodesView(packed.folder, bits, others)
+        super().__init__(packed.folder, self._others.tensors)
+        self.packed = packed
         for name, layer in packed.layers.items():
-            info = packed.tensors[name + _VALUES]
-            self.tensors[name] = TensorInfo(info.file, (layer.rows, layer.columns), layer.dtype, 2 * info.nbytes)
+            file = packed.tensors[next(iter(layer.shapes(name)))].file
+            self.tensors[name] = TensorInfo(file, (layer.rows, layer.columns), layer.dtype, layer.nbytes())
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            yield name, expand(*self.packed.layer(name)) if name in self.packed.layers else self.packed.read(name)
+        packed = self.packed.layers
+        yield from self._others.read([name for name in names if name not in packed])
+        for name in (name for name in names if name in packed):
+            yield name, self.packed.layer(name).weight()
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The tensors that hold it in the folder that was packed."""
+        layer = self.packed.layers.get(name)
+        if layer is None:
+            return self._others.stored(name)
+        found = self.packed.layer(name)
+        if isinstance(found, Bitmask) and found.scale is not None and layer.bits is not None:
+            return code_tensors(name, found.stored(), found.scale, layer.bits)
+        return {name: found.weight()}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -181,13 +192,12 @@ def _manifest(folder: Path, problems: list[str]) -> tuple[dict[str, Layer], dict
     except InputError as error:
         problems.append(str(error))
         manifest = {"format": FORMAT, "version": VERSION, "layers": {}, "files": {}, "sha256": {}}
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{folder / PACKED} has format {manifest.get('format')!r}; this llmprune reads {FORMAT!r}")
-    if manifest.get("version") != VERSION:
-        raise InputError(
-            f"{folder} is packed in version {manifest.get('version')!r}; this llmprune reads {VERSION}: update llmprune"
-        )
-    layers = _mapping(manifest.get("layers"), _layer)
+    kind, version = manifest.get("format"), manifest.get("version")
+    if kind not in (FORMAT, _OLD[0]):
+        raise InputError(f"{folder / PACKED} has format {kind!r}; this llmprune reads {FORMAT!r}")
+    if (kind, version) not in ((FORMAT, VERSION), _OLD):
+        raise InputError(f"{folder} is packed in version {version!r}; this llmprune reads {VERSION}: update llmprune")
+    layers = _mapping(manifest.get("layers"), Layer.read)
     files, sums = (_mapping(manifest.get(name), lambda _, value: str(value)) for name in ("files", "sha256"))
     if layers is None or files is None or sums is None:
         problems.append(f"{folder / PACKED} has no layers and files that make sense: copy the folder again")
@@ -221,13 +231,6 @@ def _mapping(value: Any, read: Callable[[str, Any], T]) -> dict[str, T] | None:
         return None
 
 
-def _layer(name: str, entry: Mapping[str, Any]) -> Layer:
-    rows, columns = entry["shape"]
-    if not (isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0 and columns % 4 == 0):
-        raise ValueError(name)
-    return Layer(rows, columns, _DTYPES[entry["dtype"]])
-
-
 def linears(skeleton: Skeleton) -> dict[str, str]:
     """Of each matrix on disk that is a linear layer's whole weight, the layer's name in the model."""
     found = {}
@@ -239,15 +242,6 @@ def linears(skeleton: Skeleton) -> dict[str, str]:
     return found
 
 
-def why_dense(name: str, weight: Tensor, linear: Mapping[str, str]) -> str | None:
-    """Why a tensor of the checkpoint is not to be packed; None if it is."""
-    if name not in linear:
-        return "no linear layer's weight"
-    if weight.dtype not in _DTYPES.values():
-        return f"of {weight.dtype}"
-    return violation(weight)
-
-
 def left_dense(skeleton: Skeleton) -> dict[str, str]:
     """Matrices of the blocks that are in no linear layer, and so are never packed, and why."""
     return {
@@ -256,15 +250,3 @@ def left_dense(skeleton: Skeleton) -> dict[str, str]:
         for site in block.sites
         if site.transposed or site.part
     }
-
-
-def packed_bytes(rows: int, columns: int, itemsize: int) -> int:
-    """Of a packed matrix whose weights take `itemsize` bytes each."""
-    return rows * (columns // 2 * itemsize + -(-columns // 8))
-
-
-def pack_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """The two tensors of a packed matrix, as they are stored."""
-    values, codes = compress(weight)
-    even = functional.pad(codes, (0, codes.shape[1] % 2))
-    return {name + _VALUES: values, name + _CODES: (even[:, ::2] | (even[:, 1::2] << 4)).contiguous()}

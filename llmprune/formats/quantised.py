@@ -19,7 +19,7 @@ from torch import Tensor, tensor
 from llmprune.base.errors import InputError
 from llmprune.base.files import read_json
 from llmprune.models.checkpoint import Checkpoint, TensorInfo, opened
-from llmprune.numerics.codes import pack, unpack, words
+from llmprune.numerics.codes import pack, unpack, values, words
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 CONFIG = "quantization_config"  # the key of config.json
@@ -29,11 +29,6 @@ _PACKED, _SCALE, _SHAPE = "_packed", "_scale", "_shape"
 def code_tensors(name: str, codes: Tensor, scales: Tensor, bits: int) -> dict[str, Tensor]:
     """The three tensors of a matrix: `codes` (rows, columns) whole numbers, `scales` (rows, groups) in the dtype to store."""
     return {name + _PACKED: pack(codes, bits), name + _SCALE: scales.contiguous(), name + _SHAPE: tensor(codes.shape)}
-
-
-def values(codes: Tensor, scales: Tensor) -> Tensor:
-    """The weights (rows, columns) that `codes` and `scales` (rows, groups) stand for, as compressed-tensors computes them."""
-    return codes.to(scales.dtype) * scales.repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
 
 
 def quantisation_config(bits: int, groups: Mapping[str, int], others: Sequence[str], first: int | None) -> dict[str, Any]:
@@ -113,8 +108,8 @@ class CodesView(Checkpoint):
         InputError: as `Checkpoint`, or codes, scales and shape do not fit together.
     """
 
-    def __init__(self, folder: Path, bits: int) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, bits: int, tensors: Mapping[str, TensorInfo] | None = None) -> None:
+        super().__init__(folder, tensors)
         self.bits = bits
         stored = self.tensors
         coded = [name.removesuffix(_PACKED) for name in stored if name.endswith(_PACKED)]
@@ -146,19 +141,30 @@ class CodesView(Checkpoint):
         """Columns of a coded matrix that share a scale."""
         return self.coded[name].shape[1] // self._groups[name]
 
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """The codes (rows, columns), int8, and scales (rows, groups) of a matrix."""
+        with opened(self.folder / self.coded[name].file) as shard:
+            return _read_codes(shard, name, self.bits)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        return code_tensors(name, *self.codes(name), self.bits) if name in self.coded else super().stored(name)
+
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         yield from super().read([name for name in names if name not in self.coded])
         for name in (name for name in names if name in self.coded):
-            with opened(self.folder / self.coded[name].file) as shard:
-                yield name, read_values(shard, name, self.bits)
+            yield name, values(*self.codes(name))
 
 
 def read_values(shard: Any, name: str, bits: int) -> Tensor:
     """The weights of a matrix of an open file: as they are, or from their codes."""
     if name in shard.keys():  # noqa: SIM118
         return shard.get_tensor(name)
+    return values(*_read_codes(shard, name, bits))
+
+
+def _read_codes(shard: Any, name: str, bits: int) -> tuple[Tensor, Tensor]:
     columns = int(shard.get_tensor(name + _SHAPE)[1])
-    return values(unpack(shard.get_tensor(name + _PACKED), bits, columns), shard.get_tensor(name + _SCALE))
+    return unpack(shard.get_tensor(name + _PACKED), bits, columns), shard.get_tensor(name + _SCALE)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

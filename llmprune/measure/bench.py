@@ -1,9 +1,10 @@
-"""`llmprune bench`: a 2:4 model against itself dense, layer by layer and end to end, and in words whether it helps here."""
+"""`llmprune bench`: a packed model against itself dense, layer by layer and end to end, and in words whether it helps here."""
 
 from __future__ import annotations
 
+import copy
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -19,10 +20,8 @@ from transformers import PreTrainedModel
 
 from llmprune.base.errors import InputError, plain_errors
 from llmprune.base.words import count, size
-from llmprune.formats.kernels import dispatch
-from llmprune.formats.kernels.reference import Packed
 from llmprune.formats.kernels.timing import copies, graphed
-from llmprune.formats.layer import Sparse24Linear, nbytes, sparse_layers
+from llmprune.formats.layer import Sparse24Linear, SparseLinear, nbytes, sparse_layers
 from llmprune.formats.loading import load
 from llmprune.job.record import versions
 from llmprune.measure.speed import bytes_per_second, side_by_side
@@ -33,6 +32,7 @@ BATCHES = (1, 8, 32)
 _STEPS = 16  # tokens that are decoded
 _FEW = 32  # tokens at most, in decoding
 _GAIN = 1.05  # what is called faster
+Packed = Sparse24Linear | SparseLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,10 @@ def bench(
     length: int = 512,
     tell: Callable[[str], None] | None = None,
 ) -> Bench:
-    """Time a 2:4 model against itself dense, turn about.
+    """Time a packed model against itself dense, turn about.
 
     Args:
-        folder: a dense or packed folder whose layers are 2:4, or a Hub id of one.
+        folder: a packed folder, or a dense one whose layers are 2:4, or a Hub id of one.
         dtype: as for `load`.
         tokens: how many a layer is fed.
         batches: how many sequences the whole model is fed; none: layers only.
@@ -111,7 +111,7 @@ def bench(
         tell: hears what is being measured.
 
     Raises:
-        InputError: no layer is 2:4, or the folder cannot be loaded.
+        InputError: no layer is packed or 2:4, or the folder cannot be loaded.
     """
     if min((*tokens, *batches, length), default=0) < 1:
         raise InputError("tokens, batches and length must be at least 1")
@@ -120,7 +120,8 @@ def bench(
         packed = load(place.path, device=device, dtype=dtype)
         layers = sparse_layers(packed)
         if not layers:
-            raise InputError(f"no layer of {folder}{place.shadowed} is 2:4: prune it with --sparsity 2:4 first")
+            how = "prune it with --sparsity 2:4, or pack what is pruned otherwise"
+            raise InputError(f"no layer of {folder}{place.shadowed} is packed or 2:4: {how}")
         where = next(iter(layers.values())).values.device
         tell = tell or (lambda text: None)
         found = [time for shape in _shapes(layers.values()) for time in layer_times(*shape, tokens, where, tell)]
@@ -137,9 +138,9 @@ def bench(
     return Bench(name, kind, memory, sizes, found, whole, advice(where, found, whole, sizes))
 
 
-def _shapes(layers: Any) -> list[tuple[Sparse24Linear, int]]:
+def _shapes(layers: Iterable[Packed]) -> list[tuple[Packed, int]]:
     """One layer of each shape, and how many there are, the largest first."""
-    by_shape: dict[tuple[int, int], list[Sparse24Linear]] = {}
+    by_shape: dict[tuple[int, int], list[Packed]] = {}
     for layer in layers:
         by_shape.setdefault((layer.out_features, layer.in_features), []).append(layer)
     largest = sorted(by_shape.values(), key=lambda same: -same[0].out_features * same[0].in_features)
@@ -147,7 +148,7 @@ def _shapes(layers: Any) -> list[tuple[Sparse24Linear, int]]:
 
 
 def layer_times(
-    layer: Sparse24Linear,
+    layer: Packed,
     count: int,
     tokens: Sequence[int],
     device: torch.device,
@@ -159,21 +160,20 @@ def layer_times(
     takes some seconds a size.
     """
     tell(f"layer {layer.out_features} x {layer.in_features}")
-    weight, packed = layer.weight, layer.packed
-    size = packed.values.nbytes + packed.meta.nbytes
+    weight, plain = layer.weight, copy.deepcopy(layer)
+    plain.bias = None
+    size = sum(own.nbytes for name, own in plain.named_buffers() if name != "blob")
     many = copies(size, device)
     denses = [weight.clone() for _ in range(many)]
-    packeds = [Packed(packed.values.clone(), packed.meta.clone(), packed.columns) for _ in range(many)]
-    blobs = [None if layer.blob is None else layer.blob.clone() for _ in range(many)]
+    packeds = [copy.deepcopy(plain) for _ in range(many)]
     multiply = [functional.linear, *([_tuned()] if tuned and device.type == "cuda" else [])]
     found = []
     for number in tokens:
         x = torch.randn(number, layer.in_features, device=device, dtype=weight.dtype)
-        dispatch.linear24(x, packed, None, layer.blob)  # measures the road before a graph is captured
+        plain(x)  # measures the road before a graph is captured
         torch._dynamo.reset()  # else its search stops after a few sizes
         sides = [graphed([partial(one, x, own) for own in denses], device) for one in multiply]
-        pairs = zip(packeds, blobs, strict=True)
-        sides.append(graphed([partial(dispatch.linear24, x, own, None, blob) for own, blob in pairs], device))
+        sides.append(graphed([partial(own, x) for own in packeds], device))
         *dense, sparse = (seconds / many for seconds in side_by_side(sides, device))
         found.append(LayerTime(layer.out_features, layer.in_features, count, number, min(dense), sparse, weight.nbytes, size))
     return found
@@ -214,7 +214,7 @@ def _generate(model: Any, ids: Tensor, new: int) -> None:
 
 
 def advice(device: torch.device, layers: Sequence[LayerTime], whole: Sequence[ModelTime], sizes: dict[str, int]) -> list[str]:
-    """Whether 2:4 helps here, in sentences."""
+    """Whether packing helps here, in sentences."""
     said = [f"Packed weights take {sizes['packed'] / sizes['dense']:.0%} of the dense ones' memory ({_mib(sizes)})."]
     if device.type == "cpu":
         said.append(
@@ -229,7 +229,7 @@ def advice(device: torch.device, layers: Sequence[LayerTime], whole: Sequence[Mo
         if gains:
             said.append(f"{phase.capitalize()} is faster: {', '.join(gains)}.")
         if losses:
-            said.append(f"2:4 does not speed up {phase} at batch {', '.join(losses)} on this device.")
+            said.append(f"Packing does not speed up {phase} at batch {', '.join(losses)} on this device.")
         slow = [time for time in layers if (time.tokens <= _FEW) == few and time.speedup < 1]
         if slow:
             shapes = dict.fromkeys(f"{time.rows} x {time.columns}" for time in slow)
@@ -255,7 +255,7 @@ def show(found: Bench, console: Console, *, full: bool = False) -> None:
 
 def _model_table(found: Bench) -> Table:
     table = Table(title="whole model, tokens a second", title_justify="left")
-    for name in ("", "batch", "dense", "2:4", "speed-up"):
+    for name in ("", "batch", "dense", "packed", "speed-up"):
         table.add_column(name, justify="left" if not name else "right")
     for whole in found.model:
         rates = (f"{whole.tokens / seconds:,.0f}" for seconds in (whole.dense, whole.packed))
@@ -265,7 +265,7 @@ def _model_table(found: Bench) -> Table:
 
 def _layer_table(found: Bench, full: bool) -> Table:
     table = Table(title=f"{found.device}, {found.dtype}; memory copies at {found.memory / 1e9:,.0f} GB/s", title_justify="left")
-    for name in ("layer (how many)", "tokens", "dense, µs", "2:4, µs", "speed-up", "GB/s", "of copy"):
+    for name in ("layer (how many)", "tokens", "dense, µs", "packed, µs", "speed-up", "GB/s", "of copy"):
         table.add_column(name, justify="left" if name.startswith("layer") else "right", no_wrap=True)
     ends, last = {bound(time.tokens for time in found.layers) for bound in (min, max)}, ""
     for time in (time for time in found.layers if full or time.tokens in ends):

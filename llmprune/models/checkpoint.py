@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +40,17 @@ class Checkpoint:
     """A folder of safetensors files.
 
     Attributes:
-        tensors: what the folder holds, by name on disk.
+        tensors: what the folder holds, by name on disk. Those that are given are taken as they are.
 
     Raises:
         InputError: the folder is not a whole, safe checkpoint; the message names the file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo] | None = None) -> None:
         self.folder = folder
-        self.tensors: dict[str, TensorInfo] = {}
+        self.tensors: dict[str, TensorInfo] = dict(tensors or {})
+        if tensors is not None:
+            return
         wanted = _weight_map(folder)
         for file in sorted(set(wanted.values())) or [SINGLE]:
             found = read_header(folder, file)
@@ -76,6 +78,10 @@ class Checkpoint:
             with opened(self.folder / file) as handle:
                 for name in members:
                     yield name, handle.get_tensor(name)
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The tensors on disk that hold what is read as `name`."""
+        return dict(self.read([name]))
 
     def fingerprint(self) -> str:
         """Changes with the configuration, and with any file's size or date."""

@@ -1,4 +1,4 @@
-"""Whole numbers of few bits, packed into words of 32: the first in the lowest bits, none of them wasted."""
+"""Codes: whole numbers of few bits, packed into words of 32, the first in the lowest bits, none of them wasted."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def _unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     stream = ((octets[..., None] >> _shifts(8, packed.device)) & 1).flatten(1)[:, : columns * bits]
     positive = (stream.unflatten(1, (columns, bits)) << _shifts(bits, packed.device)).sum(-1, dtype=torch.int16)
     return (positive - 2 ** (bits - 1)).to(torch.int8)
+
+
+def values(codes: Tensor, scales: Tensor) -> Tensor:
+    """The weights (rows, columns) that `codes` and `scales` (rows, groups) stand for, as compressed-tensors computes them."""
+    return codes.to(scales.dtype) * scales.repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
 
 
 def _shifts(count: int, device: torch.device) -> Tensor:

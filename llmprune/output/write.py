@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmprune.base.files import RECORD, sums, write_json
-from llmprune.formats.packed import packed_bytes
+from llmprune.formats.matrices import packed_bytes
 from llmprune.job.record import RunRecord
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.output.card import model_card

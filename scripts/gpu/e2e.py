@@ -63,7 +63,8 @@ def models(place: Place) -> Pair:
                 replace_module(packed, f"{name}.{path}", Sparse24Linear.from_dense(w))
     fuse(packed)
     for layer in sparse_layers(packed).values():
-        layer.prepare()
+        if isinstance(layer, Sparse24Linear):
+            layer.prepare()
     return dense, packed
 
 

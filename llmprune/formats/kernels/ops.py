@@ -1,19 +1,25 @@
-"""`torch.ops.llmprune.linear24`: the product as one operation that torch.compile and CUDA graphs see whole."""
+"""Products with packed matrices as operations, `torch.ops.llmprune.*`, that torch.compile and CUDA graphs see whole."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llmprune.formats.kernels import dispatch
+from llmprune.formats.kernels.bitmask import Bitmask
 from llmprune.formats.kernels.reference import Packed
 
 
 def product(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, blob: Tensor | None, columns: int) -> Tensor:
     """`linear24`, as an operation only where that is needed, as calling one costs more than a small product."""
-    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):  # operations refuse to be differentiated
+    if _as_operation(x):
         return linear24(x, values, meta, bias, blob, columns)
     return _product(x, values, meta, bias, blob, columns)
+
+
+def _as_operation(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())  # which operations refuse
 
 
 def _product(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, blob: Tensor | None, columns: int) -> Tensor:
@@ -31,3 +37,54 @@ def linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, blob:
 def _(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, blob: Tensor | None, columns: int) -> Tensor:
     torch._check(x.shape[-1] == columns, lambda: f"inputs of {x.shape[-1]} columns for a matrix of {columns}")
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def masked_product(x: Tensor, packed: Bitmask, bias: Tensor | None) -> Tensor:
+    """`masked_linear`, as an operation only where that is needed."""
+    own = (packed.mask, packed.values, packed.starts, packed.scale, bias, packed.rows, packed.columns)
+    return masked_linear(x, *own) if _as_operation(x) else _masked_product(x, *own)
+
+
+def _masked_product(
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    whole = Bitmask(mask, values, starts, scale, rows, columns)
+    found = torch.cat([functional.linear(x, part.weight()) for part in whole.parts()], dim=-1)
+    return found if bias is None else found + bias
+
+
+@torch.library.custom_op("llmprune::masked_linear", mutates_args=())
+def masked_linear(
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    """`x` (..., columns) times the transpose of the matrix (rows, columns) of a `Bitmask`, plus the bias: (..., rows)."""
+    return _masked_product(x, mask, values, starts, scale, bias, rows, columns)
+
+
+@masked_linear.register_fake
+def _(
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    torch._check(x.shape[-1] == columns, lambda: f"inputs of {x.shape[-1]} columns for a matrix of {columns}")
+    return x.new_empty(*x.shape[:-1], rows)

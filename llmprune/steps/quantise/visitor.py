@@ -15,11 +15,12 @@ from llmprune.base.errors import InputError
 from llmprune.base.hardware import synchronize
 from llmprune.base.precision import full_float32
 from llmprune.base.processes import Ranks
-from llmprune.formats.quantised import code_tensors, values
+from llmprune.formats.quantised import code_tensors
 from llmprune.job.progress import Progress
 from llmprune.job.record import CodeRecord, relative
 from llmprune.models.names import Names, Piece, locate
 from llmprune.models.sites import Block, Site, Stage, part_text
+from llmprune.numerics.codes import values
 from llmprune.numerics.stats import SAMPLE_TOKENS, CrossGram, Gram, InputSample
 from llmprune.steps.quantise.grid import Quantised
 from llmprune.steps.quantise.plan import Plan

@@ -15,7 +15,8 @@ from llmprune.base.words import count
 from llmprune.cost import disk_bytes, macs, parameters
 from llmprune.cost.base import Cost, Sized
 from llmprune.cost.matrices import matrices
-from llmprune.formats.packed import linears, packed_bytes
+from llmprune.formats.matrices import packed_bytes
+from llmprune.formats.packed import linears
 from llmprune.job.job import Job
 from llmprune.job.scan import Allocation, Scan, Scanned, loss
 from llmprune.models.experts import experts_per_token
