@@ -86,7 +86,7 @@ def pack(
         skeleton = Skeleton(checkpoint, load_config(source, quantised=True), torch.device("cpu"), torch.float32)
         linear = linears(skeleton)
         sizes = ((name, info.nbytes) for name, info in checkpoint.tensors.items())
-        check_room(output, sum(nbytes // 16 if name in linear else nbytes for name, nbytes in sizes))  # at least
+        check_room(output, sum(nbytes // 4 if name in linear else nbytes for name, nbytes in sizes))  # or thereabouts
         with published(output, overwrite=overwrite) as partial:
             found = _pack_files(skeleton, linear, partial, tell)
             if not found.layers:

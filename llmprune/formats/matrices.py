@@ -56,9 +56,11 @@ class Layer:
         (rows, columns), kind = entry["shape"], entry.get("kind", TWO_OF_FOUR)
         bits, groups = entry.get("bits"), entry.get("groups")
         sizes = [rows, columns, *([] if bits is None else [bits, groups])]
-        coded = bits is None or (kind == BITMASK and bits <= 8 and columns % groups == 0)
-        whole = all(isinstance(size, int) and size > 0 for size in sizes)
-        if not whole or not coded or kind not in (TWO_OF_FOUR, BITMASK) or (kind == TWO_OF_FOUR and columns % 4):
+        if kind not in (TWO_OF_FOUR, BITMASK) or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(name)
+        if kind == TWO_OF_FOUR and (columns % 4 or bits is not None):
+            raise ValueError(name)
+        if bits is not None and (bits > 8 or columns % groups):
             raise ValueError(name)
         return cls(rows, columns, _DTYPES[entry["dtype"]], kind, bits, groups)
 

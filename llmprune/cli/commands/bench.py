@@ -9,12 +9,12 @@ from typing import Any
 from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
-SUMMARY = "time a 2:4 model against itself dense, on this machine"
+SUMMARY = "time a packed model against itself dense, on this machine"
 EXAMPLE = "llmprune bench llama-packed --json bench.json"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="packed, or dense with zeros; or a Hub id")
+    parser.add_argument("folder", metavar="DIR", help="packed, or dense and 2:4; or a Hub id")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto is the checkpoint's own (default: %(default)s)")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="that each layer is fed (default: 1 to 2048)")

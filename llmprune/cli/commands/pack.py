@@ -11,12 +11,12 @@ from llmprune.base.words import command_line, count, literal
 from llmprune.cli.commands.base import Outcome
 from llmprune.cli.terminal import Terminal
 
-SUMMARY = "store 2:4 matrices as values and codes: 9/16 of their bytes in 16 bits"
+SUMMARY = "store sparse matrices without their zeros: at 2:4 and 50%, 9/16 of their bytes in 16 bits"
 EXAMPLE = "llmprune pack llama-2of4-balanced llama-packed"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="a dense folder whose linear layers are 2:4, or a Hub id")
+    parser.add_argument("folder", metavar="DIR", help="a folder whose linear layers have zeros, quantised or not, or a Hub id")
     parser.add_argument("output", metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if llmprune wrote it")
 
@@ -30,7 +30,8 @@ def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
         terminal.say(f"dense  {name}: {why}")
     packed = f"{count(found.layers, 'matrix')} packed"
     terminal.say(
-        f"{packed}, {found.before:,} -> {found.after:,} bytes ({found.after / found.before:.1%}); "
+        f"{packed}, {found.before:,} -> {found.after:,} bytes ({found.after / found.before:.1%}; "
+        f"{8 * found.after / found.weights:.2f} bits a weight); "
         f"all tensors {found.total_before:,} -> {found.total_after:,} ({found.total_after / found.total_before:.1%})"
     )
     terminal.say(f"wrote {found.output}; next:")
