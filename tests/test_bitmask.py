@@ -21,6 +21,7 @@ from llmprune.formats.matrices import encode, encode_codes
 from llmprune.numerics import codes as rounding
 from llmprune.output.verify import verify
 
+pytestmark = pytest.mark.filterwarnings("ignore:not packed")
 SHAPES = [(1, 1), (8, 64), (9, 65), (7, 63), (16, 128), (33, 200), (5, 4)]
 DENSITIES = [0.0, 0.1, 0.3, 0.5, 0.9, 1.0]
 
@@ -167,7 +168,7 @@ def test_packed_loaded_and_back(kind: str, request: pytest.FixtureRequest, tmp_p
     other = llmprune.load(tmp_path / "packed", device="cpu")
     other.load_state_dict(model.state_dict())
     llmprune.unpack(tmp_path / "packed", tmp_path / "back")
-    for path in source.iterdir():
+    for path in (*source.glob("*.safetensors"), source / "config.json"):
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes(), path.name
 
 

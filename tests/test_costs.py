@@ -86,11 +86,12 @@ def sizes(file: Path) -> dict[str, int]:
         return {name: handle.get_tensor(name).nbytes for name in handle.keys()}  # noqa: SIM118
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "70%", "4:8"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_packed_bytes_are_those_of_the_packed_folder(family: str, saved, tmp_path: Path) -> None:
+def test_packed_bytes_are_those_of_the_packed_folder(family: str, pattern: str, saved, tmp_path: Path) -> None:
     """GPT-2's matrices are stored transposed, and never packed."""
     source = saved(model_of(family).to(torch.bfloat16))
-    record = llmprune.prune(source, output=tmp_path / "out", sparsity="2:4", method="magnitude", **OPTIONS_OF_WEIGHTS).record
+    record = llmprune.prune(source, output=tmp_path / "out", sparsity=pattern, method="magnitude", **OPTIONS_OF_WEIGHTS).record
     if family == "gpt2":
         assert "bytes_packed" not in record.size
         return

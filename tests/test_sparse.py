@@ -126,17 +126,38 @@ def test_layers_that_are_not_two_of_four_stay_dense_and_are_listed(saved, tmp_pa
         assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(source)))
 
 
-def test_matrices_in_no_linear_layer_are_listed(saved, tmp_path: Path) -> None:
-    source = saved(pruned("mixtral"))
+@pytest.mark.parametrize(("family", "why"), [
+    ("mixtral", "100% of it is not zero, so that a mask and the rest would take more"),
+    ("granitemoe", "an expert's, one of several in a tensor"),
+])  # fmt: skip
+def test_matrices_in_no_linear_layer_are_listed(family: str, why: str, saved, tmp_path: Path) -> None:
+    source = saved(pruned(family))
     found = llmprune.pack(source, tmp_path / "packed")
     assert found.layers == 12
     assert len(found.dense) == 3 * 4 * 3
-    assert set(found.dense.values()) == {"an expert's, one of several in a tensor"}
+    assert set(found.dense.values()) == {why}
     with pytest.warns(UserWarning, match="not packed, so dense: .*experts.* and 33 more"):
         model = llmprune.load(tmp_path / "packed", device="cpu")
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(source)))
-    with pytest.raises(InputError, match=r"only linear layers can .*: stored transposed"):
+    with pytest.raises(InputError, match=r"tensors of their own, and not transposed, can .*: stored transposed"):
         llmprune.pack(saved(tiny_model("gpt2"), "gpt2"), tmp_path / "other")
+
+
+def test_experts_that_are_tensors_of_their_own_are_packed(saved, tmp_path: Path) -> None:
+    """On disk; in the model they stay dense. The record says how many bytes that will take."""
+    source = saved(pruned("mixtral"))
+    record = llmprune.prune(
+        source, sparsity="2:4", method="magnitude", calibration=tokens(2, 8), output=tmp_path / "out"
+    ).record
+    found = llmprune.pack(tmp_path / "out", tmp_path / "packed")
+    assert (found.layers, found.dense) == (3 * (4 + 4 * 3), {})
+    assert record.size["bytes_packed"] == found.total_after
+    with pytest.warns(UserWarning, match="not packed, so dense: .*experts.* and 33 more"):
+        model = llmprune.load(tmp_path / "packed", device="cpu")
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
+    llmprune.unpack(tmp_path / "packed", tmp_path / "back")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
 
 
 def test_a_packed_model_does_not_save_itself_as_a_trap(packed: Path, tmp_path: Path) -> None:
@@ -352,7 +373,7 @@ def test_a_record_that_does_not_hold_is_not_packed(damage, words: str, saved, tm
 
 
 @pytest.mark.parametrize(("act", "words"), [
-    (lambda t: llmprune.pack(t / "dense", t / "out"), "no layer of .* would get smaller .* prune it with --sparsity 2:4"),
+    (lambda t: llmprune.pack(t / "dense", t / "out"), "no matrix of .* would get smaller .* prune it with --sparsity 2:4"),
     (lambda t: llmprune.pack(t / "packed", t / "out"), "is packed already"),
     (lambda t: llmprune.pack(t / "source", t / "source"), "is the model's own folder"),
     (lambda t: llmprune.pack(t / "source", t / "packed"), "is not empty"),

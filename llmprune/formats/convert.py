@@ -15,7 +15,7 @@ from llmprune.base.errors import InputError, plain_errors, user_folder, user_pat
 from llmprune.base.files import INDEX, PACKED, RECORD, differing, read_record, sums, write_json
 from llmprune.base.folders import check_output, check_room, published, recover
 from llmprune.formats.matrices import Layer, encode, encode_codes
-from llmprune.formats.packed import FORMAT, VERSION, DenseView, PackedFolder, left_dense, linears, open_checkpoint
+from llmprune.formats.packed import FORMAT, VERSION, DenseView, PackedFolder, open_checkpoint, packable
 from llmprune.formats.quantised import CodesView
 from llmprune.models.checkpoint import Checkpoint, read_header
 from llmprune.models.extras import copy_extras
@@ -64,14 +64,14 @@ class Converted:
 def pack(
     folder: str | Path, output: str | Path, *, overwrite: bool = False, tell: Callable[[str], None] | None = None
 ) -> Converted:
-    """Write a folder's linear layers without their zeros, wherever that takes fewer bytes; everything else as it is.
+    """Write a folder's matrices without their zeros, wherever that takes fewer bytes; everything else as it is.
 
     Args:
         folder: a bundled name, a folder or a Hub id; quantised or not.
         tell: hears of every file that is done.
 
     Raises:
-        InputError: no linear layer gains by it, or a folder cannot be read or written; nothing is left behind.
+        InputError: no matrix gains by it, or a folder cannot be read or written; nothing is left behind.
     """
     output = user_path(output, "output")
     with plain_errors("free some, or use a machine with more"):
@@ -84,13 +84,13 @@ def pack(
         _check_record(source)
         checkpoint = open_checkpoint(source)
         skeleton = Skeleton(checkpoint, load_config(source, quantised=True), torch.device("cpu"), torch.float32)
-        linear = linears(skeleton)
+        able, never = packable(skeleton)
         sizes = ((name, info.nbytes) for name, info in checkpoint.tensors.items())
-        check_room(output, sum(nbytes // 4 if name in linear else nbytes for name, nbytes in sizes))  # or thereabouts
+        check_room(output, sum(nbytes // 4 if name in able else nbytes for name, nbytes in sizes))  # or thereabouts
         with published(output, overwrite=overwrite) as partial:
-            found = _pack_files(skeleton, linear, partial, tell)
+            found = _pack_files(skeleton, able, _Packing({"layers": {}, "files": {}}, never), partial, tell)
             if not found.layers:
-                raise _nothing(f"{source}{place.shadowed}", found.dense, linear)
+                raise _nothing(f"{source}{place.shadowed}", found.dense, able)
             copy_extras(source, partial)
             if (source / RECORD).is_file():
                 shutil.copyfile(source / RECORD, partial / RECORD)
@@ -141,21 +141,23 @@ class _Packing:
         return Converted(output, self.layers, self.dense, *sizes)
 
 
-def _pack_files(skeleton: Skeleton, linear: dict[str, str], folder: Path, tell: Callable[[str], None] | None) -> _Packing:
-    """Every file of the checkpoint, packed."""
-    checkpoint, found = skeleton.checkpoint, _Packing({"layers": {}, "files": {}}, left_dense(skeleton))
+def _pack_files(
+    skeleton: Skeleton, able: dict[str, str], found: _Packing, folder: Path, tell: Callable[[str], None] | None
+) -> _Packing:
+    """Every file of the checkpoint, packed; adds to `found`."""
+    checkpoint = skeleton.checkpoint
     files = sorted({info.file for info in checkpoint.tensors.values()})
     for number, file in enumerate(files, 1):
         written: dict[str, Tensor] = {}
         for name in (name for name, info in checkpoint.tensors.items() if info.file == file):
-            result = _encode(checkpoint, name) if name in linear else None
+            result = _encode(checkpoint, name) if name in able else None
             if isinstance(result, tuple):
                 layer, tensors = result
                 found.add(name, layer, tensors)
             else:
                 tensors = checkpoint.stored(name)
-                if result and skeleton.block_of(linear[name]):
-                    found.dense[linear[name]] = result
+                if result and skeleton.block_of(able[name]):
+                    found.dense[able[name]] = result
             found.total_before += checkpoint.tensors[name].nbytes
             found.total_after += sum(one.nbytes for one in tensors.values())
             written |= tensors
@@ -174,14 +176,15 @@ def _encode(checkpoint: Checkpoint, name: str) -> tuple[Layer, dict[str, Tensor]
     return encode(name, checkpoint.stored(name)[name])
 
 
-def _nothing(source: str, dense: dict[str, str], linear: dict[str, str]) -> InputError:
+def _nothing(source: str, dense: dict[str, str], able: dict[str, str]) -> InputError:
     """Why nothing was packed."""
-    own = [(name, why) for name, why in dense.items() if name in linear.values()]
+    own = [(name, why) for name, why in dense.items() if name in able.values()]
     if not own:
         name, why = next(iter(dense.items()), ("it", "no matrix of a block is known"))
-        return InputError(f"nothing of {source} can be packed: only linear layers can ({name}: {why})")
+        who = "only matrices that are tensors of their own, and not transposed, can"
+        return InputError(f"nothing of {source} can be packed: {who} ({name}: {why})")
     why = f"{own[0][0]}: {own[0][1]}"
-    return InputError(f"no layer of {source} would get smaller ({why}): prune it with --sparsity 2:4 or 50% first")
+    return InputError(f"no matrix of {source} would get smaller ({why}): prune it with --sparsity 2:4 or 50% first")
 
 
 def _seal(folder: Path, manifest: dict[str, dict[str, object]]) -> None:

@@ -37,6 +37,7 @@ from llmprune.formats.kernels.bitmask import Bitmask
 from llmprune.formats.matrices import Layer, TwoOfFour
 from llmprune.formats.quantised import CodesView, code_tensors, stored_bits
 from llmprune.models.checkpoint import Checkpoint, TensorInfo, opened, read_header
+from llmprune.models.names import locate
 from llmprune.models.skeleton import Skeleton
 
 T = TypeVar("T")
@@ -242,11 +243,15 @@ def linears(skeleton: Skeleton) -> dict[str, str]:
     return found
 
 
-def left_dense(skeleton: Skeleton) -> dict[str, str]:
-    """Matrices of the blocks that are in no linear layer, and so are never packed, and why."""
-    return {
-        site.name: "stored transposed" if site.transposed else "an expert's, one of several in a tensor"
-        for block in skeleton.describe()
-        for site in block.sites
-        if site.transposed or site.part
-    }
+def packable(skeleton: Skeleton) -> tuple[dict[str, str], dict[str, str]]:
+    """Matrices on disk that can be packed, linear layers' and experts', and their names in the model; and by name those of the
+    blocks that cannot, and why.
+    """
+    able, never = linears(skeleton), {}
+    for site in (site for block in skeleton.describe() for site in block.sites):
+        place = locate(skeleton.names[site.parameter], site.part)
+        if site.transposed or place.part:
+            never[site.name] = "stored transposed" if site.transposed else "an expert's, one of several in a tensor"
+        else:
+            able[place.disk] = site.name
+    return able, never

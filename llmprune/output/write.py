@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmprune.base.files import RECORD, sums, write_json
+from llmprune.formats.kernels import bitmask
 from llmprune.formats.matrices import packed_bytes
-from llmprune.job.record import RunRecord
+from llmprune.job.record import RunRecord, SiteRecord
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.output.card import model_card
 from llmprune.output.resume import MANIFEST
@@ -24,7 +25,14 @@ def write_record(folder: Path, record: RunRecord, name: str) -> None:
 
 
 def _packing(record: RunRecord, checkpoint: Checkpoint) -> int:
-    """Bytes that packing will save: of matrices pruned to 2:4 that are whole tensors, stored as (out, in)."""
-    able = [site for site in record.sites if site.pattern == "2:4" and not site.part and not site.transposed]
-    files = [(site.shape, checkpoint.tensors[site.tensor].nbytes) for site in able if site.shape[1] % 4 == 0]
-    return sum(nbytes - packed_bytes(*shape, nbytes // (shape[0] * shape[1])) for shape, nbytes in files)
+    """Bytes that packing will save: of pruned matrices that are whole tensors, stored as (out, in)."""
+    able = [site for site in record.sites if not site.part and not site.transposed]
+    return sum(_saved(site, checkpoint.tensors[site.tensor].nbytes) for site in able)
+
+
+def _saved(site: SiteRecord, nbytes: int) -> int:
+    weights = site.shape[0] * site.shape[1]
+    if site.pattern == "2:4" and site.shape[1] % 4 == 0:
+        return nbytes - packed_bytes(*site.shape, nbytes // weights)
+    left = round((1 - site.sparsity) * weights)
+    return max(nbytes - bitmask.nbytes(*site.shape, left, nbytes // weights), 0)

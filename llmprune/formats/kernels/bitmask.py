@@ -13,6 +13,7 @@ values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -114,6 +115,11 @@ def starts(mask: Tensor, halves: bool) -> Tensor:
 def shape(rows: int, columns: int) -> tuple[int, int, int, int]:
     """Of the mask."""
     return -(-rows // STRIP), -(-columns // CHUNK), STRIP, CHUNK // 8
+
+
+def nbytes(rows: int, columns: int, kept: int, itemsize: int) -> int:
+    """Of the mask and of so many weights that take `itemsize` bytes each."""
+    return math.prod(shape(rows, columns)) + kept * itemsize
 
 
 def _pack(matrix: Tensor, halves: bool) -> tuple[Tensor, Tensor]:

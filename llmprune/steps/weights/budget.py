@@ -16,7 +16,7 @@ from llmprune.cost import disk_bytes, macs, parameters
 from llmprune.cost.base import Cost, Sized
 from llmprune.cost.matrices import matrices
 from llmprune.formats.matrices import packed_bytes
-from llmprune.formats.packed import linears
+from llmprune.formats.packed import packable
 from llmprune.job.job import Job
 from llmprune.job.scan import Allocation, Scan, Scanned, loss
 from llmprune.models.experts import experts_per_token
@@ -167,10 +167,10 @@ class WeightBudget:
 
 def _matrices(skeleton: Skeleton) -> list[tuple[Site, _Matrix]]:
     """All sites of the blocks, as costs see them."""
-    packable, chosen = set(linears(skeleton).values()), experts_per_token(skeleton.model.config)
+    able, chosen = set(packable(skeleton)[0].values()), experts_per_token(skeleton.model.config)
     found = []
     for block in skeleton.describe():
         for site, one in zip(block.sites, matrices(block.sites, chosen), strict=True):
-            fits = site.name in packable and site.storage.itemsize == 2 and not _PACKED.misfit(site.rows, site.columns)
+            fits = site.name in able and site.storage.itemsize == 2 and not _PACKED.misfit(site.rows, site.columns)
             found.append((site, _Matrix(site.rows, site.columns, one.share, site.storage.itemsize, fits)))
     return found
