@@ -31,7 +31,7 @@ from llmprune.job.speedup import speedup
 from llmprune.measure.perplexity import perplexity
 from llmprune.measure.whole import Use, compared
 from llmprune.models.resolve import resolve
-from llmprune.runs.compare import dense_perplexity, evaluation
+from llmprune.runs.compare_texts import dense_perplexity, evaluation
 
 CPU = torch.device("cpu")
 RANDOM, BUNDLED = "110M, random", "llama"

@@ -27,7 +27,7 @@ from llmprune.base.notation import read_count
 from llmprune.job.record import excess_loss, versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.resolve import resolve
-from llmprune.runs.compare import dense_perplexity, evaluation, load_float32
+from llmprune.runs.compare_texts import dense_perplexity, evaluation, load_float32
 
 WINDOWS, LENGTH, SAMPLES = 100, 512, 128
 Row = dict[str, Any]

@@ -28,7 +28,7 @@ from llmprune.data.windows import Windows
 from llmprune.job.record import versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.resolve import resolve
-from llmprune.runs.compare import dense_perplexity, evaluation, load_float32
+from llmprune.runs.compare_texts import dense_perplexity, evaluation, load_float32
 from llmprune.steps.weights.allocate import ALLOCATORS
 
 QUALITIES, PATTERNS = ("fast", "balanced", "best"), ("50%", "60%", "70%", "2:4")

@@ -24,7 +24,7 @@ from llmprune.job.record import versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.resolve import resolve
 from llmprune.models.skeleton import load_config, load_model
-from llmprune.runs.compare import dense_perplexity, evaluation
+from llmprune.runs.compare_texts import dense_perplexity, evaluation
 
 DTYPES = ("float32", "bfloat16")
 WINDOWS, LENGTH, PATTERN = 100, 512, "2:4"

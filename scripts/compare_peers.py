@@ -33,7 +33,7 @@ from llmprune.job.record import excess_loss, versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.discover import find_blocks
 from llmprune.models.resolve import resolve
-from llmprune.runs.compare import dense_perplexity, evaluation, load_float32
+from llmprune.runs.compare_texts import dense_perplexity, evaluation, load_float32
 
 PEER, TORCH = "llmcompressor==0.14.0.1", "torch==2.13.0"
 METHODS, PATTERNS = ("wanda", "sparsegpt"), ("2:4", "50%", "60%")

@@ -21,7 +21,7 @@ from llmprune.job.options import LAYER_SCORES
 from llmprune.job.record import excess_loss, versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.resolve import resolve
-from llmprune.runs.compare import dense_perplexity, evaluation
+from llmprune.runs.compare_texts import dense_perplexity, evaluation
 from llmprune.steps.structured.scores import SCORES
 
 AMOUNTS = {"neurons": ("12.5%", "25%", "50%"), "heads": ("12.5%", "25%", "50%"), "layers": ("1", "2")}

@@ -25,7 +25,7 @@ import llmprune
 from llmprune import solvers
 from llmprune.job.record import excess_loss, versions
 from llmprune.measure.perplexity import perplexity
-from llmprune.runs.compare import dense_perplexity, evaluation, load_float32
+from llmprune.runs.compare_texts import dense_perplexity, evaluation, load_float32
 from llmprune.solvers import METHODS
 
 WINDOWS = 100

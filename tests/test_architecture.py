@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         *("steps", "steps/weights"),
     },
     "runs": {
-        *("base", "numerics", "models", "data", "solvers", "stream", "cost", "job", "measure", "output", "reports"),
+        *("base", "numerics", "models", "data", "solvers", "stream", "formats", "cost", "job", "measure", "output", "reports"),
         *("steps", "steps/weights", "steps/structured", "steps/recover", "steps/quantise"),
     },
     "api": {"formats", "measure", "output", "reports", "runs"},

@@ -19,7 +19,10 @@ from llmprune.measure.perplexity import perplexity
 from llmprune.models.resolve import BUNDLED
 from llmprune.reports.comparison import Cells, papers_table, tables
 from llmprune.reports.comparison_plot import _share
-from llmprune.runs.compare import CHOICES, compare, dense_perplexity
+from llmprune.reports.sizes import best, by_size
+from llmprune.reports.sizes import words as said
+from llmprune.runs.compare import CHOICES, compare
+from llmprune.runs.compare_texts import dense_perplexity
 from llmprune.solvers import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +63,8 @@ def test_the_dense_model_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.M
         dense_perplexity.cache_clear()  # as another process begins
         return compare([model], tmp_path / "c.json", methods=methods, patterns=["2:4"], **QUICK)
 
-    monkeypatch.setattr("llmprune.runs.compare.perplexity", count)
+    for module in ("compare", "compare_texts"):
+        monkeypatch.setattr(f"llmprune.runs.{module}.perplexity", count)
     measure("llama", "magnitude", "wanda")
     measure("llama", "magnitude", "wanda", "ria")
     cells = measure(tmp_path / "copy", "dsnot")
@@ -163,3 +167,79 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("pattern", "share"), [("2:4", 0.5), ("50%", 0.5), ("1:4", 0.75), ("62.5%", 0.625)])
 def test_shares_of_patterns(pattern: str, share: float) -> None:
     assert _share(pattern) == share
+
+
+def test_cells_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bits a weight are those of the files, what is dense and not rounded loses nothing, and a file goes on."""
+    monkeypatch.chdir(tmp_path)
+    asked = [
+        "compare",
+        "llama",
+        *FLAGS,
+        "--output",
+        "sizes.json",
+        "--methods",
+        "magnitude",
+        "--sparsity",
+        "dense",
+        "2:4",
+        "--bits",
+    ]
+    assert main([*asked, "16", "4"]) == 0
+    shown = capsys.readouterr().out
+    cells = json.loads(Path("sizes.json").read_text())["cells"]
+    found = {(cell["sparsity"], cell["bits"]): cell for cell in cells}
+    assert list(found) == [("dense", 16), ("dense", 4), ("2:4", 16), ("2:4", 4)]
+    assert (found["dense", 16]["excess_loss"], found["dense", 16]["bits_per_weight"]) == (0, 16)
+    assert found["2:4", 16]["bits_per_weight"] == 9
+    assert 4.1 < found["dense", 4]["bits_per_weight"] < 4.3
+    assert 2.9 < found["2:4", 4]["bits_per_weight"] < 3.2
+    assert found["dense", 4]["excess_loss"] < found["2:4", 16]["excess_loss"]
+    assert "dense, 4 bits *" in shown
+    assert "2:4 magnitude (9.00 bits) does not pay: dense, 4 bits" in shown
+    assert Path("sizes.svg").read_text().count("2:4 magnitude, 4 bits") == 1
+    assert main([*asked, "16", "4", "8"]) == 0
+    again = json.loads(Path("sizes.json").read_text())["cells"]
+    assert again[:4] == cells
+    assert [(cell["sparsity"], cell["bits"]) for cell in again[4:]] == [("dense", 8), ("2:4", 8)]
+    assert abs(again[4]["excess_loss"]) < abs(found["dense", 4]["excess_loss"])
+    capsys.readouterr()
+    assert main(asked[:-1]) == 2
+    assert "sparsity 'dense' is not a pattern" in capsys.readouterr().err
+
+
+def test_what_is_best_for_its_bytes() -> None:
+    def cell(pattern: str, bits: int, size: float, loss: float) -> dict:
+        shared = {
+            "model": "m",
+            "checkpoint": "c",
+            "seed": 0,
+            "dense": 20.0,
+            "perplexity": 20.0 * math.exp(loss),
+            "seconds": 1.0,
+        }
+        own = {"method": "none" if pattern == "dense" else "fast", "sparsity": pattern, "bits": bits}
+        return shared | own | {"bits_per_weight": size, "excess_loss": loss}
+
+    sized = [
+        ("dense", 16, 16.0, 0.0),
+        ("dense", 3, 3.13, 0.02),
+        ("2:4", 4, 3.12, 0.05),
+        ("2:4", 16, 9.0, 0.05),
+        ("70%", 4, 2.3, 0.1),
+    ]
+    (models,) = by_size([cell(*one) for one in sized]).values()
+    assert [one.label for one in models] == ["70% fast, 4 bits", "2:4 fast, 4 bits", "dense, 3 bits", "2:4 fast", "dense"]
+    assert [one.label for one in best(models)] == ["70% fast, 4 bits", "2:4 fast, 4 bits", "dense, 3 bits", "dense"]
+    first, *rest = said(models)
+    assert first.startswith("Least loss for their bytes: 70% fast, 4 bits (2.30 bits, +0.1000); ")
+    assert rest == [
+        "2:4 fast, 4 bits (3.12 bits) does not pay: dense, 3 bits (3.13) loses +0.0200 for its +0.0500.",
+        "2:4 fast (9.00 bits) does not pay: dense, 3 bits (3.13) loses +0.0200 for its +0.0500.",
+    ]
+
+
+def test_bits_that_do_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "llama", "--bits", "5", "--output", str(tmp_path / "c.json")]) == 2
+    assert "bits 5 is impossible: give 8, 4, 3 or 16, which is not rounded" in capsys.readouterr().err
+    assert not (tmp_path / "c.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -167,6 +168,20 @@ def _pack_files(
         if tell:
             tell(f"{file} -> {packed} ({number} of {len(files)})")
     return found
+
+
+def least_bytes(folder: Path) -> tuple[int, int]:
+    """Bytes that the blocks' matrices take, packed where that is less, and how many weights those are. Matrices that cannot be
+    packed, whatever their zeros, are not counted.
+    """
+    checkpoint = open_checkpoint(folder)
+    skeleton = Skeleton(checkpoint, load_config(folder, quantised=True), torch.device("cpu"), torch.float32)
+    nbytes = weights = 0
+    for name in (name for name, own in packable(skeleton)[0].items() if skeleton.block_of(own)):
+        result, info = _encode(checkpoint, name), checkpoint.tensors[name]
+        nbytes += info.nbytes if isinstance(result, str) else sum(one.nbytes for one in result[1].values())
+        weights += math.prod(info.shape)
+    return nbytes, weights
 
 
 def _encode(checkpoint: Checkpoint, name: str) -> tuple[Layer, dict[str, Tensor]] | str:

@@ -42,14 +42,18 @@ class Draws:
 Own: TypeAlias = dict[tuple[str, str], Draws]  # one model's, by method and pattern
 
 
-def by_model(cells: Cells) -> dict[str, Own]:
-    """By what the models are called: the last part of the name, where no other model's ends so."""
+def called(cells: Cells) -> dict[str, str]:
+    """Of each checkpoint what the model is called: the last part of the name, where no other model's ends so."""
     asked = {cell["checkpoint"]: cell["model"] for cell in reversed(cells)}
     short = [Path(name).name for name in asked.values()]
-    called = {key: name if short.count(Path(name).name) > 1 else Path(name).name for key, name in asked.items()}
-    models: dict[str, Own] = {}
+    return {key: name if short.count(Path(name).name) > 1 else Path(name).name for key, name in asked.items()}
+
+
+def by_model(cells: Cells) -> dict[str, Own]:
+    """By what the models are called."""
+    names, models = called(cells), dict[str, Own]()
     for cell in cells:
-        own = models.setdefault(called[cell["checkpoint"]], {})
+        own = models.setdefault(names[cell["checkpoint"]], {})
         own.setdefault((cell["method"], cell["sparsity"]), Draws([])).cells.append(cell)
     return models
 

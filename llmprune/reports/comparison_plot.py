@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ from llmprune.reports.comparison import Cells, Own, by_model, dense_perplexity, 
 from llmprune.reports.style import style
 
 Box: TypeAlias = tuple[float, float, float, float]  # left, low, right, high, in points
-_INK, _ACCENT = "#808080", "#d9730d"  # readable on light and dark pages
+INK, ACCENT = "#808080", "#d9730d"  # readable on light and dark pages
 _LETTER, _LINE = 5.2, 9.5  # points that a letter is wide, and high
 _SIDES = ((5, 4, False), (-5, 4, True), (7, -3, False), (-7, -3, True), (4, -13, False), (-4, -13, True))  # from a dot; right?
 
@@ -25,7 +25,7 @@ def plot(cells: Cells, file: Path) -> bool:
     except ImportError:
         return False
     models = by_model(cells)
-    with matplotlib.style.context(["default", style(_INK, _INK)], after_reset=True):
+    with matplotlib.style.context(["default", style(INK, INK)], after_reset=True):
         figure = Figure(figsize=(9.2, 3.4 * len(models)), layout="constrained")
         panels = figure.subplots(len(models), 2, squeeze=False)
         for (left, right), (model, own) in zip(panels, models.items(), strict=True):
@@ -34,7 +34,7 @@ def plot(cells: Cells, file: Path) -> bool:
             left.set_title(f"{model}: held-out perplexity")
             right.set_title(f"{model}: what {priced(own)} costs")
         for panel in panels.flat:
-            _few_ticks(panel)
+            few_ticks(panel)
         figure.savefig(file, metadata={"Date": None})
     return True
 
@@ -42,12 +42,12 @@ def plot(cells: Cells, file: Path) -> bool:
 def _plot_perplexity(panel: Any, own: Own) -> None:
     """A line a method over unstructured sparsities; N:M patterns are dots at theirs."""
     dense = dense_perplexity(own)
-    panel.axhline(dense, color=_INK, linestyle=":", linewidth=1)
-    panel.annotate("dense", (0, dense), (2, -10), xycoords=("axes fraction", "data"), textcoords="offset points", color=_INK)
+    panel.axhline(dense, color=INK, linestyle=":", linewidth=1)
+    panel.annotate("dense", (0, dense), (2, -10), xycoords=("axes fraction", "data"), textcoords="offset points", color=INK)
     ends: list[tuple[float, float, str, str]] = []
     for method in dict.fromkeys(method for method, _ in own):
         points = sorted((_share(p), draws.mean("perplexity"), ":" in p) for (m, p), draws in own.items() if m == method)
-        color = _ACCENT if method in QUALITIES else _INK
+        color = ACCENT if method in QUALITIES else INK
         line = [(x, y) for x, y, fixed in points if not fixed]
         dots = [(x, y) for x, y, fixed in points if fixed]
         if line:
@@ -88,15 +88,15 @@ def _plot_cost(panel: Any, own: Own) -> None:
     at = {method: cost for method, cost in found.items() if cost[1] > 0}
     presets = [at[name] for name in QUALITIES if name in at]
     others = [xy for name, xy in at.items() if name not in QUALITIES]
-    for points, marks, color in ((presets, "o-", _ACCENT), (others, "o", _INK)):
+    for points, marks, color in ((presets, "o-", ACCENT), (others, "o", INK)):
         if points:
             panel.plot(*zip(*points, strict=True), marks, color=color)
     panel.set(xscale="log", yscale="log", xlabel="seconds of pruning", ylabel="excess loss, nats a token")
     panel.margins(0.15)
-    _name_dots(panel, at)
+    name_dots(panel, at)
 
 
-def _name_dots(panel: Any, at: Mapping[str, tuple[float, float]]) -> None:
+def name_dots(panel: Any, at: Mapping[str, tuple[float, float]], marked: Collection[str] = tuple(QUALITIES)) -> None:
     """Name each dot on the first of its sides where the name lies over no other and over no dot."""
     points = {name: _points(panel, xy) for name, xy in at.items()}
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in points.values()]
@@ -107,7 +107,7 @@ def _name_dots(panel: Any, at: Mapping[str, tuple[float, float]]) -> None:
         chosen = free[0] if free else 0
         taken.append(boxes[chosen])
         dx, dy, right = _SIDES[chosen]
-        color = _ACCENT if name in QUALITIES else _INK
+        color = ACCENT if name in marked else INK
         panel.annotate(name, at[name], (dx, dy), textcoords="offset points", color=color, ha="right" if right else "left")
 
 
@@ -115,7 +115,7 @@ def _overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _few_ticks(panel: Any) -> None:
+def few_ticks(panel: Any) -> None:
     """Few plain ones, where an axis is logarithmic."""
     for axis in (panel.xaxis, panel.yaxis):
         if axis.get_scale() == "log":

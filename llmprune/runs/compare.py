@@ -1,49 +1,51 @@
-"""`llmprune compare`: models pruned by several methods to several patterns, cell by cell."""
+"""`llmprune compare`: models pruned by several methods to several patterns, and rounded to several widths, cell by cell."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.base.errors import InputError, plain_errors
 from llmprune.base.files import file_to_write, read_json, sha256, write_whole
 from llmprune.base.hardware import device_name, pick_device, restart_peak_memory
 from llmprune.base.notation import listed
-from llmprune.data.windows import Windows, evaluation_windows
 from llmprune.job.recipes import QUALITIES
-from llmprune.job.record import Perplexity, versions
+from llmprune.job.record import versions
 from llmprune.measure.perplexity import perplexity
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.resolve import resolve, spelled
-from llmprune.models.skeleton import load_config, load_model, load_tokenizer
 from llmprune.numerics.patterns import parse
+from llmprune.reports import sizes
 from llmprune.reports.comparison import PATTERNS, Cells, listing
+from llmprune.reports.sizes import DENSE
+from llmprune.runs.compare_stored import check_bits, stored_cells
+from llmprune.runs.compare_texts import dense_perplexity, evaluation, load_float32
 from llmprune.runs.prune import prune
 from llmprune.solvers import METHODS
 
 CHOICES = (*METHODS.names(), *QUALITIES)
+DEFAULT, SIZED = ("balanced",), (DENSE, "50%", "2:4", "70%")  # with bits
 
 
 def compare(
     models: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    methods: str | Sequence[str] = CHOICES,
-    patterns: str | Sequence[str] = PATTERNS,
+    methods: str | Sequence[str] | None = None,
+    patterns: str | Sequence[str] | None = None,
     seeds: int = 1,
     text: str = "pydoc",
     samples: int = 128,
     seqlen: int = 512,
     windows: int | None = 100,
+    bits: Sequence[int] = (),
     device: str = "auto",
     tell: Callable[[str], None] | None = None,
 ) -> Cells:
@@ -53,45 +55,72 @@ def compare(
     already is kept, so that a comparison can be stopped, and goes on when it is asked for again; so is the perplexity of the
     dense model. Models are told apart by their weights, not by their names.
 
+    With `bits` each pattern is rounded to codes of so many bits, 16 being none, through folders that are gone afterwards; what
+    is measured are the weights as they are stored, and how many bits one takes. The pattern `dense` is the model unpruned.
+
     Args:
         seeds: calibration draws, with seeds 0, 1, ...: each is a cell of its own.
         windows: evaluation windows, the first ones; None: all.
+        bits: of codes; with them `methods` and `patterns` are by default `balanced`, and `dense`, 50%, 2:4 and 70%.
         tell: hears of every cell that is done.
 
     Raises:
         InputError: a name is unknown, a model or text cannot be loaded, or the file is another's: of other settings, versions
             or weights, or from another device.
     """
-    output, methods = file_to_write(str(output)), listed(methods)
+    output, methods = file_to_write(str(output)), listed(methods or (DEFAULT if bits else CHOICES))
+    check_bits(bits)
     for method in methods:
         if method not in QUALITIES:
             METHODS.get(method)
     for name, value in {"windows": windows, "seeds": seeds}.items():
         if value is not None and value < 1:
             raise InputError(f"{name} {value} is impossible: give at least 1")
-    names = [str(parse(pattern)) for pattern in listed(patterns)]
+    given = listed(patterns or (SIZED if bits else PATTERNS))
+    names = [pattern if bits and pattern == DENSE else str(parse(pattern)) for pattern in given]
     called = [spelled(models)] if isinstance(models, (str, Path)) else [spelled(model) for model in models]
     with plain_errors():
         settings = {
-            "text": text, "samples": samples, "seqlen": seqlen, "windows": windows, "dtype": "float32",
+            "text": text, "samples": samples, "seqlen": seqlen, "windows": windows,
+            "dtype": "float32, as stored" if bits else "float32",
             "device": device_name(pick_device(device)), "threads": torch.get_num_threads(), "versions": versions(),
         }  # fmt: skip
         checkpoints = {model: digest(resolve(model).path) for model in called}
         cells = _known(output, settings, checkpoints)
-        done = {(cell["checkpoint"], cell["sparsity"], cell["method"], cell["seed"]) for cell in cells}
+        done = {(cell["checkpoint"], cell["sparsity"], cell["method"], cell["seed"], cell.get("bits")) for cell in cells}
         for model, checkpoint in checkpoints.items():
-            for pattern, method, seed in ((p, m, s) for p in names for m in methods for s in range(seeds)):
-                if (checkpoint, pattern, method, seed) in done:
-                    continue
+            for pattern, method, seed in ((p, m, s) for p in names for m in _methods(p, methods) for s in range(seeds)):
+                left = [b for b in bits or (None,) if (checkpoint, pattern, method, seed, b) not in done]
                 dense = next((cell["dense"] for cell in cells if cell["checkpoint"] == checkpoint), None)
-                found = _measure(model, method, pattern, seed, settings, device, dense)
-                cells.append({"model": model, "checkpoint": checkpoint, "date": date.today().isoformat(), **found})
-                done.add((checkpoint, pattern, method, seed))
-                write_whole({output: json.dumps(settings | {"cells": cells}, indent=1) + "\n"})
-                if tell:
-                    tell(_line(cells[-1]))
-        write_whole({output.with_suffix(".md"): listing(cells)})
+                for found in _measured(model, method, pattern, seed, left, settings, device, dense):
+                    cells.append({"model": model, "checkpoint": checkpoint, "date": date.today().isoformat(), **found})
+                    done.add((checkpoint, pattern, method, seed, found.get("bits")))
+                    write_whole({output: json.dumps(settings | {"cells": cells}, indent=1) + "\n"})
+                    if tell:
+                        tell(_line(cells[-1]))
+        write_whole({output.with_suffix(".md"): sizes.listing(cells) if bits else listing(cells)})
     return cells
+
+
+def _methods(pattern: str, methods: Sequence[str]) -> Sequence[str]:
+    return methods if pattern != DENSE else ("none",)
+
+
+def _measured(
+    model: str,
+    method: str,
+    pattern: str,
+    seed: int,
+    bits: Sequence[int | None],
+    settings: dict[str, Any],
+    device: str,
+    dense: float | None,
+) -> Iterator[dict[str, Any]]:
+    """The cells that are asked for: one for each of `bits`, None being a model in memory that is not rounded."""
+    if None in bits:
+        yield _measure(model, method, pattern, seed, settings, device, dense)
+    elif bits:
+        yield from stored_cells(model, method, pattern, seed, [b for b in bits if b is not None], settings, device)
 
 
 def digest(folder: Path) -> str:
@@ -126,32 +155,9 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _line(cell: dict[str, Any]) -> str:
-    return (
-        f"{cell['model']}  {cell['sparsity']}  {cell['method']}  seed {cell['seed']}: perplexity {cell['perplexity']:.3f}, "
-        f"excess loss {cell['excess_loss']:.4f}, {cell['seconds']:.0f} s"
-    )
-
-
-def load_float32(folder: Path, device: str = "cpu") -> PreTrainedModel:
-    """The whole model in float32."""
-    return load_model(folder, load_config(folder), pick_device(device), torch.float32)
-
-
-@functools.cache
-def evaluation(
-    folder: Path, windows: int | None, text: str = "pydoc", seqlen: int = 512
-) -> tuple[PreTrainedTokenizerBase, Windows]:
-    """The model's tokenizer, and the first windows of a text's evaluation split."""
-    tokenizer = load_tokenizer(folder)
-    found = evaluation_windows(text, tokenizer, seqlen=seqlen)
-    return tokenizer, Windows(found.ids[:windows], found.text)
-
-
-@functools.cache
-def dense_perplexity(
-    folder: Path, windows: int | None, text: str = "pydoc", seqlen: int = 512, device: str = "cpu"
-) -> Perplexity:
-    return perplexity(load_float32(folder, device), evaluation(folder, windows, text, seqlen)[1])
+    size = f"  {cell['bits']} bits ({cell['bits_per_weight']:.2f} stored)" if "bits" in cell else ""
+    what = f"{cell['model']}  {cell['sparsity']}  {cell['method']}{size}  seed {cell['seed']}"
+    return f"{what}: perplexity {cell['perplexity']:.3f}, excess loss {cell['excess_loss']:.4f}, {cell['seconds']:.0f} s"
 
 
 def _measure(

@@ -23,7 +23,7 @@ from llmprune.formats.layer import Sparse24Linear
 from llmprune.models.resolve import resolve
 from llmprune.numerics.patterns import NM
 from llmprune.numerics.stats import Gram
-from llmprune.runs.compare import dense_perplexity
+from llmprune.runs.compare_texts import dense_perplexity
 from llmprune.solvers import METHODS
 
 SMALL = [(7, 260), (33, 12)]
