@@ -1,6 +1,10 @@
 """llmprune beside llm-compressor: the same model, calibration tokens and patterns, turn about on one machine.
 
     python scripts/compare_peers.py --output eval/results/peers.json [--model llama] [--threads 1] [--methods sparsegpt fast]
+    python scripts/compare_peers.py --output eval/results/peers_bits.json --bits 4
+
+With --bits weights are rounded afterwards, in groups of 64 columns: by llm-compressor with GPTQ on the pruned model, by
+llmprune with GPTQ too and, for presets, as --bits does by default; and the dense model is.
 
 Makes a virtual environment for llm-compressor (from PyPI) in --environment and keeps it there. Each cell is a process of
 its own: it loads the model in the dtype, prunes it, and saves it; seconds are those of the pruning call, peak memory that of
@@ -23,7 +27,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.base.words import count
@@ -37,6 +41,7 @@ from llmprune.runs.compare_texts import dense_perplexity, evaluation, load_float
 
 PEER, TORCH = "llmcompressor==0.14.0.1", "torch==2.13.0"
 METHODS, PATTERNS = ("wanda", "sparsegpt"), ("2:4", "50%", "60%")
+BITS_METHODS, BITS_PATTERNS, GROUP = ("sparsegpt", "balanced"), ("dense", "2:4", "50%"), 64
 
 _COMMON = """
 import json, resource, sys, time
@@ -44,21 +49,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-folder, tokens, method, pattern, threads, dtype, out = sys.argv[1:]
+folder, tokens, method, pattern, bits, group, threads, dtype, out = sys.argv[1:]
 torch.set_num_threads(int(threads))
 ids = load_file(tokens)["ids"]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 {prune}
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-save_file({{name: value.clone() for name, value in model.state_dict().items()}}, out)
+names = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+save_file({{name: value.clone() for name, value in model.state_dict().items() if name in names}}, out)
 print(json.dumps({{"seconds": seconds, "peak_memory_bytes": 1024 * peak, "version": version}}))
 """
 _OURS = """
 import llmprune
 from llmprune.job.recipes import QUALITIES
+how = {"calibration": ids, "eval_text": "none", "batch_size": 8}
+if pattern != "dense":
+    how |= {"sparsity": pattern, "quality" if method in QUALITIES else "method": method}
 start = time.perf_counter()
-how = {"quality" if method in QUALITIES else "method": method}
-llmprune.prune(model, calibration=ids, sparsity=pattern, eval_text="none", batch_size=8, **how)
+if bits == "0":
+    llmprune.prune(model, **how)
+else:
+    rounding = {"bits": int(bits), "group_size": int(group), "rounding": "refined" if method in QUALITIES else "gptq"}
+    llmprune.prune(folder, output=out + ".folder", dtype=dtype, overwrite=True, **rounding, **how)
+    model = llmprune.load(out + ".folder", dtype=dtype, dense=True)
 seconds, version = time.perf_counter() - start, llmprune.__version__
 """
 _THEIRS = """
@@ -66,15 +79,23 @@ from datasets import Dataset
 from llmcompressor import __version__ as version, oneshot
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
+from llmcompressor.modifiers.quantization import GPTQModifier
 kind = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
 structure = {"mask_structure": pattern} if ":" in pattern else {}
 kept, _, of = pattern.partition(":")
-share = 1 - int(kept) / int(of) if of else float(pattern.rstrip("%")) / 100
-recipe = kind(sparsity=share, targets=["Linear"], ignore=["re:.*lm_head"], **structure)
+share = 1 - int(kept) / int(of) if of else float(pattern.rstrip("%")) / 100 if pattern != "dense" else 0
+recipes = []
+if pattern != "dense":
+    recipes.append(kind(sparsity=share, targets=["Linear"], ignore=["re:.*lm_head"], **structure))
+if bits != "0":
+    weights = {"num_bits": int(bits), "type": "int", "symmetric": True, "strategy": "group", "group_size": int(group)}
+    scheme = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    recipes.append(GPTQModifier(config_groups=scheme, ignore=["re:.*lm_head"]))
 rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
 start = time.perf_counter()
-oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids),
-        shuffle_calibration_samples=False, batch_size=8, pipeline="sequential")
+for recipe in recipes:
+    oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids),
+            shuffle_calibration_samples=False, batch_size=8, pipeline="sequential")
 seconds = time.perf_counter() - start
 """
 
@@ -103,24 +124,34 @@ def run(python: Path, code: str, arguments: list[str]) -> dict[str, Any]:
 
 def share(pattern: str) -> float:
     """The fraction of zeros that a pattern asks for."""
+    if pattern == "dense":
+        return 0.0
     kept, _, of = pattern.partition(":")
     return 1 - int(kept) / int(of) if of else float(pattern.rstrip("%")) / 100
 
 
-def same_task(model: PreTrainedModel, tool: str, pattern: str) -> float:
+def same_task(model: PreTrainedModel, tool: str, pattern: str, bits: int) -> float:
     """The share of zeros among the weights of the blocks' linear layers: the pattern's, and none elsewhere, else the two do not
-    compare. A share of each row may be rounded down to whole weights, as llm-compressor's Wanda does.
+    compare. A share of each row may be rounded down to whole weights, as llm-compressor's Wanda does. With `bits`, zeros are at
+    least as many, as weights are rounded to 0, too; and a group has no more values than there are codes.
     """
     blocks = [module for block in find_blocks(model).values() for module in block.modules() if isinstance(module, nn.Linear)]
     inside = 1 - sum(int(own.weight.count_nonzero()) for own in blocks) / sum(own.weight.numel() for own in blocks)
     embeddings = model.get_parameter("model.embed_tokens.weight")
     outside = 1 - int(embeddings.count_nonzero()) / embeddings.numel()
-    if abs(inside - share(pattern)) > 4e-3 or outside > 1e-3:
+    few = all(values(own.weight) <= 2**bits for own in blocks) if bits else True
+    if (inside < share(pattern) - 4e-3 if bits else abs(inside - share(pattern)) > 4e-3) or outside > 1e-3 or not few:
         raise SystemExit(f"{tool} left {inside:.1%} zeros in the blocks and {outside:.1%} in the embeddings: not comparable")
     return inside
 
 
+def values(weight: Tensor) -> int:
+    """The most different values that a group of columns has."""
+    return max(len(group.unique()) for group in weight.unflatten(1, (-1, GROUP)).flatten(0, 1)[:64])
+
+
 def table(result: dict[str, Any]) -> str:
+    rounded = f", then {result['bits']} bits" if result.get("bits") else ""
     lines = [
         "# Beside llm-compressor",
         "",
@@ -130,7 +161,7 @@ def table(result: dict[str, Any]) -> str:
         f"{count(result['windows'], 'evaluation window')}; {result['dtype']}, "
         f"{count(result['threads'], 'CPU thread')}, {result['date']}.",
         "",
-        "| pattern | method | tool | zeros | perplexity | excess loss | seconds | peak memory |",
+        f"| pattern{rounded} | method | tool | zeros | perplexity | excess loss | seconds | peak memory |",
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for cell in result["cells"]:
@@ -147,7 +178,7 @@ def known(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if not output.exists():
         return []
     found = json.loads(output.read_text())
-    if differing := [name for name, value in settings.items() if name != "date" and found.get(name) != value]:
+    if differing := [name for name, value in settings.items() if name != "date" and found.get(name, 0) != value]:
         raise SystemExit(f"{output} was measured with other {', '.join(differing)}: choose another file")
     return found["cells"]
 
@@ -160,8 +191,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=100, help="evaluation windows of 512 tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to prune in")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *QUALITIES], default=METHODS)
-    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *QUALITIES])
+    parser.add_argument("--patterns", nargs="+")
+    parser.add_argument("--bits", type=int, choices=(0, 4, 8), default=0, help="of codes to round to afterwards; 0 is none")
     parser.add_argument("--environment", type=Path, default=Path(tempfile.gettempdir()) / "llmprune-peers")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -172,23 +204,26 @@ def main() -> None:
     result: dict[str, Any] = {
         "date": date.today().isoformat(), "versions": versions(), "model": args.model, "dense": dense.value,
         "samples": args.samples, "length": args.length, "windows": args.windows, "threads": args.threads, "dtype": args.dtype,
+        "bits": args.bits,
     }  # fmt: skip
+    methods, patterns = (BITS_METHODS, BITS_PATTERNS) if args.bits else (METHODS, PATTERNS)
     result["cells"] = known(args.output, result)
     done = {(cell["pattern"], cell["method"], cell["tool"]) for cell in result["cells"]}
     with tempfile.TemporaryDirectory() as scratch:
         tokens, saved = Path(scratch) / "tokens.safetensors", Path(scratch) / "model.safetensors"
         save_file({"ids": windows.ids.contiguous()}, tokens)
-        for pattern in args.patterns:
-            for method in args.methods:
+        for pattern in args.patterns or patterns:
+            for method in args.methods or methods:
                 for tool, python, code in (("llmprune", Path(sys.executable), _OURS), ("llm-compressor", peer, _THEIRS)):
                     if (pattern, method, tool) in done or (method not in METHODS and code is _THEIRS):
                         continue
-                    arguments = [str(folder), str(tokens), method, pattern, str(args.threads), args.dtype, str(saved)]
+                    arguments = [str(folder), str(tokens), method, pattern, str(args.bits), str(GROUP)]
+                    arguments += [str(args.threads), args.dtype, str(saved)]
                     cell = {"pattern": pattern, "method": method, "tool": tool, **run(python, code, arguments)}
                     model = load_float32(folder)
                     with torch.no_grad():
                         model.load_state_dict(load_file(saved))
-                    zeros, found = same_task(model, tool, pattern), perplexity(model, text)
+                    zeros, found = same_task(model, tool, pattern, args.bits), perplexity(model, text)
                     cell |= {"zeros": zeros, "perplexity": found.value, "excess_loss": excess_loss(dense, found)}
                     result["cells"].append(cell)
                     args.output.write_text(json.dumps(result, indent=1) + "\n")

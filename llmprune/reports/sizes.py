@@ -102,6 +102,6 @@ def listing(cells: Cells) -> str:
     lines = [
         "# Loss by size\n",
         "Written by `llmprune compare --bits`; the .json beside has every cell, with date, versions and device. Bits a weight:",
-        "of the blocks' matrices, as `llmprune pack` stores them or as they are, whichever is less; scales and masks counted.\n",
+        "of blocks' matrices, as `llmprune pack` stores them or as they are, whichever is less; scales and masks counted.\n",
     ]
     return "\n".join([*lines, markdown(cells)])
