@@ -165,9 +165,13 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for cell in result["cells"]:
+        how = cell["method"]
+        if rounded:
+            how = "refined" if how in QUALITIES else "GPTQ"
+            how = how if cell["pattern"] == "dense" else f"{cell['method']}, {how}"
         zeros = f"{cell['zeros']:.1%}" if "zeros" in cell else ""
         lines.append(
-            f"| {cell['pattern']} | {cell['method']} | {cell['tool']} {cell['version']} | {zeros} | {cell['perplexity']:.2f} | "
+            f"| {cell['pattern']} | {how} | {cell['tool']} {cell['version']} | {zeros} | {cell['perplexity']:.2f} | "
             f"{cell['excess_loss']:.4f} | {cell['seconds']:.1f} | {cell['peak_memory_bytes'] / 2**20:,.0f} MiB |"
         )
     return "\n".join(lines) + "\n"

@@ -130,6 +130,19 @@ def test_what_was_pushed_reads_back_bit_for_bit(folder: Path, packed: Path, hub:
         assert all(torch.equal(here[name], there[name]) for name in here)
 
 
+def test_codes_read_back_packed_and_not(dense: Path, hub: Hub, tmp_path: Path) -> None:
+    asked = {"sparsity": "2:4", "method": "magnitude", "bits": 8, "rounding": "nearest", "calibration": tokens(4, 16)}
+    llmprune.prune(dense.parent / "source", output=tmp_path / "codes", **asked)
+    llmprune.pack(tmp_path / "codes", tmp_path / "small")
+    here = llmprune.load(tmp_path / "codes", dense=True).state_dict()
+    for name in ("codes", "small"):
+        llmprune.push(tmp_path / name, f"me/{name}")
+        assert pushed(hub, f"me/{name}") == contents(tmp_path / name)
+        there = llmprune.load(f"me/{name}", dense=True).state_dict()
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[key], there[key]) for key in here)
+
+
 def test_the_command_in_a_fresh_process(folder: Path, hub: Hub, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "llmprune", "push", str(folder), "me/tiny", "--private", "--create-pr"]
     done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment(hub, tmp_path))

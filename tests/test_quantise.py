@@ -327,6 +327,15 @@ def test_bad_input_is_one_line(options: dict, words: str, source: Path, some: di
     assert not (tmp_path / "out").exists()
 
 
+def spoiled(folder: Path) -> None:
+    """A pruned weight is not zero any more."""
+    file = next(path for path in sorted(folder.glob("*.safetensors")) if any("up_proj" in name for name in load_file(path)))
+    tensors = load_file(file)
+    name = next(name for name in tensors if "up_proj" in name)
+    tensors[name][tensors[name] == 0] = 1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def test_what_cannot_be_quantised(source: Path, some: dict, tmp_path: Path) -> None:
     llmprune.prune(source, output=tmp_path / "pruned", sparsity="2:4", method="magnitude", **some)
     llmprune.pack(tmp_path / "pruned", tmp_path / "packed")
@@ -342,6 +351,9 @@ def test_what_cannot_be_quantised(source: Path, some: dict, tmp_path: Path) -> N
         llmprune.prune(source, output=tmp_path / "out", sparsity="2:4", group_size=16, **some)
     with pytest.raises(InputError, match="from folder to folder"):
         llmprune.prune(tiny_model("llama"), bits=4, calibration=tokens(4, 16))
+    spoiled(tmp_path / "pruned")
+    with pytest.raises(InputError, match=r"is not what its llmprune.json says .*sha256 differs.* to quantise it without"):
+        llmprune.quantise(tmp_path / "pruned", tmp_path / "out", **some)
     (tmp_path / "pruned" / "config.json").write_text("{}")
     with pytest.raises(InputError):
         llmprune.quantise(tmp_path / "pruned", tmp_path / "out", **some)

@@ -111,6 +111,26 @@ def differing(folder: Path, sums: Mapping[str, str]) -> Iterator[str]:
                 yield f"{name}: sha256 differs from the record"
 
 
+def check_record(folder: Path, act: str, suffix: str = "") -> None:
+    """A record, where there is one, must fit the folder's files, or those whose names end so.
+
+    Args:
+        act: what is to be done with the folder, as an order.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not (folder / RECORD).is_file():
+        return
+    remedy = f"get the folder again, or remove its {RECORD} to {act} without"
+    try:
+        _, sums = read_record(folder)
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}") from None
+    if problem := next(differing(folder, {name: own for name, own in sums.items() if name.endswith(suffix)}), None):
+        raise InputError(f"{folder} is not what its {RECORD} says ({problem}): {remedy}")
+
+
 def file_to_write(text: str) -> Path:
     """A file that an option names, checked before the work that would fill it.
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.base.errors import InputError, plain_errors, user_folder, user_path
-from llmprune.base.files import INDEX, PACKED, RECORD, differing, read_record, sums, write_json
+from llmprune.base.files import INDEX, PACKED, RECORD, check_record, read_record, sums, write_json
 from llmprune.base.folders import check_output, check_room, published, recover
 from llmprune.formats.matrices import Layer, encode, encode_codes
 from llmprune.formats.packed import FORMAT, VERSION, DenseView, PackedFolder, open_checkpoint, packable
@@ -82,7 +82,7 @@ def pack(
             raise InputError(f"{source} is packed already")
         recover(output)
         check_output(output, source, overwrite)
-        _check_record(source)
+        check_record(source, "pack it")
         checkpoint = open_checkpoint(source)
         skeleton = Skeleton(checkpoint, load_config(source, quantised=True), torch.device("cpu"), torch.float32)
         able, never = packable(skeleton)
@@ -98,23 +98,6 @@ def pack(
             _write_card(source, partial)
             _seal(partial, found.manifest)
         return found.converted(output)
-
-
-def _check_record(source: Path) -> None:
-    """A record, where there is one, must fit the folder: it is kept, for what `unpack` makes.
-
-    Raises:
-        InputError: it does not.
-    """
-    if not (source / RECORD).is_file():
-        return
-    remedy = f"get the folder again, or remove its {RECORD} to pack it without"
-    try:
-        _, sums = read_record(source)
-    except InputError as error:
-        raise InputError(f"{error}: {remedy}") from None
-    if problem := next(differing(source, sums), None):
-        raise InputError(f"{source} is not what its {RECORD} says ({problem}): {remedy}")
 
 
 @dataclass(slots=True)

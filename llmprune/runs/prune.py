@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.base.errors import InputError, plain_errors
-from llmprune.base.files import RECORD
+from llmprune.base.files import PACKED, RECORD, check_record
 from llmprune.base.folders import publish
 from llmprune.base.hardware import pick_device, pick_dtype
 from llmprune.base.processes import joined
@@ -153,6 +153,8 @@ def _prune_folder(job: Job, source: ModelFolder, tokenizer: PreTrainedTokenizerB
         raise InputError(FROM_FOLDER + "name an output folder")
     claim_output(job, output, source.path)
     record = None if job.config.sparse or job.config.structured else _made_by(source)
+    if record is not None and not (source.path / PACKED).is_file():  # which is refused below
+        check_record(source.path, "quantise it", ".safetensors")
     place, manifest = source, None
     with ExitStack() as unfinished:
         for stage in schedule(job, output):
