@@ -53,11 +53,19 @@ folder, tokens, method, pattern, bits, group, threads, dtype, out = sys.argv[1:]
 torch.set_num_threads(int(threads))
 ids = load_file(tokens)["ids"]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+def zeros(model):
+    blocks = ((name, own) for name, own in model.named_modules() if type(own).__name__ == "Linear" and ".layers." in name)
+    return {{name: own.weight == 0 for name, own in blocks}}
+
+was = {{}}
 {prune}
+now = zeros(model)
+revived = sum(int((own & ~now[name]).sum()) for name, own in was.items()) / max(sum(int(own.sum()) for own in was.values()), 1)
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 names = AutoModelForCausalLM.from_pretrained(folder).state_dict()
 save_file({{name: value.clone() for name, value in model.state_dict().items() if name in names}}, out)
-print(json.dumps({{"seconds": seconds, "peak_memory_bytes": 1024 * peak, "version": version}}))
+print(json.dumps({{"seconds": seconds, "peak_memory_bytes": 1024 * peak, "revived": revived, "version": version}}))
 """
 _OURS = """
 import llmprune
@@ -69,10 +77,16 @@ start = time.perf_counter()
 if bits == "0":
     llmprune.prune(model, **how)
 else:
-    rounding = {"bits": int(bits), "group_size": int(group), "rounding": "refined" if method in QUALITIES else "gptq"}
-    llmprune.prune(folder, output=out + ".folder", dtype=dtype, overwrite=True, **rounding, **how)
-    model = llmprune.load(out + ".folder", dtype=dtype, dense=True)
+    how |= {"bits": int(bits), "group_size": int(group), "rounding": "refined" if method in QUALITIES else "gptq"}
+    llmprune.prune(folder, output=out + ".folder", dtype=dtype, overwrite=True, **how)
 seconds, version = time.perf_counter() - start, llmprune.__version__
+if bits != "0":
+    model = llmprune.load(out + ".folder", dtype=dtype, dense=True)
+    if pattern != "dense":  # the same once more without codes: what was zero before them
+        for name in ("bits", "group_size", "rounding"):
+            how.pop(name)
+        llmprune.prune(folder, output=out + ".pruned", dtype=dtype, overwrite=True, **how)
+        was = zeros(llmprune.load(out + ".pruned", dtype=dtype, dense=True))
 """
 _THEIRS = """
 from datasets import Dataset
@@ -93,7 +107,9 @@ if bits != "0":
     recipes.append(GPTQModifier(config_groups=scheme, ignore=["re:.*lm_head"]))
 rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
 start = time.perf_counter()
-for recipe in recipes:
+for number, recipe in enumerate(recipes):
+    if number:
+        was = zeros(model)
     oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids),
             shuffle_calibration_samples=False, batch_size=8, pipeline="sequential")
 seconds = time.perf_counter() - start
@@ -132,15 +148,15 @@ def share(pattern: str) -> float:
 
 def same_task(model: PreTrainedModel, tool: str, pattern: str, bits: int) -> float:
     """The share of zeros among the weights of the blocks' linear layers: the pattern's, and none elsewhere, else the two do not
-    compare. A share of each row may be rounded down to whole weights, as llm-compressor's Wanda does. With `bits`, zeros are at
-    least as many, as weights are rounded to 0, too; and a group has no more values than there are codes.
+    compare. A share of each row may be rounded down to whole weights, as llm-compressor's Wanda does. With `bits`, weights
+    are rounded to 0, too, and llm-compressor rounds pruned ones to others; a group has no more values than there are codes.
     """
     blocks = [module for block in find_blocks(model).values() for module in block.modules() if isinstance(module, nn.Linear)]
     inside = 1 - sum(int(own.weight.count_nonzero()) for own in blocks) / sum(own.weight.numel() for own in blocks)
     embeddings = model.get_parameter("model.embed_tokens.weight")
     outside = 1 - int(embeddings.count_nonzero()) / embeddings.numel()
     few = all(values(own.weight) <= 2**bits for own in blocks) if bits else True
-    if (inside < share(pattern) - 4e-3 if bits else abs(inside - share(pattern)) > 4e-3) or outside > 1e-3 or not few:
+    if (not bits and abs(inside - share(pattern)) > 4e-3) or outside > 1e-3 or not few:
         raise SystemExit(f"{tool} left {inside:.1%} zeros in the blocks and {outside:.1%} in the embeddings: not comparable")
     return inside
 
@@ -161,8 +177,9 @@ def table(result: dict[str, Any]) -> str:
         f"{count(result['windows'], 'evaluation window')}; {result['dtype']}, "
         f"{count(result['threads'], 'CPU thread')}, {result['date']}.",
         "",
-        f"| pattern{rounded} | method | tool | zeros | perplexity | excess loss | seconds | peak memory |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+        f"| pattern{rounded} | method | tool | zeros |{' pruned, not zero |' if rounded else ''} perplexity | excess loss | seconds"
+        " | peak memory |",
+        f"|---|---|---|---:|{'---:|' if rounded else ''}---:|---:|---:|---:|",
     ]
     for cell in result["cells"]:
         how = cell["method"]
@@ -170,6 +187,7 @@ def table(result: dict[str, Any]) -> str:
             how = "refined" if how in QUALITIES else "GPTQ"
             how = how if cell["pattern"] == "dense" else f"{cell['method']}, {how}"
         zeros = f"{cell['zeros']:.1%}" if "zeros" in cell else ""
+        zeros += f" | {cell['revived']:.1%}" if rounded else ""
         lines.append(
             f"| {cell['pattern']} | {how} | {cell['tool']} {cell['version']} | {zeros} | {cell['perplexity']:.2f} | "
             f"{cell['excess_loss']:.4f} | {cell['seconds']:.1f} | {cell['peak_memory_bytes'] / 2**20:,.0f} MiB |"
