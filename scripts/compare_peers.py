@@ -168,6 +168,7 @@ def values(weight: Tensor) -> int:
 
 def table(result: dict[str, Any]) -> str:
     rounded = f", then {result['bits']} bits" if result.get("bits") else ""
+    more = " pruned, not zero |" if rounded else ""
     lines = [
         "# Beside llm-compressor",
         "",
@@ -177,8 +178,7 @@ def table(result: dict[str, Any]) -> str:
         f"{count(result['windows'], 'evaluation window')}; {result['dtype']}, "
         f"{count(result['threads'], 'CPU thread')}, {result['date']}.",
         "",
-        f"| pattern{rounded} | method | tool | zeros |{' pruned, not zero |' if rounded else ''} perplexity | excess loss | seconds"
-        " | peak memory |",
+        f"| pattern{rounded} | method | tool | zeros |{more} perplexity | excess loss | seconds | peak memory |",
         f"|---|---|---|---:|{'---:|' if rounded else ''}---:|---:|---:|---:|",
     ]
     for cell in result["cells"]:
