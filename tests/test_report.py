@@ -47,10 +47,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     options: Record = {"calibration": tokens(4, 16), "batch_size": 2}
     llmprune.prune(home / "source", sparsity="2:4", method="wanda", output=str(home / "wanda"), **options)
     llmprune.prune(home / "source", neurons="25%", round_to=4, output=str(home / "smaller"), **options)
-    for name, after in (("wanda", 12.5), ("smaller", 11.25)):
+    llmprune.prune(home / "source", sparsity="2:4", method="wanda", bits=4, output=str(home / "codes"), **options)
+    for name, after in (("wanda", 12.5), ("smaller", 11.25), ("codes", 12.75)):
         change(home / name, lambda record, after=after: measured(record, after))
     assert main(["pack", str(home / "wanda"), str(home / "packed")]) == 0
-    return {name: home / name for name in ("wanda", "smaller", "packed")}
+    return {name: home / name for name in ("wanda", "smaller", "packed", "codes")}
 
 
 def measured(record: Record, after: float) -> None:
@@ -144,7 +145,24 @@ def test_numbers_are_the_records(folders: dict[str, Path], tmp_path: Path) -> No
         assert f"{package} {version}" in shown
 
 
-@pytest.mark.parametrize("names", [["wanda"], ["smaller"], ["wanda", "smaller", "packed"]], ids="+".join)
+def test_a_quantised_run_shows_its_codes(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert report(folders["codes"], "-o", tmp_path / "r.html") == 0
+    shown, twin = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "r.json").read_text())
+    record = json.loads((folders["codes"] / "llmprune.json").read_text())
+    [run] = twin["runs"]
+    assert [row[5]["value"] for row in run["codes"]["rows"]] == [one["error"] for one in record["codes"]]
+    assert {row[3]["value"] for row in run["codes"]["rows"]} == {one["group"] for one in record["codes"]}
+    drawn = sorted(error for row in run["maps"]["rounding"]["values"] for error in row)
+    assert drawn == sorted(one["error"] for one in record["codes"])
+    ((bits,),) = [[row[2]] for row in run["sizes"]["rows"] if row[0]["text"].startswith("bits a weight")]
+    taken = sum((4 + 32 / one["group"]) * one["shape"][0] * one["shape"][1] for one in record["codes"])
+    weights = sum(one["shape"][0] * one["shape"][1] for one in record["codes"])
+    assert bits["value"] == pytest.approx(taken / weights)
+    assert "Error of rounding by matrix" in shown
+    assert "Every rounded matrix" in shown
+
+
+@pytest.mark.parametrize("names", [["wanda"], ["smaller"], ["codes"], ["wanda", "smaller", "packed", "codes"]], ids="+".join)
 def test_the_twin_holds_what_the_page_shows(names: list[str], folders: dict[str, Path], tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert report(*(folders[own] for own in names), "-o", tmp_path / f"{name}.html") == 0
@@ -152,7 +170,7 @@ def test_the_twin_holds_what_the_page_shows(names: list[str], folders: dict[str,
     hidden = {"parameters", "output_error"} | ({"peak_memory"} if len(names) == 1 else {"parameters_after", "seconds_in_all"})
     for run in twin["runs"]:
         run["facts"] = {name: fact for name, fact in run["facts"].items() if name not in hidden and fact["value"] is not None}
-        run["matrices"] = run["matrices"] if len(names) == 1 else None
+        run |= {name: run[name] if len(names) == 1 else None for name in ("matrices", "codes")}
     assert not [cell["text"] for cell in cells(twin) if escape(cell["text"], quote=False) not in shown]
     assert shown.replace("a.json", "b.json") == (tmp_path / "b.html").read_text()
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()

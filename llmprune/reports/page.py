@@ -16,6 +16,7 @@ from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, 
 from llmprune.job.recovery import measure
 from llmprune.job.speedup import speed_rows
 from llmprune.output.again import NO_COMMAND, again
+from llmprune.reports.by_matrix import codes, kind_of, matrices
 from llmprune.reports.cells import NONE, Cell, calibration_text, cell, table, text_cell
 from llmprune.reports.masks import masks
 from llmprune.reports.saved import Bench, Saved
@@ -56,7 +57,8 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "masks": masks(run.folder, record.sites, pictures) if run.folder else [],
         "timed": _timed(record),
         "speed": _speed(run.bench) if run.bench else None,
-        "matrices": _matrices(record),
+        "matrices": matrices(record),
+        "codes": codes(record),
         "left_out": _left_out(record.skipped),
         "spread": record.recipe["allocation"]["text"] if "allocation" in record.recipe else None,
         "command": command,
@@ -89,8 +91,9 @@ def _facts(record: RunRecord, packed: int | None) -> dict[str, Cell]:
 def _maps(record: RunRecord) -> dict[str, Any]:
     """Error and zeros by depth and site; experts' matrices of one kind together."""
     changed: Sequence[SiteRecord | Removal] = record.sites or record.removals
-    maps = {"error": _grid((_kind(_name(one)), one.block, one.error) for one in changed)}
-    maps["zeros"] = _grid((_kind(site.name), site.block, site.sparsity) for site in record.sites)
+    maps = {"error": _grid((kind_of(_name(one)), one.block, one.error) for one in changed)}
+    maps["zeros"] = _grid((kind_of(site.name), site.block, site.sparsity) for site in record.sites)
+    maps["rounding"] = _grid((kind_of(one.name), one.block, one.error) for one in record.codes)
     return {name: grid for name, grid in maps.items() if grid["rows"]}
 
 
@@ -106,13 +109,6 @@ def _grid(values: Iterable[tuple[str, int, float | None]]) -> dict[str, Any]:
 
 def _name(one: SiteRecord | Removal) -> str:
     return one.name if isinstance(one, SiteRecord) else one.site
-
-
-def _kind(name: str) -> str:
-    """A site's name within its block, with * for the number of an expert."""
-    parts = name.split(".")
-    first = next((number for number, part in enumerate(parts) if part.isdecimal()), -1)
-    return ".".join("*" if part.isdecimal() else part for part in parts[first + 1 :]) or name
 
 
 def _short(kinds: list[str]) -> list[str]:
@@ -166,7 +162,7 @@ def _phase_memory(record: RunRecord) -> dict[str, Any]:
 
 def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
     stored = record.size
-    rows: list[tuple[str, int, int, Callable[[Any], str]]] = [
+    rows: list[tuple[str, float, float, Callable[[Any], str]]] = [
         (*change, "{:,}".format) for change in changes(record.structure, record.recipe)
     ]
     if record.sites:
@@ -174,6 +170,8 @@ def _sizes(record: RunRecord, packed: int | None) -> dict[str, Any]:
     rows.append(
         (f"weight bytes{', zeros stored' if record.sites else ''}", stored["bytes_before"], stored["bytes_after"], size)
     )
+    if bits := record.code_bits():
+        rows.append(("bits a weight stored as a code, scales counted", 8 * record.codes[0].scale_bytes, bits, "{:.3f}".format))
     if packed is None:
         packed = stored.get("bytes_packed")
     if packed is not None:
@@ -218,28 +216,8 @@ def _speed(bench: Bench) -> dict[str, Any]:
         ]
         for one in bench["model"]
     ]
-    found = table(("phase", "batch", "dense, tokens/s", "2:4, tokens/s", "speed-up"), rows)
+    found = table(("phase", "batch", "dense, tokens/s", "packed, tokens/s", "speed-up"), rows)
     return found | {"where": f"{bench['device']}, {bench['dtype']}, {bench['date']}", "advice": bench["advice"]}
-
-
-def _matrices(record: RunRecord) -> dict[str, Any] | None:
-    """One row a block and kind of matrix."""
-    found: dict[tuple[int, str], list[SiteRecord]] = {}
-    for site in record.sites:
-        found.setdefault((site.block, _kind(site.name)), []).append(site)
-    rows = [
-        [
-            cell(block, str),
-            text_cell(kind if len(own) == 1 else f"{kind} ({len(own)})"),
-            text_cell(own[0].pattern),
-            text_cell(f"{own[0].shape[0]} x {own[0].shape[1]}"),
-            cell(mean(site.sparsity for site in own), "{:.2%}".format),
-            cell(mean_known(site.error for site in own), "{:.2%}".format),
-            cell(sum(site.seconds for site in own), "{:.3f}".format),
-        ]
-        for (block, kind), own in found.items()
-    ]
-    return table(("block", "matrix", "pattern", "shape", "zeros", "error", "seconds"), rows) if rows else None
 
 
 def _compared(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
