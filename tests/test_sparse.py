@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmprune
 from llmprune.base.errors import InputError
 from llmprune.base.files import sha256
-from llmprune.formats.fuse import Fused, fuse
-from llmprune.formats.layer import Sparse24Linear, nbytes, sparse_layers
+from llmprune.formats.fuse import Fused, FusedPart, fuse
+from llmprune.formats.kernels import bitmask
+from llmprune.formats.kernels.native import library
+from llmprune.formats.layer import Sparse24Linear, SparseLinear, nbytes, sparse_layers
 from llmprune.formats.packed import FORMAT, VERSION, PackedFolder
 from llmprune.models.discover import find_blocks
 from llmprune.numerics.patterns import NM
@@ -43,6 +45,22 @@ def pruned(family: str, dtype: torch.dtype = torch.bfloat16, skip: tuple[str, ..
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether products for CPUs were compiled; where they were, the test runs without them, too."""
+    if request.param == "reference":
+        monkeypatch.setattr("llmprune.formats.loading.library", lambda: None)
+    elif library() is None:
+        pytest.skip("llmprune was installed without a compiler")
+    return request.param == "compiled"
+
+
+def stayed(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layers that stayed packed, fused or not, by name."""
+    kinds = (Sparse24Linear, SparseLinear, FusedPart)
+    return {name: own for name, own in model.named_modules() if isinstance(own, kinds) and "fused." not in name}
 
 
 @pytest.fixture
@@ -68,7 +86,7 @@ def test_packed_and_back_is_the_same_to_the_last_byte(family: str, dtype: torch.
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text", "qwen3", "mixtral"])
-def test_packed_and_dense_folders_load_alike(family: str, saved, tmp_path: Path) -> None:
+def test_packed_and_dense_folders_load_alike(family: str, compiled: bool, saved, tmp_path: Path) -> None:
     source = saved(pruned(family, torch.float32))
     llmprune.pack(source, tmp_path / "packed")
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -76,8 +94,8 @@ def test_packed_and_dense_folders_load_alike(family: str, saved, tmp_path: Path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of experts
             model = llmprune.load(folder, device="cpu", dtype="float32")
-        layers = sparse_layers(model)
-        assert len(layers) == sum(type(m) is torch.nn.Linear for b in find_blocks(plain).values() for m in b.modules())
+        assert {type(layer) for layer in sparse_layers(model).values()} == {SparseLinear if compiled else Sparse24Linear}
+        assert len(stayed(model)) == sum(type(m) is torch.nn.Linear for b in find_blocks(plain).values() for m in b.modules())
         torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
         greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(model.generate(IDS, **greedy), plain.generate(IDS, **greedy))
@@ -85,7 +103,7 @@ def test_packed_and_dense_folders_load_alike(family: str, saved, tmp_path: Path)
         assert torch.equal(logits(llmprune.load(folder, device="cpu", dtype="float32", dense=True)), logits(plain))
 
 
-def test_what_is_loaded_is_an_ordinary_module(packed: Path) -> None:
+def test_what_is_loaded_is_an_ordinary_module(packed: Path, compiled: bool) -> None:
     """Its state moves to another model, its dtype changes, it compiles whole."""
     model, other = (llmprune.load(packed, device="cpu", dtype="float32") for _ in range(2))
     for layer in sparse_layers(other).values():
@@ -95,20 +113,20 @@ def test_what_is_loaded_is_an_ordinary_module(packed: Path) -> None:
     expected = logits(model)
     assert torch.equal(expected, logits(other))
     half = model.to(torch.bfloat16)
-    assert all(
-        layer.values.dtype == torch.bfloat16 and layer.meta.dtype == torch.int32 for layer in sparse_layers(half).values()
-    )
+    for layer in sparse_layers(half).values():
+        where, dtype = (layer.mask, torch.uint8) if isinstance(layer, SparseLinear) else (layer.meta, torch.int32)
+        assert (layer.values.dtype, where.dtype) == (torch.bfloat16, dtype)
     torch.testing.assert_close(logits(half).float(), expected, rtol=0.1, atol=0.1)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=IDS, use_cache=False).logits, expected)
 
 
-def test_memory_of_a_packed_model(packed: Path, saved) -> None:
+def test_memory_of_a_packed_model(packed: Path, compiled: bool, saved) -> None:
     dense = llmprune.load(packed, device="cpu", dense=True)
     model = llmprune.load(packed, device="cpu")
-    own = sum(w.values.nbytes + w.meta.nbytes for w in sparse_layers(model).values())
-    whole = sum(dense.get_submodule(name).weight.nbytes for name in sparse_layers(model))
+    own = sum(buffer.nbytes for layer in sparse_layers(model).values() for buffer in layer.buffers())
+    whole = sum(dense.get_submodule(name).weight.nbytes for name in stayed(model))
     assert nbytes(dense) - nbytes(model) == whole - own
     assert dense.num_parameters() == sum(p.numel() for p in dense.parameters())
 
@@ -418,9 +436,10 @@ def test_a_layer_by_itself() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
-def test_fused_layers_put_out_the_same(family: str, saved) -> None:
+def test_fused_layers_put_out_the_same(family: str, compiled: bool, saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """q, k, v and gate, up in one product each; the model's own code is untouched, and compiles whole."""
     folder = saved(pruned(family, torch.float32))
+    monkeypatch.setattr("llmprune.formats.loading.fuse", lambda model: None)
     plain, fused = (llmprune.load(folder, device="cpu", dtype="float32") for _ in range(2))
     before = nbytes(fused)
     fuse(fused)
@@ -428,7 +447,7 @@ def test_fused_layers_put_out_the_same(family: str, saved) -> None:
     assert list(states[0]) == list(states[1])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert len(sparse_layers(fused)) == len(sparse_layers(plain)) - 3 * 3
-    assert nbytes(fused) == before
+    assert before - nbytes(fused) == (3 * 3 * 8 if compiled else 0)  # of each joined layer the end of its last strip
     expected = logits(plain)
     torch.testing.assert_close(logits(fused), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits(fused), logits(fused))
@@ -441,8 +460,9 @@ def test_fused_layers_put_out_the_same(family: str, saved) -> None:
         torch.testing.assert_close(compiled(input_ids=IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_state_of_fused_layers_is_that_of_the_single_ones(saved) -> None:
+def test_the_state_of_fused_layers_is_that_of_the_single_ones(compiled: bool, saved, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(pruned("qwen2", torch.float32))
+    monkeypatch.setattr("llmprune.formats.loading.fuse", lambda model: None)
     plain, fused = (llmprune.load(folder, device="cpu", dtype="float32") for _ in range(2))
     fuse(fused)
     for layer in sparse_layers(fused).values():
@@ -450,14 +470,16 @@ def test_the_state_of_fused_layers_is_that_of_the_single_ones(saved) -> None:
     state = plain.state_dict()
     with pytest.raises(RuntimeError, match=r"Missing key.*layers.1.self_attn.k_proj.values"):
         fused.load_state_dict({name: value for name, value in state.items() if "1.self_attn.k_proj.values" not in name})
-    with pytest.raises(RuntimeError, match=r"layers.0.mlp.up_proj.meta is \(1,\), not"):
-        fused.load_state_dict(state | {"model.layers.0.mlp.up_proj.meta": torch.zeros(1, dtype=torch.uint8)})
+    name = f"layers.0.mlp.up_proj.{'mask' if compiled else 'meta'}"
+    with pytest.raises(RuntimeError, match=rf"{name} is \(1,\), not"):
+        fused.load_state_dict(state | {f"model.{name}": torch.zeros(1, dtype=torch.uint8)})
     fused.load_state_dict(state)
     torch.testing.assert_close(logits(fused), logits(plain), rtol=1e-5, atol=1e-5)
 
 
-def test_a_fused_part_may_be_called_alone_and_again() -> None:
-    layers = [Sparse24Linear.from_dense(torch.where(NM(2, 4).keep(torch.rand(n, 8)), torch.randn(n, 8), 0.0)) for n in (4, 2)]
+@pytest.mark.parametrize("make", [Sparse24Linear.from_dense, lambda w: SparseLinear(bitmask.pack(w), None)])
+def test_a_fused_part_may_be_called_alone_and_again(make) -> None:
+    layers = [make(torch.where(NM(2, 4).keep(torch.rand(n, 8)), torch.randn(n, 8), 0.0)) for n in (8, 2)]
     expected = [layer(torch.ones(3, 8)) for layer in layers]
     fused = Fused(layers)
     x = torch.ones(3, 8)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmprune.formats.kernels import dispatch
-from llmprune.formats.kernels.bitmask import Bitmask
+from llmprune.formats.kernels.bitmask import STRIP, Bitmask, stacked, starts
 from llmprune.formats.kernels.ops import masked_product, product
 from llmprune.formats.kernels.reference import Packed, arrange, compress, unpack
 
@@ -39,6 +41,20 @@ class Sparse24Linear(nn.Module):
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> Sparse24Linear:
         """Raises: ValueError: the matrix (out, in) is not 2:4."""
         return cls(arrange(*compress(weight)), bias)
+
+    @classmethod
+    def joined(cls, layers: Sequence[Sparse24Linear], bias: Tensor | None) -> Sparse24Linear:
+        """Several that read as many columns, above each other."""
+        values, meta = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("values", "meta"))
+        return cls(Packed(values, meta, layers[0].in_features), bias)
+
+    def rows(self, start: int, end: int) -> dict[str, Tensor]:
+        """Views of some rows' own part of the state."""
+        return {name: tensor[start:end] for name, tensor in self.named_buffers() if name != "blob"}
+
+    def changed(self) -> None:
+        """What was made of the state does not hold any more."""
+        self.blob = None
 
     @property
     def packed(self) -> Packed:
@@ -85,9 +101,30 @@ class SparseLinear(nn.Module):
     def __init__(self, packed: Bitmask, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = packed.columns, packed.rows
-        for name in ("mask", "values", "starts", "scale"):
+        for name in ("mask", "values", "scale"):
             self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("starts", packed.starts, persistent=False)  # follows from the mask
         self.register_buffer("bias", bias)
+
+    @classmethod
+    def joined(cls, layers: Sequence[SparseLinear], bias: Tensor | None) -> SparseLinear:
+        """Several that read as many columns, above each other; of all but the last, the rows are whole strips."""
+        return cls(stacked([layer.packed for layer in layers]), bias)
+
+    def rows(self, start: int, end: int) -> dict[str, Tensor]:
+        """Views of some rows' own part of the state; they begin with a strip."""
+        own = self.packed.strips(start // STRIP, -(-end // STRIP))
+        parts = {"mask": own.mask, "values": own.values, "scale": own.scale}
+        bias = None if self.bias is None else self.bias[start:end]
+        return {name: part for name, part in (parts | {"bias": bias}).items() if part is not None}
+
+    def changed(self) -> None:
+        """The mask may be another."""
+        self.starts = starts(self.mask, self.values.dtype == torch.uint8)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.changed()
 
     @property
     def packed(self) -> Bitmask:

@@ -14,6 +14,7 @@ from llmprune.base.hardware import pick_device, stored_dtype
 from llmprune.base.notation import DTYPES
 from llmprune.formats.fuse import fuse
 from llmprune.formats.kernels.bitmask import Bitmask
+from llmprune.formats.kernels.native import library
 from llmprune.formats.kernels.reference import arrange, compress, violation
 from llmprune.formats.layer import Sparse24Linear, SparseLinear, replace_module, sparse_layers
 from llmprune.formats.matrices import TwoOfFour
@@ -51,6 +52,8 @@ def load_packed(
         for disk, name in linear.items():
             if f"{name}.weight" not in _tied(skeleton) and (found := _packed(skeleton, disk)):
                 kept |= _put(skeleton, name, found)
+                if device.type == "cuda" or _compiled(device, dtype):
+                    fuse(skeleton.model.get_submodule(name.rpartition(".")[0]))  # at once, so that its memory is used again
         if not kept and not other:
             return None
     skeleton.fill(name for name in skeleton.names if name not in kept)
@@ -60,8 +63,6 @@ def load_packed(
     if kept:
         _tell(skeleton)
         vars(skeleton.model)["save_pretrained"] = _refuse_to_save  # from_pretrained would read what it writes without weights
-        if device.type == "cuda":
-            fuse(skeleton.model)
         for module in sparse_layers(skeleton.model).values():
             if isinstance(module, Sparse24Linear):
                 module.prepare()
@@ -75,6 +76,10 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 def _tied(skeleton: Skeleton) -> set[str]:
     pairs = skeleton.model.all_tied_weights_keys.items()
     return {name for pair in pairs for name in pair}
+
+
+def _compiled(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and library() is not None
 
 
 def _packed(skeleton: Skeleton, disk: str) -> TwoOfFour | Bitmask | None:
@@ -102,6 +107,8 @@ def _put(skeleton: Skeleton, name: str, found: TwoOfFour | Bitmask) -> set[str]:
         ((_, stored),) = skeleton.checkpoint.read([skeleton.names[f"{name}.bias"][0].disk])
         bias = stored.to(device, dtype, copy=True)
     layer: nn.Module
+    if isinstance(found, TwoOfFour) and _compiled(device, dtype):  # there are products for CPUs of this kind only
+        found = found.masked()
     if isinstance(found, Bitmask):
         layer = SparseLinear(found.to(device, dtype), bias)
     else:
@@ -128,11 +135,11 @@ def load(
 ) -> PreTrainedModel:
     """A model that llmprune wrote, or any other: a bundled name, a folder or a Hub id, in eval mode.
 
-    Linear layers that are 2:4, in a packed folder or a dense one, become `Sparse24Linear`, and other packed ones
-    `SparseLinear`: packed in memory, for inference. On a CPU that saves memory and costs time. What stays dense in the blocks
-    is listed in a warning. Models without such layers load as `from_pretrained` loads them; needed, too, where `--per-layer`
-    made layers of different sizes. Codes of a quantised folder become the weights that they stand for, without the
-    compressed-tensors package; those of packed layers stay codes.
+    Linear layers that are 2:4, in a packed folder or a dense one, and other packed ones stay packed in memory, for inference:
+    as `SparseLinear`, on GPUs 2:4 ones as `Sparse24Linear`. What stays dense in the blocks is listed in a warning. Models
+    without such layers load as `from_pretrained` loads them; needed, too, where `--per-layer` made layers of different sizes.
+    Codes of a quantised folder become the weights that they stand for, without the compressed-tensors package; those of packed
+    layers stay codes.
 
     Args:
         device: `auto` is CUDA where there is one, else the CPU.

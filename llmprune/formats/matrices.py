@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from llmprune.formats.kernels import bitmask
 from llmprune.formats.kernels.bitmask import Bitmask
-from llmprune.formats.kernels.reference import compress, expand, violation
+from llmprune.formats.kernels.reference import POSITIONS, compress, expand, violation
 from llmprune.numerics.codes import words
 
 TWO_OF_FOUR, BITMASK = "2of4", "bitmask"
@@ -30,6 +30,14 @@ class TwoOfFour:
 
     def weight(self) -> Tensor:
         return expand(self.values, self.codes)
+
+    def masked(self) -> Bitmask:
+        """The same matrix as a mask and values, two of each group of four, zero or not."""
+        if 4 * self.codes.shape[1] % bitmask.CHUNK:
+            return bitmask.pack(self.weight())
+        halves = torch.tensor([(1 << i) | (1 << j) for i, j in POSITIONS], dtype=torch.uint8)[self.codes.long()]
+        octets = halves[:, ::2] | (halves[:, 1::2] << 4)
+        return bitmask.tiled(octets, self.values.unflatten(1, (-1, bitmask.CHUNK // 2)))
 
 
 @dataclass(frozen=True, slots=True)

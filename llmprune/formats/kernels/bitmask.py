@@ -14,8 +14,9 @@ values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -64,13 +65,13 @@ class Bitmask:
         scale = None if self.scale is None else self.scale.to(device, dtype, copy=True)
         return replace(self, mask=self.mask.to(device, copy=True), values=values, starts=self.starts.to(device), scale=scale)
 
-    def parts(self) -> Iterator[Bitmask]:
-        """All strips, on a CPU some at once, so that they are expanded within its cache."""
+    def parts(self, weights: int | None = None) -> Iterator[Bitmask]:
+        """All strips, on a CPU some at once, of about so many weights, so that they are expanded within its cache."""
         if self.mask.is_cuda:
             yield self
             return
         count = len(self.mask)
-        step = max(_AT_ONCE // (STRIP * max(self.columns, 1)), 1)
+        step = max((weights or _AT_ONCE) // (STRIP * max(self.columns, 1)), 1)
         for first in range(0, count, step):
             yield self.strips(first, min(first + step, count))
 
@@ -104,6 +105,36 @@ def pack(matrix: Tensor, scale: Tensor | None = None, bits: int | None = None) -
     masks, values = zip(*(_pack(part, halves) for part in matrix.split(step)), strict=True)
     found = Bitmask(torch.cat(masks), torch.cat(values), torch.zeros(1), scale, matrix.shape[0], matrix.shape[1])
     return replace(found, starts=starts(found.mask, halves))
+
+
+def tiled(octets: Tensor, values: Tensor) -> Bitmask:
+    """A matrix of whole chunks that all store as many values.
+
+    Args:
+        octets: uint8 (rows, columns / 8), the mask row by row.
+        values: (rows, chunks, values a chunk), weights.
+    """
+    rows, chunks, each = values.shape
+    strips = -(-rows // STRIP)
+    mask = functional.pad(octets, (0, 0, 0, strips * STRIP - rows)).view(strips, STRIP, chunks, CHUNK // 8).transpose(1, 2)
+    ordered = torch.cat([strip.transpose(0, 1).flatten() for strip in values.split(STRIP)])
+    starts = (torch.arange(strips + 1, device=values.device) * STRIP).clamp(max=rows) * chunks * each
+    return Bitmask(mask.contiguous(), ordered, starts, None, rows, 8 * octets.shape[1])
+
+
+def stacked(matrices: Sequence[Bitmask]) -> Bitmask:
+    """Several of as many columns above each other; of all but the last, the rows are whole strips."""
+    first, scales = matrices[0], [one.scale for one in matrices if one.scale is not None]
+    ends = [0, *accumulate(int(one.starts[-1]) for one in matrices)]
+    begun = [one.starts[:-1] + end for one, end in zip(matrices, ends, strict=False)]
+    return Bitmask(
+        torch.cat([one.mask for one in matrices]),
+        torch.cat([one.values for one in matrices]),
+        torch.cat([*begun, first.starts.new_tensor(ends[-1:])]),
+        torch.cat(scales) if scales else None,
+        sum(one.rows for one in matrices),
+        first.columns,
+    )
 
 
 def starts(mask: Tensor, halves: bool) -> Tensor:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmprune.formats.kernels import dispatch
+from llmprune.formats.kernels import dispatch, native
 from llmprune.formats.kernels.bitmask import Bitmask
 from llmprune.formats.kernels.reference import Packed
+
+_LARGE = 2**22  # weights that are expanded at once for many tokens
 
 
 def product(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, blob: Tensor | None, columns: int) -> Tensor:
@@ -56,7 +58,13 @@ def _masked_product(
     columns: int,
 ) -> Tensor:
     whole = Bitmask(mask, values, starts, scale, rows, columns)
-    found = torch.cat([functional.linear(x, part.weight()) for part in whole.parts()], dim=-1)
+    compiled = native.able(whole, x.dtype)
+    if compiled and 0 < x.numel() <= native.most(x.dtype, columns) * columns:
+        return native.multiply(x.reshape(-1, columns), whole, bias).view(*x.shape[:-1], rows)
+    if compiled:
+        found = torch.cat([functional.linear(x, native.expand(part)) for part in whole.parts(_LARGE)], dim=-1)
+    else:
+        found = torch.cat([functional.linear(x, part.weight()) for part in whole.parts()], dim=-1)
     return found if bias is None else found + bias
 
 
