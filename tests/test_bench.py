@@ -43,7 +43,7 @@ def test_every_shape_and_batch_is_measured(saved, tmp_path: Path) -> None:
     ]  # fmt: skip
     wide = next(one for one in found.layers if one.columns == 48)
     assert wide.dense_bytes == 32 * 48 * 2
-    assert "On a CPU" in found.advice[1]
+    assert "Dense is the quicker of bfloat16 and float32" in found.advice[1]
     dense = llmprune.load(tmp_path / "source", device="cpu", dense=True)
     assert 2 * dense.num_parameters() <= found.weights["dense"] <= 2 * dense.num_parameters() + 100  # rotary frequencies
     assert set(told) >= {"layer 32 x 48", "whole model, batch 2"}
@@ -75,7 +75,7 @@ def test_the_command_prints_tables_and_writes_json(saved, tmp_path: Path, capsys
     arguments = ["bench", str(source), "--tokens", "1", "2", "3", "--batches", "1", "--length", "4", "--device", "cpu"]
     assert main([*arguments, "--json", str(tmp_path / "bench.json")]) == 0
     shown = capsys.readouterr().out
-    assert 0 <= shown.index("On a CPU") < shown.index("32 x 48 (3)") < shown.index("--full shows the others")
+    assert 0 <= shown.index("Dense is the quicker") < shown.index("32 x 48 (3)") < shown.index("--full shows the others")
     saved_ = json.loads((tmp_path / "bench.json").read_text())
     assert {one["tokens"] for one in saved_["layers"]} == {1, 2, 3}
     assert main([*arguments, "--full"]) == 0

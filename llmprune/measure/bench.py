@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmprune.base.errors import InputError, plain_errors
 from llmprune.base.words import count, size
+from llmprune.formats.kernels import native
 from llmprune.formats.kernels.timing import copies, graphed
 from llmprune.formats.layer import Sparse24Linear, SparseLinear, nbytes, sparse_layers
 from llmprune.formats.loading import load
@@ -32,6 +31,7 @@ BATCHES = (1, 8, 32)
 _STEPS = 16  # tokens that are decoded
 _FEW = 32  # tokens at most, in decoding
 _GAIN = 1.05  # what is called faster
+_ON_CPUS = (torch.bfloat16, torch.float32)
 Packed = Sparse24Linear | SparseLinear
 
 
@@ -98,6 +98,7 @@ def bench(
     tokens: Sequence[int] = TOKENS,
     batches: Sequence[int] = BATCHES,
     length: int = 512,
+    compiled: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> Bench:
     """Time a packed model against itself dense, turn about.
@@ -108,6 +109,7 @@ def bench(
         tokens: how many a layer is fed.
         batches: how many sequences the whole model is fed; none: layers only.
         length: of a prompt, in tokens.
+        compiled: time the dense model by torch.compile, too.
         tell: hears what is being measured.
 
     Raises:
@@ -126,7 +128,13 @@ def bench(
         tell = tell or (lambda text: None)
         found = [time for shape in _shapes(layers.values()) for time in layer_times(*shape, tokens, where, tell)]
         dense = load(place.path, device=device, dtype=dtype, dense=True, check=False)
-        whole = [time for batch in batches for time in model_times(dense, packed, batch, length, where, tell)]
+        denses = [dense]
+        if batches and where.type == "cpu" and packed.dtype in _ON_CPUS:
+            other = _other(packed.dtype)
+            denses.append(load(place.path, device=device, dtype=other, dense=True, check=False))
+        if compiled and batches:
+            denses += [_compiled(model) for model in denses]
+        whole = [time for batch in batches for time in model_times(denses, packed, batch, length, where, tell)]
         memory = bytes_per_second(where)
         sizes = {"dense": nbytes(dense), "packed": nbytes(packed)}
     name = (
@@ -136,6 +144,18 @@ def bench(
     )
     kind = str(packed.dtype).removeprefix("torch.")
     return Bench(name, kind, memory, sizes, found, whole, advice(where, found, whole, sizes))
+
+
+def _other(dtype: torch.dtype) -> torch.dtype:
+    """The other one that CPUs compute in: a dense model may be quicker in it."""
+    return next(one for one in _ON_CPUS if one != dtype)
+
+
+def _compiled(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights, its forward by torch.compile."""
+    twin = copy.copy(model)
+    twin.forward = torch.compile(model.forward, dynamic=True)
+    return twin
 
 
 def _shapes(layers: Iterable[Packed]) -> list[tuple[Packed, int]]:
@@ -156,15 +176,16 @@ def layer_times(
     *,
     tuned: bool = True,
 ) -> list[LayerTime]:
-    """Against a dense product, as torch does it and, on a GPU and where `tuned`, as Inductor's search finds it fastest, which
-    takes some seconds a size.
+    """Against a dense product, as torch does it: on a CPU in bfloat16 or float32, whichever is quicker; on a GPU and where
+    `tuned`, also as Inductor's search finds it fastest, which takes some seconds a size.
     """
     tell(f"layer {layer.out_features} x {layer.in_features}")
     weight, plain = layer.weight, copy.deepcopy(layer)
     plain.bias = None
     size = sum(own.nbytes for name, own in plain.named_buffers() if name != "blob")
     many = copies(size, device)
-    denses = [weight.clone() for _ in range(many)]
+    kinds = [weight.dtype, *([_other(weight.dtype)] if device.type == "cpu" and weight.dtype in _ON_CPUS else [])]
+    denses = {kind: [weight.to(kind, copy=True) for _ in range(many)] for kind in kinds}
     packeds = [copy.deepcopy(plain) for _ in range(many)]
     multiply = [functional.linear, *([_tuned()] if tuned and device.type == "cuda" else [])]
     found = []
@@ -172,7 +193,8 @@ def layer_times(
         x = torch.randn(number, layer.in_features, device=device, dtype=weight.dtype)
         plain(x)  # measures the road before a graph is captured
         torch._dynamo.reset()  # else its search stops after a few sizes
-        sides = [graphed([partial(one, x, own) for own in denses], device) for one in multiply]
+        pairs = [(one, x.to(kind), own) for one in multiply for kind, own in denses.items()]
+        sides = [graphed([partial(one, x, w) for w in own], device) for one, x, own in pairs]
         sides.append(graphed([partial(own, x) for own in packeds], device))
         *dense, sparse = (seconds / many for seconds in side_by_side(sides, device))
         found.append(LayerTime(layer.out_features, layer.in_features, count, number, min(dense), sparse, weight.nbytes, size))
@@ -184,19 +206,30 @@ def _tuned() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def model_times(
-    dense: PreTrainedModel, packed: PreTrainedModel, batch: int, length: int, device: torch.device, tell: Callable[[str], None]
+    denses: Sequence[PreTrainedModel],
+    packed: PreTrainedModel,
+    batch: int,
+    length: int,
+    device: torch.device,
+    tell: Callable[[str], None],
 ) -> list[ModelTime]:
-    """A forward over prompts, and a decoded token, for `batch` sequences of `length` tokens, or what the positions allow."""
+    """A forward over prompts, and a decoded token, for `batch` sequences of `length` tokens, or what the positions allow: of the
+    quickest dense model, and of the packed one.
+    """
+    dense = denses[0]
     positions = getattr(dense.config.get_text_config(), "max_position_embeddings", None) or length + _STEPS
     length = max(min(length, positions - _STEPS), 1)
     tell(f"whole model, batch {batch}")
     ids = torch.randint(dense.config.get_text_config().vocab_size, (batch, length), device=device)
-    models, both = (dense, packed), partial(side_by_side, device=device, turns=3)
-    prompts = both([partial(model, ids, use_cache=False, logits_to_keep=1) for model in models])
-    runs = both([partial(_generate, model, ids, new) for new in (1, 1 + _STEPS) for model in models])
-    steps = [(long - short) / _STEPS for short, long in zip(runs[:2], runs[2:], strict=True)]
-    found = [ModelTime("prefill", batch, batch * length, *prompts)]
-    return found + ([ModelTime("decode", batch, batch, *steps)] if min(steps) > 0 else [])  # else too short to be seen
+    models, side = (*denses, packed), partial(side_by_side, device=device, turns=3)
+    prompts = side([partial(model, ids, use_cache=False, logits_to_keep=1) for model in models])
+    runs = side([partial(_generate, model, ids, new) for new in (1, 1 + _STEPS) for model in models])
+    count = len(models)
+    steps = [(long - short) / _STEPS for short, long in zip(runs[:count], runs[count:], strict=True)]
+    found = [ModelTime("prefill", batch, batch * length, min(prompts[:-1]), prompts[-1])]
+    if min(steps) <= 0:  # too short to be seen
+        return found
+    return [*found, ModelTime("decode", batch, batch, min(steps[:-1]), steps[-1])]
 
 
 def _generate(model: Any, ids: Tensor, new: int) -> None:
@@ -217,10 +250,9 @@ def advice(device: torch.device, layers: Sequence[LayerTime], whole: Sequence[Mo
     """Whether packing helps here, in sentences."""
     said = [f"Packed weights take {sizes['packed'] / sizes['dense']:.0%} of the dense ones' memory ({_mib(sizes)})."]
     if device.type == "cpu":
-        said.append(
-            "On a CPU a packed layer is unpacked for every call, so it is slower than dense. "
-            "For speed here load with dense=True, or remove heads and neurons instead; for 2:4 use a GPU."
-        )
+        said.append(f"Dense is the quicker of bfloat16 and float32, packed is by {native.level()}.")
+    if device.type == "cpu" and native.library() is None:
+        said.append("Nothing was compiled for CPUs, so packed layers are slow here: load with dense=True for speed.")
         return said
     for phase, few in (("decode", True), ("prefill", False)):
         own = [one for one in whole if one.phase == phase]
@@ -239,46 +271,3 @@ def advice(device: torch.device, layers: Sequence[LayerTime], whole: Sequence[Mo
 
 def _mib(sizes: dict[str, int]) -> str:
     return f"{size(sizes['packed'])} of {size(sizes['dense'])}"
-
-
-def show(found: Bench, console: Console, *, full: bool = False) -> None:
-    """What the numbers say, and below it the tables: of each layer the fewest and the most tokens, or all if `full`."""
-    for sentence in found.advice:
-        console.print(sentence, soft_wrap=not console.is_terminal)
-    console.print()
-    if found.model:
-        console.print(_model_table(found))
-    console.print(_layer_table(found, full))
-    if not full and len({time.tokens for time in found.layers}) > 2:
-        console.print("fewest and most tokens; --full shows the others")
-
-
-def _model_table(found: Bench) -> Table:
-    table = Table(title="whole model, tokens a second", title_justify="left")
-    for name in ("", "batch", "dense", "packed", "speed-up"):
-        table.add_column(name, justify="left" if not name else "right")
-    for whole in found.model:
-        rates = (f"{whole.tokens / seconds:,.0f}" for seconds in (whole.dense, whole.packed))
-        table.add_row(whole.phase, str(whole.batch), *rates, f"{whole.speedup:.2f}x")
-    return table
-
-
-def _layer_table(found: Bench, full: bool) -> Table:
-    table = Table(title=f"{found.device}, {found.dtype}; memory copies at {found.memory / 1e9:,.0f} GB/s", title_justify="left")
-    for name in ("layer (how many)", "tokens", "dense, µs", "packed, µs", "speed-up", "GB/s", "of copy"):
-        table.add_column(name, justify="left" if name.startswith("layer") else "right", no_wrap=True)
-    ends, last = {bound(time.tokens for time in found.layers) for bound in (min, max)}, ""
-    for time in (time for time in found.layers if full or time.tokens in ends):
-        shape = f"{time.rows} x {time.columns} ({time.layers})"
-        rate = time.packed_bytes / time.packed
-        table.add_row(
-            "" if shape == last else shape,
-            str(time.tokens),
-            f"{1e6 * time.dense:,.1f}",
-            f"{1e6 * time.packed:,.1f}",
-            f"{time.speedup:.2f}x",
-            f"{rate / 1e9:,.1f}",
-            f"{rate / found.memory:.0%}",
-        )
-        last = shape
-    return table

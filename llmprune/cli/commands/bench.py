@@ -20,11 +20,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="that each layer is fed (default: 1 to 2048)")
     parser.add_argument("--batches", type=int, nargs="*", metavar="N", help="that the whole model is fed (default: 1 8 32)")
     parser.add_argument("--full", action="store_true", help="show all numbers of tokens, not only the fewest and the most")
+    parser.add_argument("--compiled", action="store_true", help="time the dense model by torch.compile, too: takes minutes")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a prompt (default: %(default)s)")
 
 
 def run(options: Mapping[str, Any], terminal: Terminal) -> Outcome:
-    from llmprune.measure.bench import bench, show
+    from llmprune.measure.bench import bench
+    from llmprune.measure.bench_tables import show
 
     rest = {name: value for name, value in options.items() if name not in ("folder", "full")}
     found = bench(options["folder"], **rest, tell=lambda text: terminal.say(f"measuring {text}"))

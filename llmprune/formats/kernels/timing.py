@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_MOST = 64  # copies
+_MOST, _CACHE = 64, 2**26  # copies; bytes
 Call = Callable[[], Any]
 
 
@@ -61,7 +61,9 @@ def eager_seconds(call: Call, device: torch.device, runs: int = 10) -> float:
 
 
 def copies(nbytes: int, device: torch.device) -> int:
-    """How many matrices of so many bytes are more than three times the device's cache, at most 64: few are found in it."""
+    """How many matrices of so many bytes are more than three times the device's cache, at most 64: few are found in it. Of a
+    CPU's cache 64 MiB are taken to be this process's.
+    """
     if device.type != "cuda":
-        return 1
+        return min(3 * _CACHE // max(nbytes, 1) + 1, _MOST)
     return min(3 * torch.cuda.get_device_properties(device).L2_cache_size // max(nbytes, 1) + 1, _MOST)

@@ -31,11 +31,13 @@ int best() {
     return found = level;
 }
 
-bool in_tiles(const Task& t) { return t.level == AMX && t.half && t.tokens > (t.kind == BF16 ? 2 : 1); }
+int level_of(const Task& t) { return t.level < 0 || t.level > best() ? best() : (int)t.level; }
+
+bool tiled(const Task& t) { return level_of(t) == AMX && t.half && t.tokens > (t.kind == BF16 ? 2 : 1); }
 
 void work(void* argument, bool expand) {
     Task& t = *(Task*)argument;
-    const bool tiles = !expand && in_tiles(t), few = t.tokens <= MOST;
+    const bool tiles = !expand && tiled(t), few = t.tokens <= MOST;
     const int64_t step = !tiles ? 1 : few ? 2 : SIDE;
 #ifdef X86
     if (tiles) begin_tiles();
@@ -68,7 +70,7 @@ void expand(void* t) { work(t, true); }
 // The tokens as the level reads them, columns padded with zeros to whole chunks.
 void prepare(Task& t) {
     const int64_t wide = t.chunks * CHUNK;
-    if (in_tiles(t)) {  // (blocks of 32 tokens, chunks, 2 halves, 1 or 2, 16 pairs of columns, 16 tokens, 2)
+    if (tiled(t)) {  // (blocks of 32 tokens, chunks, 2 halves, 1 or 2, 16 pairs of columns, 16 tokens, 2)
         const int64_t sixteens = t.tokens > 16 ? 2 : 1, blocks = (t.tokens + MOST - 1) / MOST,
                       size = blocks * sixteens * 16 * wide;
         uint32_t* out = (uint32_t*)scratch(1, size * 2);
@@ -115,10 +117,10 @@ void run(Task& t, Parallel parallel, int64_t threads, bool expanding) {
     t.itemsize = t.kind == BF16 ? 2 : t.kind == FP32 ? 4 : 1;
     t.groups = coded(t) ? t.columns / t.group : 1;
     t.each = coded(t) ? t.group / CHUNK : 1;
-    t.level = t.level < 0 || t.level > best() ? best() : t.level;
+    t.level = level_of(t);
     t.next = 0;
     if (threads > t.strips) threads = t.strips;
-    const int64_t step = in_tiles(t) && t.tokens > MOST ? SIDE : 2;  // what is computed together, whatever the threads
+    const int64_t step = tiled(t) && t.tokens > MOST ? SIDE : 2;  // what is computed together, whatever the threads
     t.block = (t.strips / step + 4 * threads - 1) / (4 * threads) * step;
     if (t.block < step) t.block = step;
     if (!expanding) prepare(t);
@@ -150,15 +152,16 @@ PUBLIC void llmprune_multiply(const void* mask, const void* values, const void* 
               tokens,
               kind,
               half,
-              level,
-              0,
-              0,
-              0,
-              0,
-              0,
-              0,
-              0,
-              nullptr};
+              level};
+    const int64_t size = half ? 2 : 4;
+    while (t.tokens > MOST && !tiled(t)) {  // as many at a time as there are sums
+        Task few = t;
+        few.tokens = MOST;
+        run(few, (Parallel)parallel, threads, false);
+        t.x = (const uint8_t*)t.x + MOST * columns * size;
+        t.y = (uint8_t*)t.y + MOST * rows * size;
+        t.tokens -= MOST;
+    }
     run(t, (Parallel)parallel, threads, false);
 }
 
@@ -179,15 +182,7 @@ PUBLIC void llmprune_expand(const void* mask, const void* values, const void* st
               0,
               kind,
               half,
-              level,
-              0,
-              0,
-              0,
-              0,
-              0,
-              0,
-              0,
-              nullptr};
+              level};
     run(t, (Parallel)parallel, threads, true);
 }
 
