@@ -213,7 +213,7 @@ def model_times(
     device: torch.device,
     tell: Callable[[str], None],
 ) -> list[ModelTime]:
-    """A forward over prompts, and a decoded token, for `batch` sequences of `length` tokens, or what the positions allow: of the
+    """A forward over prompts, and a decoded token, for `batch` sequences of `length` tokens, or what positions allow: of the
     quickest dense model, and of the packed one.
     """
     dense = denses[0]
