@@ -172,7 +172,7 @@ def model_of(kind: str) -> PreTrainedModel:
         if parameter.is_meta:
             value = weights[name].data if name in weights else torch.ones(parameter.shape, dtype=dtype)
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, nn.Parameter(value, requires_grad=False))
+            setattr(model.get_submodule(parent), last, nn.Parameter(value))
     model.model.rotary_emb = rest.model.rotary_emb
     model.tie_weights()
     fuse(model)
@@ -202,13 +202,16 @@ def models(threads: Sequence[int]) -> list[Row]:
     prompt = torch.randint(1000, (1, PROMPT))
     for kind in KINDS:
         both = denses | {kind: model_of(kind)}
-        steps = turn_about([Decoder(model) for model in both.values()], 5)
-        prefill = turn_about(
-            [partial(model, input_ids=prompt, use_cache=False, logits_to_keep=1) for model in both.values()], 3
-        )
-        row = {"kind": kind, "threads": threads, "decode": {name: one / STEPS for name, one in zip(both, steps, strict=True)}}
-        rows.append(row | {"prefill": dict(zip(both, prefill, strict=True))})
-        print(model_line(rows[-1]), flush=True)
+        for count in threads:
+            torch.set_num_threads(count)
+            steps = turn_about([Decoder(model) for model in both.values()], 5)
+            prompts = [partial(model, input_ids=prompt, use_cache=False, logits_to_keep=1) for model in both.values()]
+            seconds = turn_about(prompts, 5)
+            row: Row = {"kind": kind, "threads": count}
+            row["decode"] = {name: one / STEPS for name, one in zip(both, steps, strict=True)}
+            row["prefill"] = dict(zip(both, seconds, strict=True))
+            rows.append(row)
+            print(model_line(row), flush=True)
         del both
         gc.collect()
     return rows
@@ -246,6 +249,15 @@ def page(result: Row) -> str:
         tables(result),
     ]
     return "\n".join(lines)
+
+
+def summary(result: Row) -> str:
+    """What a reader of the documentation needs: the most threads, few numbers of tokens."""
+    most = max(row["threads"] for row in result["layers"])
+    few = [row for row in result["layers"] if row["threads"] == most and row["tokens"] in (1, 8, 512)]
+    whole = [row for row in result["models"] if row["threads"] == most]
+    how = f"{result['device']}, by {result['level']}, {result['date']}; beside the quicker of torch in bfloat16 and float32."
+    return tables(result | {"layers": few, "models": whole}) + f"\n{how}\n"
 
 
 def tables(result: Row) -> str:

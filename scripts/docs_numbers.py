@@ -4,7 +4,8 @@
 
 A region of README.md or of a page in docs/ begins with `<!-- NAME -->`, ends with `<!-- /NAME -->` and holds what the function
 of that name below makes of the JSON files; so each number has one source, wherever it stands. Beside the JSON files the tables
-methods.md, structured.md, peers.md, allocation.md, budgets.md, recovery.md and tickets.md and the plot methods.svg are written.
+methods.md, structured.md, peers.md, allocation.md, budgets.md, recovery.md, tickets.md, quantise.md and cpu.md and the plots
+methods.svg and quantise.svg are written.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from statistics import median
 from typing import Any
 
 import bench_budgets
+import bench_cpu
+import bench_quantise
 import bench_recovery
 import compare_allocation
 import compare_tickets
@@ -29,6 +32,7 @@ from gpu import tables as gpu_tables
 from profile_run import batches_table, bound_table, bytes_text, runs_table
 
 from llmprune.base.words import size
+from llmprune.reports import sizes, sizes_plot
 from llmprune.reports.comparison import by_model, listing, tables
 from llmprune.reports.comparison_plot import plot
 
@@ -262,6 +266,10 @@ REGIONS: dict[str, Callable[[], str]] = {
     "budgets": lambda: bench_budgets.measured(read("budgets")),
     "tickets": lambda: compare_tickets.measured(read("tickets")),
     "recovery": lambda: bench_recovery.measured(read("recovery")),
+    "quantise": lambda: sizes.markdown(read("quantise")["cells"]),
+    "quantise-layers": lambda: bench_quantise.table(read("quantise_layers")),
+    "quantise-peers": lambda: "\n".join(peers_table(read("peers_bits")).splitlines()[4:]) + "\n",
+    "cpu": lambda: bench_cpu.summary(read("cpu")),
     "dtypes": lambda: dtypes_table(read("dtypes")),
     "gpu-layers": lambda: gpu_tables.layers(read("gpu_layers")),
     "gpu-whole": lambda: gpu_tables.whole(read("gpu_e2e")),
@@ -288,6 +296,8 @@ def pages() -> dict[Path, str]:
     texts[RESULTS / "allocation.md"] = compare_allocation.page(read("allocation"))
     texts[RESULTS / "budgets.md"] = bench_budgets.page(read("budgets"))
     texts[RESULTS / "tickets.md"] = compare_tickets.page(read("tickets"))
+    texts[RESULTS / "quantise.md"] = sizes.listing(read("quantise")["cells"])
+    texts[RESULTS / "cpu.md"] = bench_cpu.page(read("cpu"))
     texts[RESULTS / "recovery.md"] = bench_recovery.page(read("recovery"))
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         texts[page] = filled(page.read_text(encoding="utf-8"), page.name)
@@ -310,6 +320,7 @@ def main() -> int:
     for file, text in pages().items():
         file.write_text(text, encoding="utf-8")
     plot(read("methods")["cells"], RESULTS / "methods.svg")
+    sizes_plot.plot(read("quantise")["cells"], RESULTS / "quantise.svg")
     return 0
 
 
