@@ -196,7 +196,7 @@ def test_cells_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert 2.9 < found["2:4", 4]["bits_per_weight"] < 3.2
     assert found["dense", 4]["excess_loss"] < found["2:4", 16]["excess_loss"]
     assert "dense, 4 bits *" in shown
-    assert "2:4 magnitude (9.00 bits) does not pay: dense, 4 bits" in shown
+    assert "Beaten by a dense model of no more bytes: " in shown
     assert Path("sizes.svg").read_text().count("2:4 magnitude, 4 bits") == 1
     assert main([*asked, "16", "4", "8"]) == 0
     again = json.loads(Path("sizes.json").read_text())["cells"]
@@ -232,10 +232,10 @@ def test_what_is_best_for_its_bytes() -> None:
     assert [one.label for one in models] == ["70% fast, 4 bits", "2:4 fast, 4 bits", "dense, 3 bits", "2:4 fast", "dense"]
     assert [one.label for one in best(models)] == ["70% fast, 4 bits", "2:4 fast, 4 bits", "dense, 3 bits", "dense"]
     first, *rest = said(models)
-    assert first.startswith("Least loss for their bytes: 70% fast, 4 bits (2.30 bits, +0.1000); ")
+    assert first.startswith("Least loss for their bytes, bits a weight and nats: 70% fast, 4 bits (2.30, 0.1000); ")
     assert rest == [
-        "2:4 fast, 4 bits (3.12 bits) does not pay: dense, 3 bits (3.13) loses +0.0200 for its +0.0500.",
-        "2:4 fast (9.00 bits) does not pay: dense, 3 bits (3.13) loses +0.0200 for its +0.0500.",
+        "Beaten by a dense model of no more bytes: 2:4 fast, 4 bits (3.12, 0.0500) by dense, 3 bits (3.13, 0.0200); "
+        "2:4 fast (9.00, 0.0500) by dense, 3 bits (3.13, 0.0200)."
     ]
 
 

@@ -34,6 +34,10 @@ class Sized:
     def loss(self) -> float:
         return self.draws.mean("excess_loss")
 
+    @property
+    def numbers(self) -> str:
+        return f"({self.size:.2f}, {round(self.loss, 4) + 0.0:.4f})"
+
 
 def by_size(cells: Cells) -> dict[str, list[Sized]]:
     """Of each model, from the smallest to the largest."""
@@ -55,16 +59,18 @@ def best(models: Sequence[Sized]) -> list[Sized]:
 def words(models: Sequence[Sized]) -> list[str]:
     """What wins at equal bytes, in sentences."""
     front = best(models)
-    said = [
-        "Least loss for their bytes: " + "; ".join(f"{one.label} ({one.size:.2f} bits, {one.loss:+.4f})" for one in front) + "."
-    ]
+    said = [f"Least loss for their bytes, bits a weight and nats: {'; '.join(f'{one.label} {one.numbers}' for one in front)}."]
     dense = [one for one in models if one.pattern == DENSE]
+    beaten = []
     for one in (one for one in models if one.pattern != DENSE):
         rivals = [other for other in dense if other.size <= _EQUAL * one.size and other.loss <= one.loss]
         if rivals:
             rival = min(rivals, key=lambda other: other.loss)
-            lost = f"loses {rival.loss:+.4f} for its {one.loss:+.4f}"
-            said.append(f"{one.label} ({one.size:.2f} bits) does not pay: {rival.label} ({rival.size:.2f}) {lost}.")
+            beaten.append(
+                f"{one.label} ({one.size:.2f}, {one.loss:+.4f}) by {rival.label} ({rival.size:.2f}, {rival.loss:+.4f})"
+            )
+    if beaten:
+        said.append(f"Beaten by a dense model of no more bytes: {'; '.join(beaten)}.")
     return said
 
 
