@@ -66,9 +66,7 @@ def words(models: Sequence[Sized]) -> list[str]:
         rivals = [other for other in dense if other.size <= _EQUAL * one.size and other.loss <= one.loss]
         if rivals:
             rival = min(rivals, key=lambda other: other.loss)
-            beaten.append(
-                f"{one.label} ({one.size:.2f}, {one.loss:+.4f}) by {rival.label} ({rival.size:.2f}, {rival.loss:+.4f})"
-            )
+            beaten.append(f"{one.label} {one.numbers} by {rival.label} {rival.numbers}")
     if beaten:
         said.append(f"Beaten by a dense model of no more bytes: {'; '.join(beaten)}.")
     return said
