@@ -535,10 +535,10 @@ def test_in_a_browser(browser: Tab, folders: dict[str, Path], tmp_path: Path) ->
             assert browser.run("getComputedStyle(document.body).backgroundColor") == (
                 "rgb(246, 247, 249)" if scheme == "light" else "rgb(15, 19, 25)"
             )
-    check_sorting(
-        browser, "after", ["11.250", "12.500", "12.500", "not measured"], ["12.500", "12.500", "11.250", "not measured"]
-    )
-    check_sorting(browser, "run", ["packed", "smaller", "unmeasured", "wanda"], ["wanda", "unmeasured", "smaller", "packed"])
+    measured = ["11.250", "12.500", "12.500", "12.750"]
+    check_sorting(browser, "after", [*measured, "not measured"], [*reversed(measured), "not measured"])
+    names = ["codes", "packed", "smaller", "unmeasured", "wanda"]
+    check_sorting(browser, "run", names, names[::-1])
     assert browser.told("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled") == []
     asked = {event["request"]["url"] for event in browser.told("Network.requestWillBeSent")}
     assert {url for url in asked if not url.startswith("data:")} == {(tmp_path / f"{n}.html").as_uri() for n in ("one", "all")}
