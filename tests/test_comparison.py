@@ -172,19 +172,12 @@ def test_shares_of_patterns(pattern: str, share: float) -> None:
 def test_cells_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Bits a weight are those of the files, what is dense and not rounded loses nothing, and a file goes on."""
     monkeypatch.chdir(tmp_path)
-    asked = [
-        "compare",
-        "llama",
-        *FLAGS,
-        "--output",
-        "sizes.json",
-        "--methods",
-        "magnitude",
-        "--sparsity",
-        "dense",
-        "2:4",
-        "--bits",
-    ]
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["llama"])
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 32}
+    for saved in (tiny_model("llama", vocab_size=len(tokenizer), **sizes).bfloat16(), tokenizer):
+        saved.save_pretrained("tiny")
+    asked = ["compare", "./tiny", *FLAGS, "--output", "sizes.json", "--methods", "magnitude"]
+    asked += ["--sparsity", "dense", "2:4", "--bits"]
     assert main([*asked, "16", "4"]) == 0
     shown = capsys.readouterr().out
     cells = json.loads(Path("sizes.json").read_text())["cells"]
@@ -192,17 +185,16 @@ def test_cells_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert list(found) == [("dense", 16), ("dense", 4), ("2:4", 16), ("2:4", 4)]
     assert (found["dense", 16]["excess_loss"], found["dense", 16]["bits_per_weight"]) == (0, 16)
     assert found["2:4", 16]["bits_per_weight"] == 9
-    assert 4.1 < found["dense", 4]["bits_per_weight"] < 4.3
-    assert 2.9 < found["2:4", 4]["bits_per_weight"] < 3.2
-    assert found["dense", 4]["excess_loss"] < found["2:4", 16]["excess_loss"]
-    assert "dense, 4 bits *" in shown
-    assert "Beaten by a dense model of no more bytes: " in shown
+    assert found["dense", 4]["bits_per_weight"] == pytest.approx(4 + 16 / 128, abs=0.01)
+    assert 2.9 < found["2:4", 4]["bits_per_weight"] <= 1 + 4 / 2 + 16 / 128
+    assert 0 < abs(found["dense", 4]["excess_loss"]) < abs(found["2:4", 16]["excess_loss"])
+    assert all(cell["excess_loss"] == math.log(cell["perplexity"] / cell["dense"]) for cell in cells)
+    assert "Least loss for their bytes, bits a weight and nats: " in shown
     assert Path("sizes.svg").read_text().count("2:4 magnitude, 4 bits") == 1
     assert main([*asked, "16", "4", "8"]) == 0
     again = json.loads(Path("sizes.json").read_text())["cells"]
     assert again[:4] == cells
     assert [(cell["sparsity"], cell["bits"]) for cell in again[4:]] == [("dense", 8), ("2:4", 8)]
-    assert abs(again[4]["excess_loss"]) < abs(found["dense", 4]["excess_loss"])
     capsys.readouterr()
     assert main(asked[:-1]) == 2
     assert "sparsity 'dense' is not a pattern" in capsys.readouterr().err
