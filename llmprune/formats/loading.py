@@ -14,7 +14,7 @@ from llmprune.base.hardware import pick_device, stored_dtype
 from llmprune.base.notation import DTYPES
 from llmprune.formats.fuse import fuse
 from llmprune.formats.kernels.bitmask import Bitmask
-from llmprune.formats.kernels.native import library
+from llmprune.formats.kernels.native import computes
 from llmprune.formats.kernels.reference import arrange, compress, violation
 from llmprune.formats.layer import Sparse24Linear, SparseLinear, replace_module, sparse_layers
 from llmprune.formats.matrices import TwoOfFour
@@ -52,7 +52,7 @@ def load_packed(
         for disk, name in linear.items():
             if f"{name}.weight" not in _tied(skeleton) and (found := _packed(skeleton, disk)):
                 kept |= _put(skeleton, name, found)
-                if device.type == "cuda" or _compiled(device, dtype):
+                if device.type == "cuda" or computes(device, dtype):
                     fuse(skeleton.model.get_submodule(name.rpartition(".")[0]))  # at once, so that its memory is used again
         if not kept and not other:
             return None
@@ -76,10 +76,6 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 def _tied(skeleton: Skeleton) -> set[str]:
     pairs = skeleton.model.all_tied_weights_keys.items()
     return {name for pair in pairs for name in pair}
-
-
-def _compiled(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and library() is not None
 
 
 def _packed(skeleton: Skeleton, disk: str) -> TwoOfFour | Bitmask | None:
@@ -107,7 +103,7 @@ def _put(skeleton: Skeleton, name: str, found: TwoOfFour | Bitmask) -> set[str]:
         ((_, stored),) = skeleton.checkpoint.read([skeleton.names[f"{name}.bias"][0].disk])
         bias = stored.to(device, dtype, copy=True)
     layer: nn.Module
-    if isinstance(found, TwoOfFour) and _compiled(device, dtype):  # there are products for CPUs of this kind only
+    if isinstance(found, TwoOfFour) and computes(device, dtype):  # there are products for CPUs of this kind only
         found = found.masked()
     if isinstance(found, Bitmask):
         layer = SparseLinear(found.to(device, dtype), bias)

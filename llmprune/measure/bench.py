@@ -31,7 +31,6 @@ BATCHES = (1, 8, 32)
 _STEPS = 16  # tokens that are decoded
 _FEW = 32  # tokens at most, in decoding
 _GAIN = 1.05  # what is called faster
-_ON_CPUS = (torch.bfloat16, torch.float32)
 Packed = Sparse24Linear | SparseLinear
 
 
@@ -129,7 +128,7 @@ def bench(
         found = [time for shape in _shapes(layers.values()) for time in layer_times(*shape, tokens, where, tell)]
         dense = load(place.path, device=device, dtype=dtype, dense=True, check=False)
         denses = [dense]
-        if batches and where.type == "cpu" and packed.dtype in _ON_CPUS:
+        if batches and where.type == "cpu" and packed.dtype in native.DTYPES:
             other = _other(packed.dtype)
             denses.append(load(place.path, device=device, dtype=other, dense=True, check=False))
         if compiled and batches:
@@ -148,7 +147,7 @@ def bench(
 
 def _other(dtype: torch.dtype) -> torch.dtype:
     """The other one that CPUs compute in: a dense model may be quicker in it."""
-    return next(one for one in _ON_CPUS if one != dtype)
+    return next(one for one in native.DTYPES if one != dtype)
 
 
 def _compiled(model: PreTrainedModel) -> PreTrainedModel:
@@ -184,7 +183,7 @@ def layer_times(
     plain.bias = None
     size = sum(own.nbytes for name, own in plain.named_buffers() if name != "blob")
     many = copies(size, device)
-    kinds = [weight.dtype, *([_other(weight.dtype)] if device.type == "cpu" and weight.dtype in _ON_CPUS else [])]
+    kinds = [weight.dtype, *([_other(weight.dtype)] if device.type == "cpu" and weight.dtype in native.DTYPES else [])]
     denses = {kind: [weight.to(kind, copy=True) for _ in range(many)] for kind in kinds}
     packeds = [copy.deepcopy(plain) for _ in range(many)]
     multiply = [functional.linear, *([_tuned()] if tuned and device.type == "cuda" else [])]

@@ -34,7 +34,7 @@ def plot(cells: Cells, file: Path) -> bool:
             left.set_title(f"{model}: held-out perplexity")
             right.set_title(f"{model}: what {priced(own)} costs")
         for panel in panels.flat:
-            few_ticks(panel)
+            _few_ticks(panel)
         figure.savefig(file, metadata={"Date": None})
     return True
 
@@ -115,7 +115,7 @@ def _overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def few_ticks(panel: Any) -> None:
+def _few_ticks(panel: Any) -> None:
     """Few plain ones, where an axis is logarithmic."""
     for axis in (panel.xaxis, panel.yaxis):
         if axis.get_scale() == "log":

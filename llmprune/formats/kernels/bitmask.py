@@ -71,7 +71,7 @@ class Bitmask:
             yield self
             return
         count = len(self.mask)
-        step = max((weights or _AT_ONCE) // (STRIP * max(self.columns, 1)), 1)
+        step = _strips_of(weights or _AT_ONCE, self.columns)
         for first in range(0, count, step):
             yield self.strips(first, min(first + step, count))
 
@@ -100,7 +100,7 @@ class Bitmask:
 
 def pack(matrix: Tensor, scale: Tensor | None = None, bits: int | None = None) -> Bitmask:
     """A matrix (rows, columns) of weights; or of codes of `bits`, int8, with their `scale`. A weight of -0.0 is stored."""
-    step = max(_AT_ONCE // (STRIP * max(matrix.shape[1], 1)), 1) * STRIP
+    step = _strips_of(_AT_ONCE, matrix.shape[1]) * STRIP
     halves = bits is not None and bits <= 4
     masks, values = zip(*(_pack(part, halves) for part in matrix.split(step)), strict=True)
     found = Bitmask(torch.cat(masks), torch.cat(values), torch.zeros(1), scale, matrix.shape[0], matrix.shape[1])
@@ -151,6 +151,11 @@ def shape(rows: int, columns: int) -> tuple[int, int, int, int]:
 def nbytes(rows: int, columns: int, kept: int, itemsize: int) -> int:
     """Of the mask and of so many weights that take `itemsize` bytes each."""
     return math.prod(shape(rows, columns)) + kept * itemsize
+
+
+def _strips_of(weights: int, columns: int) -> int:
+    """How many strips hold about so many weights."""
+    return max(weights // (STRIP * max(columns, 1)), 1)
 
 
 def _pack(matrix: Tensor, halves: bool) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmprune.formats.kernels.bitmask import CHUNK, Bitmask
 
 BEST = -1
+DTYPES = (torch.bfloat16, torch.float32)  # that are computed in
 _FEW, _INPUTS = 32, 2**23  # tokens, and with matrix units numbers of inputs, up to which a matrix is not expanded in memory
 LEVELS = ("portable", "AVX2", "AVX-512", "AMX")
 _KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2, torch.uint8: 3}  # of what is stored
@@ -65,12 +66,15 @@ def _parallel() -> int | None:
     return None
 
 
+def computes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are products for such a device and dtype."""
+    return device.type == "cpu" and dtype in DTYPES and library() is not None
+
+
 def able(packed: Bitmask, dtype: torch.dtype) -> bool:
     """Whether there is a product for such a matrix, and inputs of `dtype`."""
     held = packed.values.dtype if packed.scale is None else packed.scale.dtype
-    if packed.mask.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or held != dtype:
-        return False
-    return (packed.scale is None or _group(packed) % CHUNK == 0) and library() is not None
+    return held == dtype and (packed.scale is None or _group(packed) % CHUNK == 0) and computes(packed.mask.device, dtype)
 
 
 def most(dtype: torch.dtype, columns: int) -> int:

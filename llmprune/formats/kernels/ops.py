@@ -43,28 +43,21 @@ def _(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, blob: Tensor
 
 def masked_product(x: Tensor, packed: Bitmask, bias: Tensor | None) -> Tensor:
     """`masked_linear`, as an operation only where that is needed."""
-    own = (packed.mask, packed.values, packed.starts, packed.scale, bias, packed.rows, packed.columns)
-    return masked_linear(x, *own) if _as_operation(x) else _masked_product(x, *own)
+    if not _as_operation(x):
+        return _masked_product(x, packed, bias)
+    parts = (packed.mask, packed.values, packed.starts, packed.scale)
+    return masked_linear(x, *parts, bias, packed.rows, packed.columns)
 
 
-def _masked_product(
-    x: Tensor,
-    mask: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    columns: int,
-) -> Tensor:
-    whole = Bitmask(mask, values, starts, scale, rows, columns)
-    compiled = native.able(whole, x.dtype)
+def _masked_product(x: Tensor, packed: Bitmask, bias: Tensor | None) -> Tensor:
+    rows, columns = packed.rows, packed.columns
+    compiled = native.able(packed, x.dtype)
     if compiled and 0 < x.numel() <= native.most(x.dtype, columns) * columns:
-        return native.multiply(x.reshape(-1, columns), whole, bias).view(*x.shape[:-1], rows)
+        return native.multiply(x.reshape(-1, columns), packed, bias).view(*x.shape[:-1], rows)
     if compiled:
-        found = torch.cat([functional.linear(x, native.expand(part)) for part in whole.parts(_LARGE)], dim=-1)
+        found = torch.cat([functional.linear(x, native.expand(part)) for part in packed.parts(_LARGE)], dim=-1)
     else:
-        found = torch.cat([functional.linear(x, part.weight()) for part in whole.parts()], dim=-1)
+        found = torch.cat([functional.linear(x, part.weight()) for part in packed.parts()], dim=-1)
     return found if bias is None else found + bias
 
 
@@ -80,7 +73,7 @@ def masked_linear(
     columns: int,
 ) -> Tensor:
     """`x` (..., columns) times the transpose of the matrix (rows, columns) of a `Bitmask`, plus the bias: (..., rows)."""
-    return _masked_product(x, mask, values, starts, scale, bias, rows, columns)
+    return _masked_product(x, Bitmask(mask, values, starts, scale, rows, columns), bias)
 
 
 @masked_linear.register_fake

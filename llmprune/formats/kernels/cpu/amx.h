@@ -79,7 +79,6 @@ void pair_amx(const Task& t, int64_t strip) {
             _tile_loadd(5, w + 64, 128);
             _tile_loadd(7, x + 1024, 64);
             _tile_dpbf16ps(1, 5, 7);
-            x += 2048;
         }
     }
     _tile_stored(0, sums[0], 64);
