@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,15 +19,9 @@ _SIDES = ((5, 4, False), (-5, 4, True), (7, -3, False), (-7, -3, True), (4, -13,
 
 def plot(cells: Cells, file: Path) -> bool:
     """Two panels a model: perplexity against sparsity, excess loss against seconds. False: matplotlib is not installed."""
-    try:
-        import matplotlib.style
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     models = by_model(cells)
-    with matplotlib.style.context(["default", style(INK, INK)], after_reset=True):
-        figure = Figure(figsize=(9.2, 3.4 * len(models)), layout="constrained")
-        panels = figure.subplots(len(models), 2, squeeze=False)
+
+    def fill(panels: Any) -> None:
         for (left, right), (model, own) in zip(panels, models.items(), strict=True):
             _plot_perplexity(left, own)
             _plot_cost(right, own)
@@ -35,6 +29,20 @@ def plot(cells: Cells, file: Path) -> bool:
             right.set_title(f"{model}: what {priced(own)} costs")
         for panel in panels.flat:
             _few_ticks(panel)
+
+    return draw(file, (len(models), 2), (9.2, 3.4 * len(models)), fill)
+
+
+def draw(file: Path, panels: tuple[int, int], inches: tuple[float, float], fill: Callable[[Any], None]) -> bool:
+    """A figure of so many panels (rows, columns), which `fill` is given. False: matplotlib is not installed."""
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    with matplotlib.style.context(["default", style(INK, INK)], after_reset=True):
+        figure = Figure(figsize=inches, layout="constrained")
+        fill(figure.subplots(*panels, squeeze=False))
         figure.savefig(file, metadata={"Date": None})
     return True
 

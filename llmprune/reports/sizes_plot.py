@@ -7,31 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.reports.comparison import Cells
-from llmprune.reports.comparison_plot import ACCENT, INK, name_dots
+from llmprune.reports.comparison_plot import ACCENT, INK, draw, name_dots
 from llmprune.reports.sizes import Sized, best, by_size
-from llmprune.reports.style import style
 
 _LINEAR = 0.005  # nats; losses up to here are drawn to scale, larger ones by their logarithm
 
 
 def plot(cells: Cells, file: Path) -> bool:
     """A panel a model: excess loss against bits a weight. False: matplotlib is not installed."""
-    try:
-        import matplotlib.style
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     models = by_size(cells)
-    with matplotlib.style.context(["default", style(INK, INK)], after_reset=True):
-        figure = Figure(figsize=(8.4, 4.6 * len(models)), layout="constrained")
-        for panel, (model, own) in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models.items(), strict=True):
-            _draw(panel, own)
+
+    def fill(panels: Any) -> None:
+        for panel, (model, own) in zip(panels[:, 0], models.items(), strict=True):
+            _fill(panel, own)
             panel.set_title(f"{model}: held-out loss by size")
-        figure.savefig(file, metadata={"Date": None})
-    return True
+
+    return draw(file, (len(models), 1), (8.4, 4.6 * len(models)), fill)
 
 
-def _draw(panel: Any, own: Sequence[Sized]) -> None:
+def _fill(panel: Any, own: Sequence[Sized]) -> None:
     front = best(own)
     for pattern in dict.fromkeys((one.pattern, one.method) for one in own):
         line = [(one.size, one.loss) for one in own if (one.pattern, one.method) == pattern]
