@@ -24,10 +24,10 @@ from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
 from llmprune.job.progress import Progress
 from llmprune.models.checkpoint import Checkpoint
+from llmprune.models.groups import heads, neurons
 from llmprune.models.heads import Heads
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.steps.structured.allocate import Curve, Part, allocate, in_nats
-from llmprune.steps.structured.groups import heads, neurons
 from llmprune.steps.structured.scouting import Scouted
 from llmprune.steps.structured.spread import Choice, Layer, Program, Shape
 from llmprune.steps.structured.step import RemoveStructure

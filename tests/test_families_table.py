@@ -26,10 +26,10 @@ from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks, unreached
 from llmprune.models.experts import experts_per_token, is_experts
 from llmprune.models.families import Coupling, FusedExperts, Name, Stricter
+from llmprune.models.groups import neurons
 from llmprune.models.heads import Heads
 from llmprune.models.skeleton import Skeleton
 from llmprune.steps.structured.configs import sizes_in, smaller_config
-from llmprune.steps.structured.groups import neurons
 
 ROOT = Path(llmprune.__file__).parent
 Row = Name | Coupling | FusedExperts | Stricter

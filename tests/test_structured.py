@@ -28,12 +28,12 @@ from llmprune.job.progress import Progress
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.discover import find_blocks
 from llmprune.models.experts import observable
+from llmprune.models.groups import heads, neurons
 from llmprune.models.heads import Heads
 from llmprune.models.resolve import BUNDLED
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.output import resume
 from llmprune.output.verify import verify
-from llmprune.steps.structured.groups import heads, neurons
 from llmprune.steps.structured.step import RemoveStructure
 from llmprune.stream.activations import Activations
 from llmprune.stream.source import ModelSource

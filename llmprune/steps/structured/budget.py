@@ -10,10 +10,10 @@ from typing import Any
 from llmprune.base.errors import InputError
 from llmprune.job.job import Job
 from llmprune.models.sites import Block, Site
-from llmprune.steps.structured.groups import Sizes
 from llmprune.steps.structured.kinds import Kind, Kinds
 from llmprune.steps.structured.limits import COUNTED, Counted, Limit
 from llmprune.steps.structured.scouting import Scouted
+from llmprune.steps.structured.sizes import Sizes
 from llmprune.steps.structured.sizing import Builder, Chosen, Watched
 from llmprune.steps.structured.speed import Speed
 from llmprune.steps.structured.spread import Choice, Layer, Program, Shape

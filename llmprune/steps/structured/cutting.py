@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from llmprune.base.errors import InputError
+from llmprune.models.groups import bias_name
 from llmprune.models.sites import Block, Site
 from llmprune.models.target import Target
-from llmprune.steps.structured.groups import Sizes
+from llmprune.steps.structured.sizes import Sizes
 
 
 def check_fit(block: Block, smaller: Block, sizes: Sizes) -> None:
@@ -63,10 +64,6 @@ def _put(name: str, value: Tensor, into: Tensor) -> None:
 
 def bias_of(block: Block, site: Site) -> Tensor:
     return block.module.get_parameter(bias_name(site, block)).data
-
-
-def bias_name(site: Site, block: Block) -> str:
-    return site.parameter.removeprefix(f"{block.name}.").rpartition(".")[0] + ".bias"
 
 
 def members(kept: Tensor, count: int, size: int) -> Tensor:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from llmprune.base.errors import InputError
 from llmprune.base.words import count
 from llmprune.job.options import PruneConfig
+from llmprune.models.groups import Group, heads, neurons
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block
-from llmprune.steps.structured.groups import Group, Sizes, heads, neurons
+from llmprune.steps.structured.sizes import Sizes
 from llmprune.steps.structured.sizing import Builder, multiple, widths
 
 _FEWEST = 8  # one in so many neurons stays at least

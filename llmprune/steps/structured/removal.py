@@ -16,14 +16,15 @@ from llmprune.base.errors import InputError
 from llmprune.base.precision import full_float32
 from llmprune.base.processes import Ranks
 from llmprune.job.record import Removal, relative
+from llmprune.models.groups import Group, bias_name
 from llmprune.models.sites import Block, Stage
 from llmprune.models.target import Target
 from llmprune.numerics.linalg import kept_least_squares
 from llmprune.numerics.stats import SAMPLE_TOKENS, CrossGram, Gram, InputSample
-from llmprune.steps.structured.cutting import bias_name, bias_of, cut_block, members
-from llmprune.steps.structured.groups import Group, Sizes
+from llmprune.steps.structured.cutting import bias_of, cut_block, members
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scores.base import Coupled
+from llmprune.steps.structured.sizes import Sizes
 from llmprune.steps.weights.observing import Observed, blend_experts
 from llmprune.stream.activations import Activations, PairedDense
 from llmprune.stream.engine import Source

@@ -17,11 +17,12 @@ from llmprune.job.record import Perplexity
 from llmprune.measure.divergence import streamed_divergences
 from llmprune.measure.perplexity import streamed_perplexity
 from llmprune.models.experts import observable
+from llmprune.models.groups import Group
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.models.skeleton import Skeleton
 from llmprune.steps.structured.allocate import Curve, in_nats, mean, measure
-from llmprune.steps.structured.groups import Group, Sizes
 from llmprune.steps.structured.removal import choose, coupled, observe, removal_error, without
+from llmprune.steps.structured.sizes import Sizes
 from llmprune.steps.structured.slopes import loss_gradients, slopes
 from llmprune.steps.weights.observing import Observed, blend_experts
 from llmprune.stream.activations import Activations, Hidden

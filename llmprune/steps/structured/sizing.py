@@ -14,6 +14,7 @@ from llmprune.base.notation import Amount
 from llmprune.base.words import count
 from llmprune.job.job import Job
 from llmprune.job.options import PruneConfig
+from llmprune.models.groups import neurons
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
 from llmprune.models.skeleton import Skeleton
@@ -29,8 +30,8 @@ from llmprune.steps.structured.configs import (
     ways_to_keep_heads,
 )
 from llmprune.steps.structured.cutting import check_fit
-from llmprune.steps.structured.groups import Sizes, neurons
 from llmprune.steps.structured.scouting import Scouted, Watched
+from llmprune.steps.structured.sizes import Sizes
 
 _WIDE, _ROUND, _ROUND_TINY = 1024, 64, 8  # neurons from which multiples of 64 stay; else of 8
 

@@ -23,9 +23,9 @@ from llmprune.job.job import Job
 from llmprune.measure.pace import Timed, layers_to_time, pace_of
 from llmprune.measure.whole import Use, compared
 from llmprune.models.skeleton import load_config, load_model
-from llmprune.steps.structured.groups import Sizes
 from llmprune.steps.structured.kinds import Kinds
 from llmprune.steps.structured.limits import Limit
+from llmprune.steps.structured.sizes import Sizes
 from llmprune.steps.structured.sizing import Builder
 
 APART = 0.05  # by which a measured speed-up may differ from the predicted one without a word

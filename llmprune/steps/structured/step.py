@@ -26,10 +26,10 @@ from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Feeds, Keeper, Resume
 from llmprune.steps.structured.budget import Budget
-from llmprune.steps.structured.groups import Sizes
 from llmprune.steps.structured.removal import SmallerBlocks
 from llmprune.steps.structured.scores import SCORES
 from llmprune.steps.structured.scouting import Ask, Scout, Scouted
+from llmprune.steps.structured.sizes import Sizes
 from llmprune.steps.structured.sizing import Amounts, Builder
 from llmprune.steps.weights.step import choose
 from llmprune.stream.engine import stream

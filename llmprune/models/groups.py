@@ -1,4 +1,4 @@
-"""Which matrices of a block are coupled, so that rows of some make what columns of another read; and how much of each stays.
+"""Which matrices of a block are coupled, so that rows of some make what columns of another read.
 
 Found by the names in `models/families.py`. Neurons: gate and up make what down reads, in each expert too. Heads:
 q, k and v make what o reads; only where they are separate matrices, since all models that load with fewer heads than
@@ -8,7 +8,7 @@ their width asks for have them so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from llmprune.base.errors import InputError
@@ -90,41 +90,6 @@ def _feed_forward(sites: dict[str, Site]) -> Iterator[Group]:
                 return
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What stays in each block; None: all.
-
-    Attributes:
-        heads: how many query heads of `layout` stay; `whole`: groups of them go, with their keys and values.
-    """
-
-    neurons: int | None
-    heads: int | None
-    layout: Heads | None
-    whole: bool
-
-    def any(self) -> bool:
-        """Whether heads or neurons are removed."""
-        return self.neurons is not None or self.heads is not None
-
-    def left(self) -> Heads | None:
-        """The layout of heads that stays."""
-        if self.layout is None or self.heads is None:
-            return None
-        value = self.heads * self.layout.value // self.layout.query if self.whole else self.layout.value
-        return replace(self.layout, query=self.heads, value=value)
-
-    def steps(self, block: Block) -> list[list[Group]]:
-        """What to remove from together, heads first: what they lose, the neurons see."""
-        steps: list[list[Group]] = []
-        if self.layout is not None and self.heads is not None:
-            steps.append([heads(block, self.layout, whole=self.whole)])
-        if self.neurons is not None:
-            steps.append(neurons(block))
-        return steps
-
-    def stay(self, group: Group) -> int:
-        """How many parts of `group` stay."""
-        if group.kind == "neurons" or self.layout is None:
-            return self.neurons or group.count
-        return (self.heads or group.count) * group.count // self.layout.query
+def bias_name(site: Site, block: Block) -> str:
+    """What the block calls the bias of the site's module, if that has one."""
+    return site.parameter.removeprefix(f"{block.name}.").rpartition(".")[0] + ".bias"
