@@ -4,8 +4,8 @@
 
 A region of README.md or of a page in docs/ begins with `<!-- NAME -->`, ends with `<!-- /NAME -->` and holds what the function
 of that name below makes of the JSON files; so each number has one source, wherever it stands. Beside the JSON files the tables
-methods.md, structured.md, peers.md, allocation.md, budgets.md, recovery.md, tickets.md, quantise.md and cpu.md and the plots
-methods.svg and quantise.svg are written.
+methods.md, structured.md, peers.md, allocation.md, budgets.md, recovery.md, tickets.md, quantise.md, cpu.md, llama_cpp.md
+and past.md and the plots methods.svg and quantise.svg are written.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Any
 
 import bench_budgets
 import bench_cpu
+import bench_llama_cpp
 import bench_quantise
 import bench_recovery
 import compare_allocation
+import compare_past
 import compare_tickets
 from compare_dtypes import table as dtypes_table
 from compare_peers import share
@@ -270,6 +272,8 @@ REGIONS: dict[str, Callable[[], str]] = {
     "quantise-layers": lambda: bench_quantise.table(read("quantise_layers")),
     "quantise-peers": lambda: "\n".join(peers_table(read("peers_bits")).splitlines()[4:]) + "\n",
     "cpu": lambda: bench_cpu.summary(read("cpu")),
+    "past": lambda: compare_past.measured(read("past")),
+    "llama-cpp": lambda: bench_llama_cpp.table(read("llama_cpp")),
     "dtypes": lambda: dtypes_table(read("dtypes")),
     "gpu-layers": lambda: gpu_tables.layers(read("gpu_layers")),
     "gpu-whole": lambda: gpu_tables.whole(read("gpu_e2e")),
@@ -298,6 +302,8 @@ def pages() -> dict[Path, str]:
     texts[RESULTS / "tickets.md"] = compare_tickets.page(read("tickets"))
     texts[RESULTS / "quantise.md"] = sizes.listing(read("quantise")["cells"])
     texts[RESULTS / "cpu.md"] = bench_cpu.page(read("cpu"))
+    texts[RESULTS / "past.md"] = compare_past.page(read("past"))
+    texts[RESULTS / "llama_cpp.md"] = bench_llama_cpp.page(read("llama_cpp"))
     texts[RESULTS / "recovery.md"] = bench_recovery.page(read("recovery"))
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         texts[page] = filled(page.read_text(encoding="utf-8"), page.name)

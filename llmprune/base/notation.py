@@ -14,6 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")  # to compute in
 AUTO_DTYPE = "the checkpoint's; on a CPU float32, or bfloat16 where stored so and measured to be faster"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DEALT_OUT = 4  # columns of a group of N:M at most, for whose groups an order of the columns is looked for
 _FORMS = "give 0.5, 50% or N:M such as 2:4"
 
 

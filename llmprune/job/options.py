@@ -21,7 +21,7 @@ _USE = ("for_", "for_batch", "for_context")  # at what a speed is measured
 _ROUNDING = ("bits", "group_size", "rounding")
 _WEIGHTS = (
     *("sparsity", "quality", "method", "refit", "target", "reconstruct", "allocate", "search_minutes", "scan", "allocation"),
-    *("true_sequential", "by", "recover"),
+    *("true_sequential", "by", "recover", "permute"),
 )
 _STRUCTURE = ("heads", "neurons", "layers", *TARGETS, *_USE, "score", "layer_score", "per_layer", "round_to")
 
@@ -79,7 +79,7 @@ class PruneConfig(Options):
         "let layers differ in heads and neurons, by what each would lose; the result loads with llmprune.load", False
     )
     round_to: int | None = option("neurons stay in multiples of this (default: 64, or 8 below 1024)", None, metavar="N")
-    quality: str | None = option("preset: fast, balanced or best (default: balanced, unless --method is given)", None)
+    quality: str | None = option("preset: fast, balanced, best or max (default: balanced, unless --method is given)", None)
     method: str | None = option("instead of a preset, one method alone", None)
     refit: bool | None = option(
         "fit what is kept by least squares: on a mask (default: off with --method, on in presets), and of what reads heads "
@@ -93,6 +93,10 @@ class PruneConfig(Options):
     reconstruct: bool | None = option(
         "fit the kept weights and norms of each block to the dense block's output (default: in best only)", None
     )
+    permute: bool | None = option(
+        "first put channels in an order in which N:M loses less; the model computes the same, at no cost when it runs "
+        "(default: off)", None,
+    )  # fmt: skip
     allocate: str = option(
         "how the sparsity is spread over matrices, which a scan of the dense model comes before (default: %(default)s)",
         "uniform",
@@ -220,6 +224,7 @@ class PruneConfig(Options):
         weights, chosen = self.sparse, self.heads is not None or self.neurons is not None or budget
         uses = {
             "to spread --sparsity": (self.sparsity is not None, ("allocate",)),
+            "to choose who shares a group of N:M, with --sparsity such as 2:4": (":" in (self.sparsity or ""), ("permute",)),
             "to say what meets a budget such as --target-bytes": (bool(self.budgets), ("by",)),
             "to spread --sparsity otherwise than uniformly, with --allocate, or with a budget by weights": (
                 self.allocate != "uniform" or self.by == "weights", ("scan",)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llmprune.base.errors import InputError, unknown
+from llmprune.base.notation import DEALT_OUT, read_sparsity
 from llmprune.job.options import PruneConfig
+
+PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,8 @@ class Recipe:
         reconstruct: fit each block, once pruned, to the dense block's output.
         true_sequential: solve each stage of a block on inputs that the stages before it, already pruned, put out; else all
             of them from one pass.
+        permute: before, put channels in an order in which an N:M mask costs less.
+        passes: over the calibration windows, where blocks are reconstructed.
     """
 
     name: str
@@ -28,13 +33,20 @@ class Recipe:
     target: str = "dense"
     reconstruct: bool = False
     true_sequential: bool = True
+    permute: bool = False
+    passes: int = PASSES
 
     def __str__(self) -> str:
         """In words, such as `balanced: alps + refit + corrected target`."""
-        steps = [self.method]
+        steps = ["permuted channels"] if self.permute else []
+        steps += [self.method]
         steps += ["refit"] if self.refit else []
         steps += ["corrected target"] if self.target == "corrected" else []
-        steps += ["block reconstruction"] if self.reconstruct else []
+        steps += (
+            ["block reconstruction" + (f" of {self.passes} passes" if self.passes != PASSES else "")]
+            if self.reconstruct
+            else []
+        )
         words = " + ".join(steps)
         return words if self.name == self.method else f"{self.name}: {words}"
 
@@ -44,6 +56,7 @@ QUALITIES = {
     "fast": Recipe("fast", "annealed", refit=True),
     "balanced": Recipe("balanced", "annealed", refit=True, target="corrected"),
     "best": Recipe("best", "annealed", refit=True, target="corrected", reconstruct=True),
+    "max": Recipe("max", "annealed", refit=True, target="corrected", reconstruct=True, permute=True, passes=2 * PASSES),
 }
 SCANNING = Recipe("scan", "sparsegpt", true_sequential=False)  # which errors a scan compares: one sweep a level is quick
 
@@ -70,4 +83,11 @@ def choose_recipe(config: PruneConfig) -> Recipe:
         refit=recipe.refit if config.refit is None else config.refit,
         target=recipe.target if config.target is None else config.target,
         reconstruct=recipe.reconstruct if config.reconstruct is None else config.reconstruct,
+        permute=recipe.permute and _in_fours(config) if config.permute is None else config.permute,
     )
+
+
+def _in_fours(config: PruneConfig) -> bool:
+    """Whether the pattern is of groups that channels can be permuted for."""
+    asked = read_sparsity(config.turns[-1]) if config.turns else 0.0
+    return isinstance(asked, tuple) and asked[1] <= DEALT_OUT

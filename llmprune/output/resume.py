@@ -143,10 +143,10 @@ def partial_folder(output: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def between_folders(output: Path) -> tuple[Path, Path]:
-    """Where a run to `output` of several steps keeps what the first and the second came to, when another follows."""
+def between_folders(output: Path) -> tuple[Path, Path, Path]:
+    """Where a run to `output` of several steps keeps what the first, the second and the third came to, when another follows."""
     partial = partial_folder(output)
-    return partial.with_suffix(".first"), partial.with_suffix(".second")
+    return partial.with_suffix(".first"), partial.with_suffix(".second"), partial.with_suffix(".third")
 
 
 def turn_folder(output: Path, number: int) -> Path:

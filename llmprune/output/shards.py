@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,11 +11,17 @@ from torch import Tensor, nn
 
 from llmprune.base.files import INDEX, write_json
 from llmprune.formats.quantised import read_values
-from llmprune.models.checkpoint import Checkpoint, opened, read_header
+from llmprune.models.checkpoint import opened, read_header
 from llmprune.models.names import Names
 from llmprune.models.sites import Block, Part
 
 _OUTSIDE_BYTES = 2**30  # a shard of tensors outside the blocks holds at most this, or one tensor
+
+
+class Readable(Protocol):
+    def read(self, names: Sequence[str]) -> Iterable[tuple[str, Tensor]]:
+        """Tensors by their names on disk."""
+        ...
 
 
 class Layout(Protocol):
@@ -28,7 +34,7 @@ class Layout(Protocol):
     def names(self) -> Names: ...
 
     @property
-    def checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Readable:
         """Holds what is copied."""
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta
 
@@ -107,6 +107,16 @@ class _Timed(_Structure, total=False):
     speed: _Speed
 
 
+class _Cost(TypedDict):
+    before: Positive
+    after: Measure
+
+
+class _Permuted(TypedDict):
+    costs: dict[Literal["neurons", "values", "hidden"], _Cost]
+    left: dict[str, str]
+
+
 class _Expected(TypedDict):
     activations: Count
     weights: Count
@@ -115,7 +125,9 @@ class _Expected(TypedDict):
 
 def parts(saved: Mapping[str, Any]) -> dict[str, Any]:
     """By name, what the parts of a record are to be like that are there."""
-    filled: dict[str, Any] = {"structure": _Timed, "predicted": _Expected, "recoveries": list[_Recovered]}
+    filled: dict[str, Any] = {
+        "structure": _Timed, "predicted": _Expected, "recoveries": list[_Recovered], "permuted": _Permuted,
+    }  # fmt: skip
     return {
         "model": ModelFacts,
         "recipe": _Recipe,

@@ -30,7 +30,6 @@ from llmprune.numerics.stats import SAMPLE_TOKENS, Gram
 from llmprune.output.resume import partial_folder
 from llmprune.solvers import METHODS
 from llmprune.steps.base import Step, Work
-from llmprune.steps.fitting import PASSES
 from llmprune.steps.weights.scanning import as_tried
 from llmprune.stream.activations import KEPT
 
@@ -123,7 +122,7 @@ def estimate(
     if recipe.reconstruct:
         made += int(4 * _SAVED * batch * length * max(sum(one.rows * one.share for one in own) for own in by_block))
     passes = (_STAGES * streams + (scanned > 0)) * tokens + 2 * evaluated + probed / processes / 2
-    passes += _BACKWARD * PASSES * tokens * recipe.reconstruct
+    passes += _BACKWARD * recipe.passes * tokens * recipe.reconstruct
     hidden, inside_block = (_resting(width * dtype.itemsize, batch * length, pinned) for width in (config.hidden_size, held))
     solving = max(_statistics(block, own, recipe) for block, own in zip(blocks, by_block, strict=True))
     solving += max((_solving(one, recipe) for one in every), default=0)

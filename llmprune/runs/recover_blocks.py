@@ -11,12 +11,13 @@ from llmprune.base.clock import Clock
 from llmprune.base.errors import InputError
 from llmprune.base.folders import existing_parent
 from llmprune.base.words import count
+from llmprune.job.recipes import PASSES
 from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.extras import copy_extras
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.output.resume import Manifest, partial_folder
 from llmprune.runs.recovery import Recovery
-from llmprune.steps.fitting import PASSES, RATE
+from llmprune.steps.fitting import RATE
 from llmprune.steps.recover.blocks import Shared, Twins, train_blocks
 
 _STREAMS = 2  # of hidden states, for the text that is trained on

@@ -24,6 +24,7 @@ from llmprune.runs.fingerprint import fingerprint
 from llmprune.runs.preflight import predict
 from llmprune.runs.texts import choose_texts
 from llmprune.steps.base import Step, Work
+from llmprune.steps.permute.step import PermuteChannels
 from llmprune.steps.quantise.step import QuantiseWeights
 from llmprune.steps.structured.step import RemoveStructure
 from llmprune.steps.weights.step import PruneWeights
@@ -32,10 +33,13 @@ _LARGE_TENSOR = 4 * 2**20  # bytes
 
 
 def schedule(job: Job, output: Path) -> list[Stage]:
-    """What `job` asks for: structure is removed first, then weights are pruned, then those that are left are rounded."""
+    """What `job` asks for: structure is removed first, then channels permuted, weights pruned, and those that are left
+    rounded."""
     asked: list[tuple[Job, type[Step]]] = []
     if job.config.structured:
         asked.append((job, RemoveStructure))
+    if job.permutes:
+        asked.append((job.weights_only(output) if asked else job, PermuteChannels))
     if job.config.sparse:
         asked.append((job.weights_only(output) if asked else job, PruneWeights))
     if job.config.bits:
@@ -61,7 +65,7 @@ class Stage:
     @property
     def told(self) -> str:
         """What it makes, where that is on the way."""
-        return "the smaller model" if self.kind is RemoveStructure else "the pruned model"
+        return {RemoveStructure: "the smaller model", PermuteChannels: "the permuted model"}.get(self.kind, "the pruned model")
 
     @property
     def last(self) -> bool:

@@ -17,11 +17,11 @@ from torch.func import functional_call
 
 from llmprune.base.errors import InputError
 from llmprune.base.processes import Ranks
+from llmprune.job.recipes import PASSES
 from llmprune.job.record import Reconstruction
 from llmprune.models.sites import Block
 from llmprune.stream.activations import Activations
 
-PASSES = 3  # over the windows that are not held out
 RATE = 0.05  # Adam's highest learning rate, relative to a parameter's scale
 RISE = 0.3  # share of the steps in which the rate rises to that; then it falls to zero
 HELD_OUT = 8  # one batch in so many
@@ -144,7 +144,7 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def fit_block(
-    block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor], ranks: Ranks
+    block: Block, masks: Mapping[str, Tensor], feed: Activations, targets: Sequence[Tensor], ranks: Ranks, passes: int = PASSES
 ) -> tuple[Reconstruction, list[str]]:
     """Fit `block` in place; returns what came of it and the full names of the parameters that changed.
 
@@ -152,6 +152,7 @@ def fit_block(
         masks: site name -> (out, in) bool, True where kept.
         feed: the pruned model's hidden states, the inputs.
         targets: the dense block's outputs, one a batch of `feed`.
+        passes: over the windows that are not held out.
     """
     start = time.perf_counter()
     fit = BlockFit(block, masks, feed, targets, ranks)
@@ -161,9 +162,9 @@ def fit_block(
     kept = fit.state()
     groups = [{"params": [fit.masters[path]], "lr": RATE * scale} for path, scale in fit.scales().items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    steps = PASSES * len(train)
+    steps = passes * len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
-    for _ in range(PASSES):
+    for _ in range(passes):
         for index in train:
             fit.differentiate(index)
             optimizer.step()

@@ -189,7 +189,7 @@ class WeightPruner:
     def _reconstruct(self, block: Block, masks: Mapping[str, Tensor], dense: Activations) -> None:
         self.feed.forget()  # the fit changes all of the block
         with self.clock("reconstruct"):
-            result, changed = fit_block(block, masks, self.feed, dense.hidden, self.ranks)
+            result, changed = fit_block(block, masks, self.feed, dense.hidden, self.ranks, self.recipe.passes)
         self.edited.update(changed)
         self.reconstructions.append(result)
         self.progress.reconstructed(result)

@@ -1,0 +1,151 @@
+"""What each addition to the presets gains at no cost when the model runs, alone and together.
+
+    python scripts/compare_past.py --output eval/results/past.json --models llama FOLDER ... --text FILE
+        [--patterns 2:4] [--terms fast "fast permute"] [--seeds 0 1 2]
+
+A term is a preset and options that are switched on. Excess losses are on held-out documentation, KL(dense || pruned) a token on
+that and on the first windows of another text, all computed in float32 from the folder that was written. Cells that the output
+file has are kept. Beside it: the table in Markdown (.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_allocation import LENGTH, OTHER, SAMPLES, log_probabilities, shown
+from torch.nn import functional
+
+import llmprune
+from llmprune.data.windows import Windows
+from llmprune.job.record import versions
+from llmprune.measure.perplexity import perplexity
+from llmprune.models.resolve import resolve
+from llmprune.runs.compare_texts import dense_perplexity, evaluation, load_float32
+
+WINDOWS = 238  # all of the text
+PATTERNS = ("2:4", "50%", "70%")
+TERMS = ("fast", "fast permute", "balanced", "balanced permute", "best", "best permute")
+Cell = dict[str, Any]
+
+
+@cache
+def texts(folder: Path, text: str | None) -> dict[str, Windows]:
+    own = {"documentation": evaluation(folder, WINDOWS)[1]}
+    return own | ({"other": evaluation(folder, OTHER, text, LENGTH)[1]} if text else {})
+
+
+@cache
+@torch.no_grad()
+def dense_log_probabilities(folder: Path, text: str | None, name: str) -> list[torch.Tensor]:
+    windows = texts(folder, text)[name]
+    return [one.bfloat16() for one in log_probabilities(load_float32(folder), Windows(windows.ids[:OTHER], windows.text))]
+
+
+@torch.no_grad()
+def measure(name: str, term: str, pattern: str, seed: int, text: str | None) -> Cell:
+    folder, (quality, *switches) = resolve(name).path, term.split()
+    options: dict[str, Any] = {"calibration": "pydoc", "eval_text": "none", "samples": SAMPLES, "seqlen": LENGTH, "seed": seed}
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.perf_counter()
+        on: dict[str, Any] = dict.fromkeys(switches, True)
+        llmprune.prune(folder, sparsity=pattern, quality=quality, output=f"{scratch}/out", dtype="float32", **on, **options)
+        seconds = time.perf_counter() - start
+        model = load_float32(Path(scratch, "out"))
+    kl = {}
+    for which, windows in texts(folder, text).items():
+        some = Windows(windows.ids[:OTHER], windows.text)
+        pairs = zip(dense_log_probabilities(folder, text, which), log_probabilities(model, some), strict=True)
+        each = [functional.kl_div(own, dense.float(), reduction="batchmean", log_target=True) for dense, own in pairs]
+        kl[which] = float(torch.stack(each).mean())
+    held_out = texts(folder, text)["documentation"]
+    loss = math.log(perplexity(model, held_out).value / dense_perplexity(folder, WINDOWS).value)
+    return {
+        **{"model": Path(name).name, "term": term, "pattern": pattern, "seed": seed, "excess_loss": loss, "divergence": kl},
+        **{"seconds": seconds, "date": date.today().isoformat()},
+    }
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """A row a model, pattern and term: what it loses, and each number over that of the preset alone with the same draw."""
+    heads = ["model", "pattern", "term", "excess loss", "of the preset's", "KL, documentation", "KL, another text", "seconds"]
+    lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'---:|' * (len(heads) - 3)}"]
+    by = {(cell["model"], cell["pattern"], cell["term"], cell["seed"]): cell for cell in cells}
+    for model, pattern, term in dict.fromkeys(key[:3] for key in sorted(by, key=_order)):
+        own = {key[3]: cell for key, cell in by.items() if key[:3] == (model, pattern, term)}
+        base = {
+            key[3]: cell
+            for key, cell in by.items()
+            if key[:3] == (model, pattern, "best" if term == "max" else term.split()[0])
+        }
+        pairs = [(cell, base[seed]) for seed, cell in own.items() if seed in base]
+        row = [model, pattern, term, shown([cell["excess_loss"] for cell in own.values()], 4)]
+        row.append(shown([one["excess_loss"] / other["excess_loss"] for one, other in pairs], 2))
+        for which in ("documentation", "other"):
+            known = [(one, other) for one, other in pairs if which in one["divergence"] and which in other["divergence"]]
+            row.append(shown([one["divergence"][which] / other["divergence"][which] for one, other in known], 2))
+        row.append(shown([one["seconds"] / other["seconds"] for one, other in pairs], 1))
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, ""])
+
+
+def page(result: dict[str, Any]) -> str:
+    title = ["# What additions that cost nothing at inference gain", "", "By `scripts/compare_past.py`.", ""]
+    return "\n".join([*title, measured(result)])
+
+
+def measured(result: dict[str, Any]) -> str:
+    """The table, and how it was measured."""
+    lines = [
+        f"{SAMPLES} calibration windows of {LENGTH} tokens, float32; excess loss on {WINDOWS} windows of held-out",
+        f"documentation, KL from the dense model on {OTHER} of those and of another text ({result['text']}). Ratios are those",
+        "to the preset alone with the same draw, of `max` to `best`: mean ± standard deviation (draws). Seconds are of the whole run",
+        "without evaluation, beside other work.",
+        "",
+        table(result["cells"]),
+    ]
+    return "\n".join(lines)
+
+
+def _order(key: tuple[str, str, str, int]) -> tuple[Any, ...]:
+    return key[0] != "llama", key[0], PATTERNS.index(key[1]), key[2], key[3]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["2:4"])
+    parser.add_argument("--terms", nargs="+", default=list(TERMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--text", help="a file or a text's name for KL (default: none)")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"text": args.text and Path(args.text).name, "versions": versions(), "cells": []}
+    if args.output.exists():
+        result["cells"] = json.loads(args.output.read_text())["cells"]
+    done = {(cell["model"], cell["term"], cell["pattern"], cell["seed"]) for cell in result["cells"]}
+    for seed in args.seeds:
+        for name in args.models:
+            for pattern in args.patterns:
+                for term in args.terms:
+                    if (Path(name).name, term, pattern, seed) in done:
+                        continue
+                    cell = measure(name, term, pattern, seed, args.text)
+                    result["cells"].append(cell)
+                    said = f"{cell['excess_loss']:.4f}, KL {', '.join(f'{one:.4f}' for one in cell['divergence'].values())}"
+                    print(f"{cell['model']}  {pattern}  {term}  seed {seed}: {said}, {cell['seconds']:.0f} s", flush=True)
+                    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text(page(result))
+
+
+if __name__ == "__main__":
+    main()
