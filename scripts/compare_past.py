@@ -106,10 +106,10 @@ def page(result: dict[str, Any]) -> str:
 def measured(result: dict[str, Any]) -> str:
     """The table, and how it was measured."""
     lines = [
-        f"{SAMPLES} calibration windows of {LENGTH} tokens, float32; excess loss on {WINDOWS} windows of held-out",
-        f"documentation, KL from the dense model on {OTHER} of those and of another text ({result['text']}). Ratios are those",
-        "to the preset alone with the same draw, of `max` to `best`: mean ± standard deviation (draws). Seconds are of the whole run",
-        "without evaluation, beside other work.",
+        f"{SAMPLES} calibration windows of {LENGTH} tokens, float32; excess loss on {WINDOWS} windows of documentation, KL",
+        f"from the dense model on {OTHER} of those and of another text ({result['text']}). Ratios are those to the preset",
+        "alone with the same draw, of `max` to `best`: mean ± standard deviation (draws). Seconds are of the whole run without",
+        "evaluation, beside other work.",
         "",
         table(result["cells"]),
     ]

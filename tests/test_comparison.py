@@ -134,7 +134,7 @@ def test_what_was_measured_elsewhere_is_not_mixed_in(change: dict, words: str, t
 
 
 def test_the_default_is_every_method_and_preset() -> None:
-    assert set(CHOICES) == {*METHODS.names(), "fast", "balanced", "best"}
+    assert set(CHOICES) == {*METHODS.names(), "fast", "balanced", "best", "max"}
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

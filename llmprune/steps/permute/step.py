@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from llmprune.base.errors import InputError
 from llmprune.base.notation import DEALT_OUT
+from llmprune.base.words import count
 from llmprune.data.windows import Texts
 from llmprune.job.job import Job
 from llmprune.job.record import RunRecord, permutation_text
@@ -34,7 +35,7 @@ class PermuteChannels:
         self._sites = frozenset(choose(job, skeleton.describe()).patterns)
 
     def __str__(self) -> str:
-        return f"of channels, for {self._pattern} in {len(self._sites)} matrices"
+        return f"of channels, for {self._pattern} in {count(len(self._sites), 'matrix')}"
 
     def probed(self, texts: Texts) -> int:
         return 0
