@@ -40,7 +40,7 @@ class Costs:
 
     @classmethod
     def of(cls, weight: Tensor, gram: Tensor) -> Costs:
-        """Of a matrix (out, in) on inputs with the Gram (in, in).
+        """Of rows (out, in) of one matrix or several, on inputs with the Gram (in, in).
 
         Raises:
             InputError: the Gram is zero or not finite.

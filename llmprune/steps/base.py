@@ -145,6 +145,12 @@ class Keeper:
                 self.resume.manifest.commit(self.resume.writer.shard(block), report)
 
 
+class Nowhere:
+    """A `Sink` that keeps no block."""
+
+    def put(self, block: Block) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Feeds:
     """A `Feed` that advances the calibration stream, up to the inputs of block `last`, and the evaluation stream, if any."""

@@ -13,13 +13,13 @@ from llmprune.base.precision import full_float32
 from llmprune.data.windows import Windows
 from llmprune.job.job import Job
 from llmprune.models.experts import observable
-from llmprune.models.groups import Group, heads, neurons
+from llmprune.models.groups import heads, neurons
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Stage
 from llmprune.numerics.grouping import Costs, Order, find_order
 from llmprune.numerics.patterns import NM
 from llmprune.numerics.stats import Gram, InputSample
-from llmprune.steps.base import Work
+from llmprune.steps.base import Nowhere, Work
 from llmprune.steps.permute.channels import of_hidden, of_neurons, of_outside, of_values, readers
 from llmprune.steps.permute.moves import Moves, in_place, joined
 from llmprune.steps.weights.observing import Observed, add_up, passes
@@ -97,7 +97,7 @@ class Looking:
             self._try_outside(feed, record, share)
         job.progress.start(len(work.blocks), 0)
         with observable(work.model, all_tokens=job.config.all_experts):
-            stream(work.source, _Feeds(job, feed, len(work.blocks) - 1), _Nothing(), lambda block: self._visit(block, feed))
+            stream(work.source, _Feeds(job, feed, len(work.blocks) - 1), Nowhere(), lambda block: self._visit(block, feed))
         self._order_hidden()
         return self.found
 
@@ -117,9 +117,7 @@ class Looking:
             return
         if not any(self._try_hidden(block, feed, inner) for inner in (self.inner, not self.inner)):
             self.found.left["hidden"] = f"of {block.name}: {CHANGED}"
-        for site in readers(block, self.width):
-            if site.name in costs:
-                self._hidden.append(costs[site.name])
+        self._hidden += [costs[site.name] for site in readers(block, self.width) if site.name in costs]
 
     def _try_hidden(self, block: Block, feed: Activations, inner: bool) -> bool:
         """Whether the hidden states' channels may be in any order; which way they are, is remembered."""
@@ -128,7 +126,7 @@ class Looking:
 
     @full_float32()
     def _costs(self, block: Block, feed: Activations) -> dict[str, Costs]:
-        """Of the planned sites, as shares of the energy of what each puts out, on some of its rows."""
+        """By stage, under the name of its first planned site: of some rows of its sites, as shares of what each puts out."""
         job = self.job
         with job.clock("forward"):
             traced = job.ranks.agree([[site.name for site in stage] for stage in feed.stages(block)])
@@ -142,10 +140,19 @@ class Looking:
             with job.clock("solve"):
                 for stage, seen in zip(group, observed, strict=True):
                     assert isinstance(seen.statistic, Gram)
-                    for site in stage:
-                        cost = costs_of(site.weight.float(), seen.statistic, self._random)
-                        if cost is not None:
-                            found[site.name] = cost
+                    if rows := self._rows(stage, seen.statistic):
+                        found[stage[0].name] = Costs.of(torch.cat(rows), seen.statistic.mean())
+        return found
+
+    def _rows(self, stage: Stage, gram: Gram) -> list[Tensor]:
+        """Some rows of each site, scaled so that all of it puts out an energy of 1 a token; of those that put out any."""
+        found = []
+        for site in stage:
+            rows = torch.randperm(site.rows, generator=self._random)[:ROWS].to(site.weight.device)
+            some = site.weight[rows].float()
+            _, energy = gram.errors(some, torch.zeros_like(some))
+            if energy > 0:
+                found.append(some * (gram.tokens / energy) ** 0.5)
         return found
 
     def _observe(self, stage: Stage, device: torch.device) -> Observed:
@@ -161,7 +168,7 @@ class Looking:
     def _values(self, block: Block, costs: dict[str, Costs]) -> Found:
         """Raises: InputError: the block's attention has none that are known."""
         layout = Heads.of(self.work.model.config)
-        group: Group = heads(block, layout, whole=True)
+        group = heads(block, layout, whole=True)
         cost = costs.get(group.consumer.name)
         if cost is None or layout.width % self.pattern.m:
             return {}, []
@@ -187,7 +194,7 @@ class Looking:
             with in_place(block.module, moves, f"{block.name}."):
                 after = given.call(block, 0, block.module)
             wanted = before if order is None else before[..., order.to(before.device)]
-        return bool(self.job.ranks.agree(near(after, wanted)))
+        return bool(self.job.ranks.agree(near(feed.real_tokens(after, 0), feed.real_tokens(wanted, 0))))
 
     def _try_outside(self, feed: Activations, record: Callable[[Windows], Activations], windows: Windows) -> None:
         """Run what is outside the blocks both ways on a window."""
@@ -210,7 +217,7 @@ class Looking:
         except InputError as problem:
             self.found.left["hidden"] = str(problem)
             return
-        if not all(near(one, other) for one, other in zip(after, before, strict=True)):
+        if not self.job.ranks.agree(all(near(one, other) for one, other in zip(after, before, strict=True))):
             self.found.left["hidden"] = f"of what is outside the blocks: {CHANGED}"
 
     def _order_hidden(self) -> None:
@@ -223,16 +230,6 @@ class Looking:
         inside = [of_hidden(block, self.width, order.columns, inner=self.inner) for block in self.describe()]
         outside = of_outside(self.work.model, self.outside, self.width, order.columns)
         self.found.add("hidden", joined([*inside, outside]), [order])
-
-
-def costs_of(weight: Tensor, gram: Gram, random: torch.Generator) -> Costs | None:
-    """Of some rows of a matrix, as shares of the energy of what it puts out; None where that is nothing."""
-    rows = torch.randperm(len(weight), generator=random)[:ROWS].to(weight.device)
-    some = weight[rows]
-    _, whole = gram.errors(some, torch.zeros_like(some))
-    if whole <= 0:
-        return None
-    return Costs.of(some * (gram.tokens / whole) ** 0.5, gram.mean())
 
 
 def near(one: Tensor, other: Tensor) -> bool:
@@ -252,9 +249,3 @@ class _Feeds:
             if block.index < self.last:
                 self.feed.advance(block)
         self.job.progress.block(block.index)
-
-
-class _Nothing:
-    """A `Sink` that keeps no block."""
-
-    def put(self, block: Block) -> None: ...

@@ -27,7 +27,7 @@ from llmprune.models.sites import Block, Site, Stage
 from llmprune.numerics.patterns import Pattern
 from llmprune.numerics.stats import Gram, InputSample
 from llmprune.solvers import METHODS
-from llmprune.steps.base import Work
+from llmprune.steps.base import Nowhere, Work
 from llmprune.steps.weights.batching import make_batches
 from llmprune.steps.weights.library import Library, group_name
 from llmprune.steps.weights.observing import Observed, blend_experts, passes
@@ -96,7 +96,7 @@ class Scanner:
             keep({**known, **self._measured})
 
         with observable(work.model, all_tokens=job.config.all_experts):
-            stream(work.source, _Feeds(job, feed, few, len(work.blocks) - 1), _Nothing(), visit)
+            stream(work.source, _Feeds(job, feed, few, len(work.blocks) - 1), Nowhere(), visit)
         blocks, ranks = list(work.blocks.values()), job.ranks
         share = windows.share(ranks.rank, ranks.size)
         with work.outside(), job.clock("probe"):
@@ -222,12 +222,6 @@ class _Feeds:
         with self.job.clock("probe"):
             self.few.advance(block)
         self.job.progress.block(block.index)
-
-
-class _Nothing:
-    """A `Sink` that keeps no block."""
-
-    def put(self, block: Block) -> None: ...
 
 
 def as_tried(recipe: Recipe) -> Recipe:
