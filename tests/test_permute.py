@@ -177,6 +177,9 @@ def test_pruned_after_permuting(dtype: torch.dtype, saved, tmp_path: Path, read_
     assert plain.permuted == {}
     assert sum(site.error for site in record.sites) < sum(site.error for site in plain.sites)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "source"], "nothing is left beside"
+    for options in ({"train": "blocks"}, {"rewind": str(source)}):  # both go by the dense model's own order
+        with pytest.raises(InputError, match="needs channels in the order of"):
+            llmprune.recover(out, output=tmp_path / "trained", tokens="2K", **options)
 
 
 def test_an_unfinished_run_goes_on_from_the_permuted_model(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
