@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -55,9 +55,13 @@ def other_text(folder: Path, text: str) -> Windows:
 @torch.no_grad()
 def divergence(folder: Path, text: str, model: PreTrainedModel) -> float:
     """KL(dense || model), nats a token."""
-    pairs = zip(dense_log_probabilities(folder, text), log_probabilities(model, other_text(folder, text)), strict=True)
-    found = [functional.kl_div(own, dense, reduction="batchmean", log_target=True) for dense, own in pairs]
-    return float(torch.stack(found).mean())
+    return mean_divergence(dense_log_probabilities(folder, text), log_probabilities(model, other_text(folder, text)))
+
+
+def mean_divergence(dense: Iterable[torch.Tensor], own: Iterable[torch.Tensor]) -> float:
+    """KL(dense || own), nats a token, of windows of log probabilities."""
+    pairs = zip(dense, own, strict=True)
+    return float(torch.stack([functional.kl_div(b, a, reduction="batchmean", log_target=True) for a, b in pairs]).mean())
 
 
 def measure(name: str, quality: str, pattern: str, way: str, seed: int, text: str | None) -> Cell:

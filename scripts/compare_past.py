@@ -18,12 +18,12 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_allocation import LENGTH, OTHER, SAMPLES, log_probabilities, shown
-from torch.nn import functional
+from compare_allocation import LENGTH, OTHER, SAMPLES, log_probabilities, mean_divergence, shown
 
 import llmprune
 from llmprune.data.windows import Windows
@@ -47,8 +47,12 @@ def texts(folder: Path, text: str | None) -> dict[str, Windows]:
 @cache
 @torch.no_grad()
 def dense_log_probabilities(folder: Path, text: str | None, name: str) -> list[torch.Tensor]:
-    windows = texts(folder, text)[name]
-    return [one.bfloat16() for one in log_probabilities(load_float32(folder), Windows(windows.ids[:OTHER], windows.text))]
+    return list(log_probabilities(load_float32(folder), few(texts(folder, text)[name])))
+
+
+def few(windows: Windows) -> Windows:
+    """Those that divergences are measured on."""
+    return Windows(windows.ids[:OTHER], windows.text)
 
 
 @torch.no_grad()
@@ -61,12 +65,10 @@ def measure(name: str, term: str, pattern: str, seed: int, text: str | None) -> 
         llmprune.prune(folder, sparsity=pattern, quality=quality, output=f"{scratch}/out", dtype="float32", **on, **options)
         seconds = time.perf_counter() - start
         model = load_float32(Path(scratch, "out"))
-    kl = {}
-    for which, windows in texts(folder, text).items():
-        some = Windows(windows.ids[:OTHER], windows.text)
-        pairs = zip(dense_log_probabilities(folder, text, which), log_probabilities(model, some), strict=True)
-        each = [functional.kl_div(own, dense.float(), reduction="batchmean", log_target=True) for dense, own in pairs]
-        kl[which] = float(torch.stack(each).mean())
+    kl = {
+        which: mean_divergence(dense_log_probabilities(folder, text, which), log_probabilities(model, few(windows)))
+        for which, windows in texts(folder, text).items()
+    }
     held_out = texts(folder, text)["documentation"]
     loss = math.log(perplexity(model, held_out).value / dense_perplexity(folder, WINDOWS).value)
     return {
@@ -82,11 +84,8 @@ def table(cells: Sequence[Cell]) -> str:
     by = {(cell["model"], cell["pattern"], cell["term"], cell["seed"]): cell for cell in cells}
     for model, pattern, term in dict.fromkeys(key[:3] for key in sorted(by, key=_order)):
         own = {key[3]: cell for key, cell in by.items() if key[:3] == (model, pattern, term)}
-        base = {
-            key[3]: cell
-            for key, cell in by.items()
-            if key[:3] == (model, pattern, "best" if term == "max" else term.split()[0])
-        }
+        preset = "best" if term == "max" else term.split()[0]
+        base = {key[3]: cell for key, cell in by.items() if key[:3] == (model, pattern, preset)}
         pairs = [(cell, base[seed]) for seed, cell in own.items() if seed in base]
         row = [model, pattern, term, shown([cell["excess_loss"] for cell in own.values()], 4)]
         row.append(shown([one["excess_loss"] / other["excess_loss"] for one, other in pairs], 2))
@@ -133,17 +132,14 @@ def main() -> None:
     if args.output.exists():
         result["cells"] = json.loads(args.output.read_text())["cells"]
     done = {(cell["model"], cell["term"], cell["pattern"], cell["seed"]) for cell in result["cells"]}
-    for seed in args.seeds:
-        for name in args.models:
-            for pattern in args.patterns:
-                for term in args.terms:
-                    if (Path(name).name, term, pattern, seed) in done:
-                        continue
-                    cell = measure(name, term, pattern, seed, args.text)
-                    result["cells"].append(cell)
-                    said = f"{cell['excess_loss']:.4f}, KL {', '.join(f'{one:.4f}' for one in cell['divergence'].values())}"
-                    print(f"{cell['model']}  {pattern}  {term}  seed {seed}: {said}, {cell['seconds']:.0f} s", flush=True)
-                    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    for seed, name, pattern, term in product(args.seeds, args.models, args.patterns, args.terms):
+        if (Path(name).name, term, pattern, seed) in done:
+            continue
+        cell = measure(name, term, pattern, seed, args.text)
+        result["cells"].append(cell)
+        said = f"{cell['excess_loss']:.4f}, KL {', '.join(f'{one:.4f}' for one in cell['divergence'].values())}"
+        print(f"{cell['model']}  {pattern}  {term}  seed {seed}: {said}, {cell['seconds']:.0f} s", flush=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(page(result))
 
 
