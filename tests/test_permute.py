@@ -163,6 +163,25 @@ def test_a_block_that_would_compute_something_else_keeps_its_order(saved, monkey
     assert not any("mlp.up_proj" in name and move.dim == 0 for name, moves in found.moves.items() for move in moves)
 
 
+def test_each_block_keeps_the_way_in_which_it_computes_the_same(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where only some blocks have norms of queries as wide as the hidden states: here the second is right the other way."""
+    from llmprune.steps.permute import looking
+
+    def other_way(block, width, order, *, inner):
+        moves = looking_of_hidden(block, width, order)
+        return {name: own for name, own in moves.items() if inner != (block.index == 1) or "layernorm" not in name}
+
+    looking_of_hidden = looking.of_hidden
+    monkeypatch.setattr(looking, "of_hidden", other_way)
+    model = tiny_model("llama")
+    skeleton, found = looked(saved(model))
+    assert "hidden" in found.costs
+    with torch.no_grad():
+        torch.testing.assert_close(
+            write(skeleton, found, tmp_path / "permuted")(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-4
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_pruned_after_permuting(dtype: torch.dtype, saved, tmp_path: Path, read_elsewhere) -> None:
     source, out = saved(tiny_model("llama").to(dtype)), tmp_path / "out"

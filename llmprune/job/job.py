@@ -53,11 +53,6 @@ class Job:
         self.allocation = read_allocation(user_path(config.allocation, "allocation")) if config.allocation else None
         self.scan = Scan.load(user_path(config.scan, "scan")) if config.scan else None
 
-    @property
-    def permutes(self) -> bool:
-        """Whether channels are put in another order first."""
-        return self.recipe.permute and self.config.sparsity is not None
-
     def method(self) -> str:
         """In words."""
         config, steps = self.config, []

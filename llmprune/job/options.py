@@ -91,11 +91,11 @@ class PruneConfig(Options):
         None,
     )  # fmt: skip
     reconstruct: bool | None = option(
-        "fit the kept weights and norms of each block to the dense block's output (default: in best only)", None
+        "fit the kept weights and norms of each block to the dense block's output (default: in best and max)", None
     )
     permute: bool | None = option(
         "first put channels in an order in which N:M loses less; the model computes the same, at no cost when it runs "
-        "(default: off)", None,
+        "(default: in max only)", None,
     )  # fmt: skip
     allocate: str = option(
         "how the sparsity is spread over matrices, which a scan of the dense model comes before (default: %(default)s)",

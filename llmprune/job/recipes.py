@@ -42,11 +42,8 @@ class Recipe:
         steps += [self.method]
         steps += ["refit"] if self.refit else []
         steps += ["corrected target"] if self.target == "corrected" else []
-        steps += (
-            ["block reconstruction" + (f" of {self.passes} passes" if self.passes != PASSES else "")]
-            if self.reconstruct
-            else []
-        )
+        longer = f" of {self.passes} passes" if self.passes != PASSES else ""
+        steps += [f"block reconstruction{longer}"] if self.reconstruct else []
         words = " + ".join(steps)
         return words if self.name == self.method else f"{self.name}: {words}"
 

@@ -43,7 +43,7 @@ def prune_in_memory(
     """
     if job.config.structured or job.config.budgets or job.config.bits:
         raise InputError(FROM_FOLDER + "pass the model's folder or Hub id")
-    if job.permutes:
+    if job.recipe.permute:
         grouped(job)  # or else it is refused, before anything is read or written
     output = job.output(folder.name if folder else job.config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -81,7 +81,7 @@ def prune_in_memory(
         why=why,
     )
     with _evaluating(model):
-        if job.permutes:
+        if job.recipe.permute:
             permute_in_memory(job, work, texts, selection.patterns, record)
         selection = spread(job, work, selection, texts, record, None)
         prune_weights(job, work, selection, texts, record, set())

@@ -32,7 +32,7 @@ from llmprune.output.resume import Manifest, continued, partial_folder
 from llmprune.runs.announce import claim_output
 from llmprune.runs.checks import check_folders
 from llmprune.runs.schedule import Stage
-from llmprune.steps.base import Work
+from llmprune.steps.base import Step, Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import share
 from llmprune.steps.weights.scanning import Scanner, followed
@@ -44,7 +44,7 @@ PROBE = Unstructured(0.7)  # what each matrix is pruned to by itself
 PROPOSED = ("50%", "60%", "70%", "2:4")
 
 
-class ScanModel:
+class ScanModel(Step):
     """A `Step` that leaves the model as it is."""
 
     title = "scan"
@@ -62,9 +62,6 @@ class ScanModel:
 
     def scanned(self) -> int:
         return len(GRID)
-
-    def searched(self) -> tuple[int, int]:
-        return 0, 0
 
     def _scanner(self, texts: Texts) -> Scanner:
         return Scanner(self._job, self._work, texts, frozenset(self._selection.patterns), GRID, PROBE)

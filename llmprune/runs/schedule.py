@@ -38,7 +38,7 @@ def schedule(job: Job, output: Path) -> list[Stage]:
     asked: list[tuple[Job, type[Step]]] = []
     if job.config.structured:
         asked.append((job, RemoveStructure))
-    if job.permutes:
+    if job.recipe.permute:
         asked.append((job.weights_only(output) if asked else job, PermuteChannels))
     if job.config.sparse:
         asked.append((job.weights_only(output) if asked else job, PruneWeights))

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune.base.clock import Clock
-from llmprune.data.windows import Texts
+from llmprune.data.windows import Texts, Windows
 from llmprune.job.job import Job
 from llmprune.job.progress import Progress
 from llmprune.job.record import RunRecord
@@ -65,17 +66,22 @@ class Work:
             scratch,
         )
 
+    def record(self, windows: Windows, batch: int) -> Activations:
+        """The windows as the first block is given them, `batch` at a time; what is `outside` must be there."""
+        blocks = list(self.blocks.values())
+        return Activations.record(self.model, blocks, windows, batch=batch, device=self.device, folder=self.scratch)
+
 
 class Step(Protocol):
-    """A step of a run, made ready.
+    """A step of a run, made ready. One that follows, scans and searches nothing inherits that.
 
     Attributes:
         title: of what is asked, in the header.
         skipped: matrices that are left alone, and why.
     """
 
-    title: str
-    skipped: Mapping[str, str]
+    title: ClassVar[str]
+    skipped: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
         """Raises: InputError: what is asked is not possible with the model of `skeleton`."""
@@ -87,15 +93,15 @@ class Step(Protocol):
 
     def probed(self, texts: Texts) -> int:
         """Calibration tokens that are followed through the model besides the windows."""
-        ...
+        return 0
 
     def scanned(self) -> int:
         """Patterns at which each matrix's error is measured first; 0: there is no scan."""
-        ...
+        return 0
 
     def searched(self) -> tuple[int, int]:
         """Seconds that a search for patterns takes at most, and bytes that it keeps on the disk meanwhile; 0: there is none."""
-        ...
+        return 0, 0
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         """Write the model's new folder, all but its card and record, and fill in `record`.

@@ -19,23 +19,26 @@ from llmprune.models.families import ATTENTION, FEED_FORWARD
 from llmprune.models.groups import Group, bias_name
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
-from llmprune.steps.permute.moves import Move, Moves, joined, of_columns, of_rows
+from llmprune.steps.permute.moves import Move, Moves, joined
 
 _WRITERS = {row.consumer for row in (*FEED_FORWARD, *ATTENTION)}  # names of what writes to the hidden states
 
 
-def rows_of(block: Block, site: Site, order: Tensor) -> Moves:
+def of_rows(block: Block, site: Site, order: Tensor) -> Moves:
     """The site's rows, and its bias."""
-    bias = bias_name(site, block)
-    found = [of_rows(site, order)]
-    if not site.part and bias in dict(block.module.named_parameters()):
-        found.append({f"{block.name}.{bias}": [Move(order, 0)]})
-    return joined(found)
+    found = {site.parameter: [Move(order, 1 if site.transposed else 0, site.part)]}
+    if not site.part and getattr(site.module, "bias", None) is not None:
+        found[f"{block.name}.{bias_name(site, block)}"] = [Move(order, 0)]
+    return found
+
+
+def of_columns(site: Site, order: Tensor) -> Moves:
+    return {site.parameter: [Move(order, 0 if site.transposed else 1, site.part)]}
 
 
 def of_neurons(block: Block, group: Group, order: Tensor) -> Moves:
     """Neurons in a new order."""
-    return joined([of_columns(group.consumer, order), *(rows_of(block, site, order) for site in group.producers)])
+    return joined([of_columns(group.consumer, order), *(of_rows(block, site, order) for site in group.producers)])
 
 
 def of_values(block: Block, group: Group, layout: Heads, orders: Tensor) -> Moves:
@@ -44,7 +47,7 @@ def of_values(block: Block, group: Group, layout: Heads, orders: Tensor) -> Move
     starts = torch.arange(layout.value)[:, None] * layout.width
     shared = layout.query // layout.value
     reading = torch.arange(layout.query)[:, None] * layout.width + orders.repeat_interleave(shared, 0)
-    return joined([rows_of(block, values, (starts + orders).flatten()), of_columns(group.consumer, reading.flatten())])
+    return joined([of_rows(block, values, (starts + orders).flatten()), of_columns(group.consumer, reading.flatten())])
 
 
 def readers(block: Block, width: int) -> list[Site]:
@@ -56,7 +59,7 @@ def of_hidden(block: Block, width: int, order: Tensor, *, inner: bool = True) ->
     """The hidden states' channels in a new order, in all of a block; `inner`: also in norms further down than the block's own
     children, which may be of queries and keys instead, as many as hidden channels."""
     found = [of_columns(site, order) for site in readers(block, width)]
-    found += [rows_of(block, site, order) for site in block.sites if site.rows == width and _writes(site)]
+    found += [of_rows(block, site, order) for site in block.sites if site.rows == width and _writes(site)]
     known = {site.parameter for site in block.sites} | {f"{block.name}.{bias_name(site, block)}" for site in block.sites}
     for path, parameter in block.module.named_parameters():
         name = f"{block.name}.{path}"

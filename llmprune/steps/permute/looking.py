@@ -19,10 +19,10 @@ from llmprune.models.sites import Block, Stage
 from llmprune.numerics.grouping import Costs, Order, find_order
 from llmprune.numerics.patterns import NM
 from llmprune.numerics.stats import Gram, InputSample
-from llmprune.steps.base import Nowhere, Work
+from llmprune.steps.base import Feeds, Nowhere, Work
 from llmprune.steps.permute.channels import of_hidden, of_neurons, of_outside, of_values, readers
 from llmprune.steps.permute.moves import Moves, in_place, joined
-from llmprune.steps.weights.observing import Observed, add_up, passes
+from llmprune.steps.weights.observing import Observed, add_up, passes, traced
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
 from llmprune.stream.engine import stream
@@ -78,7 +78,7 @@ class Looking:
     _hidden: list[Costs] = field(default_factory=list)
     width: int = field(init=False)
     trial: Tensor = field(init=False)
-    inner: bool = True
+    _inner: list[bool] = field(default_factory=list)  # which norms have hidden channels, block by block
 
     def look(self, windows: Windows) -> Looked:
         """Run the dense model on `windows` once."""
@@ -88,16 +88,13 @@ class Looking:
         self.trial = torch.randperm(self.width, generator=self._random)
         share = windows.share(job.ranks.rank, job.ranks.size)
 
-        def record(some: Windows) -> Activations:
-            blocks = list(work.blocks.values())
-            return Activations.record(work.model, blocks, some, batch=batch, device=work.device, folder=work.scratch)
-
         with work.outside(), job.clock("capture"):
-            feed = record(share)
-            self._try_outside(feed, record, share)
+            feed = work.record(share, batch)
+            self._try_outside(feed, share)
         job.progress.start(len(work.blocks), 0)
         with observable(work.model, all_tokens=job.config.all_experts):
-            stream(work.source, _Feeds(job, feed, len(work.blocks) - 1), Nowhere(), lambda block: self._visit(block, feed))
+            feeds = Feeds(feed, None, len(work.blocks) - 1, job.progress, job.clock)
+            stream(work.source, feeds, Nowhere(), lambda block: self._visit(block, feed))
         self._order_hidden()
         return self.found
 
@@ -115,23 +112,24 @@ class Looking:
                 self.found.left[f"{kind} of {block.name}"] = CHANGED
         if "hidden" in self.found.left:
             return
-        if not any(self._try_hidden(block, feed, inner) for inner in (self.inner, not self.inner)):
+        inner = next((inner for inner in (True, False) if self._same(block, feed, self._trial(block, inner), self.trial)), None)
+        if inner is None:
             self.found.left["hidden"] = f"of {block.name}: {CHANGED}"
+            return
+        self._inner.append(inner)
         self._hidden += [costs[site.name] for site in readers(block, self.width) if site.name in costs]
 
-    def _try_hidden(self, block: Block, feed: Activations, inner: bool) -> bool:
-        """Whether the hidden states' channels may be in any order; which way they are, is remembered."""
-        self.inner = inner
-        return self._same(block, feed, of_hidden(block, self.width, self.trial, inner=inner), self.trial)
+    def _trial(self, block: Block, inner: bool) -> Moves:
+        """The block's hidden channels in the order that is tried."""
+        return of_hidden(block, self.width, self.trial, inner=inner)
 
     @full_float32()
     def _costs(self, block: Block, feed: Activations) -> dict[str, Costs]:
         """By stage, under the name of its first planned site: of some rows of its sites, as shares of what each puts out."""
         job = self.job
         with job.clock("forward"):
-            traced = job.ranks.agree([[site.name for site in stage] for stage in feed.stages(block)])
-        sites = {site.name: site for site in block.sites if site.name in self.sites}
-        stages: list[Stage] = [[sites[name] for name in stage if name in sites] for stage in traced]
+            every, _ = traced(feed, block, job.ranks)
+        stages = [[site for site in stage if site.name in self.sites] for stage in every]
         found: dict[str, Costs] = {}
         for group in passes([stage for stage in stages if stage]):
             with job.clock("forward"):
@@ -196,7 +194,7 @@ class Looking:
             wanted = before if order is None else before[..., order.to(before.device)]
         return bool(self.job.ranks.agree(near(feed.real_tokens(after, 0), feed.real_tokens(wanted, 0))))
 
-    def _try_outside(self, feed: Activations, record: Callable[[Windows], Activations], windows: Windows) -> None:
+    def _try_outside(self, feed: Activations, windows: Windows) -> None:
         """Run what is outside the blocks both ways on a window."""
         work, blocks = self.work, list(self.work.blocks.values())
         some = windows.first(windows.ids.shape[1], 1)
@@ -204,7 +202,7 @@ class Looking:
         positions = torch.arange(some.ids.shape[1])
 
         def ends(order: Tensor | None) -> Sequence[Tensor]:
-            hidden = record(some).hidden[0]
+            hidden = work.record(some, 1).hidden[0]
             first = feed.hidden[0][:1].to(work.device)
             out = head(work.model, blocks, first if order is None else first[..., order], positions, **inputs)
             return hidden if order is None else hidden[..., torch.argsort(order)], out
@@ -227,7 +225,8 @@ class Looking:
             self.found.left["hidden"] = f"{self.width} channels do not fall into groups of {self.pattern.m}"
             return
         order = self._find(self._hidden)
-        inside = [of_hidden(block, self.width, order.columns, inner=self.inner) for block in self.describe()]
+        blocks = zip(self.describe(), self._inner, strict=True)
+        inside = [of_hidden(block, self.width, order.columns, inner=inner) for block, inner in blocks]
         outside = of_outside(self.work.model, self.outside, self.width, order.columns)
         self.found.add("hidden", joined([*inside, outside]), [order])
 
@@ -236,16 +235,3 @@ def near(one: Tensor, other: Tensor) -> bool:
     """Whether two results differ by no more than adding up in another order makes."""
     difference = (one.float() - other.float()).norm() / other.float().norm()
     return bool(difference <= SAME[one.dtype])
-
-
-@dataclass(frozen=True, slots=True)
-class _Feeds:
-    job: Job
-    feed: Activations
-    last: int
-
-    def advance(self, block: Block) -> None:
-        with self.job.clock("forward"):
-            if block.index < self.last:
-                self.feed.advance(block)
-        self.job.progress.block(block.index)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.models.names import Names
-from llmprune.models.sites import Part, Site
+from llmprune.models.sites import Part
 from llmprune.models.skeleton import Skeleton
 
 
@@ -29,14 +29,6 @@ class Move:
 
 
 Moves = dict[str, list[Move]]  # by the parameter's full name
-
-
-def of_rows(site: Site, order: Tensor) -> Moves:
-    return {site.parameter: [Move(order, 1 if site.transposed else 0, site.part)]}
-
-
-def of_columns(site: Site, order: Tensor) -> Moves:
-    return {site.parameter: [Move(order, 0 if site.transposed else 1, site.part)]}
 
 
 def joined(several: Iterable[Moves]) -> Moves:
@@ -106,12 +98,9 @@ class Moved:
                 continue
             wanted -= {piece.disk for piece in asked}
             parts = dict(checkpoint.read([piece.disk for piece in pieces]))
-            whole = torch.empty(self._shape(name), dtype=parts[pieces[0].disk].dtype)
+            whole = torch.empty(self.skeleton.model.get_parameter(name).shape, dtype=parts[pieces[0].disk].dtype)
             for piece in pieces:
                 whole[piece.part] = parts[piece.disk]
             whole = moved(whole, moves)
             yield from ((piece.disk, whole[piece.part].to(parts[piece.disk].dtype)) for piece in asked)
         yield from checkpoint.read([name for name in names if name in wanted])
-
-    def _shape(self, name: str) -> torch.Size:
-        return self.skeleton.model.get_parameter(name).shape

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from types import MappingProxyType
 
 from llmprune.base.errors import InputError
 from llmprune.base.notation import DEALT_OUT
@@ -17,17 +16,16 @@ from llmprune.models.skeleton import Skeleton
 from llmprune.numerics.patterns import NM
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.steps.base import Work
+from llmprune.steps.base import Step, Work
 from llmprune.steps.permute.looking import Looked, Looking
 from llmprune.steps.permute.moves import Moved, moved
 from llmprune.steps.weights.step import choose
 
 
-class PermuteChannels:
+class PermuteChannels(Step):
     """A `Step`: put neurons, channels of values and hidden channels in an order in which an N:M mask costs less."""
 
     title = "order"
-    skipped: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
         self._job, self._skeleton, self._work = job, skeleton, Work.on_disk(skeleton, scratch)
@@ -37,29 +35,19 @@ class PermuteChannels:
     def __str__(self) -> str:
         return f"of channels, for {self._pattern} in {count(len(self._sites), 'matrix')}"
 
-    def probed(self, texts: Texts) -> int:
-        return 0
-
-    def scanned(self) -> int:
-        return 0
-
-    def searched(self) -> tuple[int, int]:
-        return 0, 0
-
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, skeleton = self._job, self._skeleton
-        found = Looking(job, self._work, skeleton.describe, skeleton.outside_blocks(), self._pattern, self._sites).look(
-            texts.calibration
-        )
+        outside = skeleton.outside_blocks()
+        found = Looking(job, self._work, skeleton.describe, outside, self._pattern, self._sites).look(texts.calibration)
         tell(found, job, record)
         record.peak_memory = job.clock.peaks()
         if manifest:
             with job.clock("write"):
-                writer = ShardWriter(Moved(self._skeleton, found.moves), into, set())
-                for block in self._skeleton.describe():
+                writer = ShardWriter(Moved(skeleton, found.moves), into, set())
+                for block in skeleton.describe():
                     writer.put(block)
                 writer.finish()
-                copy_extras(self._skeleton.checkpoint.folder, into)
+                copy_extras(skeleton.checkpoint.folder, into)
 
 
 def grouped(job: Job) -> NM:
@@ -95,7 +83,7 @@ def tell(found: Looked, job: Job, record: RunRecord) -> None:
     """
     if not found.costs:
         what, why = next(iter(found.left.items()))
-        raise InputError(f"no channels of this model can be permuted ({what}: {why}): leave --permute out")
+        raise InputError(f"no channels of this model can be permuted ({what}: {why}): pass --no-permute")
     costs = {kind: {"before": before, "after": after} for kind, (before, after) in found.costs.items()}
     record.permuted = {"costs": costs, "left": found.left}
     job.progress.note(permutation_text(record.permuted))

@@ -15,7 +15,7 @@ from llmprune.models.extras import copy_extras
 from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.steps.base import Resume, Work
+from llmprune.steps.base import Resume, Step, Work
 from llmprune.steps.quantise.plan import plan
 from llmprune.steps.quantise.rounding import ROUNDINGS
 from llmprune.steps.quantise.visitor import Quantiser
@@ -24,7 +24,7 @@ from llmprune.steps.weights.streaming import stream_through
 from llmprune.stream.activations import Activations
 
 
-class QuantiseWeights:
+class QuantiseWeights(Step):
     """A `Step`: round what is left of the weights to codes. Goes on from the last block that an earlier run finished."""
 
     title = "codes"
@@ -39,15 +39,6 @@ class QuantiseWeights:
 
     def __str__(self) -> str:
         return str(self._plan)
-
-    def probed(self, texts: Texts) -> int:
-        return 0
-
-    def scanned(self) -> int:
-        return 0
-
-    def searched(self) -> tuple[int, int]:
-        return 0, 0
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, edited, coded = self._job, set[str](), dict[str, dict[str, Tensor]]()

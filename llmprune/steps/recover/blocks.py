@@ -139,9 +139,8 @@ def kept(block: Block, sparse: Collection[str]) -> dict[str, Tensor]:
 
 
 def _start(work: Work, windows: Windows, shared: Shared) -> Activations:
-    blocks = list(work.blocks.values())
     with work.outside(), shared.clock("capture"):
-        return Activations.record(work.model, blocks, windows, batch=shared.batch, device=work.device, folder=work.scratch)
+        return work.record(windows, shared.batch)
 
 
 def _dense_blocks(dense: Work, layers: Sequence[int]) -> Iterator[Iterator[Block]]:

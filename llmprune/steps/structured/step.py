@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +23,7 @@ from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.models.target import Target
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.steps.base import Feeds, Keeper, Resume
+from llmprune.steps.base import Feeds, Keeper, Resume, Step
 from llmprune.steps.structured.budget import Budget
 from llmprune.steps.structured.removal import SmallerBlocks
 from llmprune.steps.structured.scores import SCORES
@@ -74,7 +73,7 @@ class Decision:
         return cls(saved["layers"], sizes, dense, saved["influence"], saved["speed"], {})
 
 
-class RemoveStructure:
+class RemoveStructure(Step):
     """A `Step`: remove heads, neurons and layers, as the job asks; fit what reads them again.
 
     Attributes:
@@ -82,7 +81,6 @@ class RemoveStructure:
     """
 
     title = "structure"
-    skipped: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
         self._job, self._skeleton, self._scratch = job, skeleton, scratch
@@ -100,12 +98,6 @@ class RemoveStructure:
 
     def probed(self, texts: Texts) -> int:
         return self._dense(texts).probed(self._sizing.probes) if self._sizing.probes else 0
-
-    def scanned(self) -> int:
-        return 0
-
-    def searched(self) -> tuple[int, int]:
-        return 0, 0
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job = self._job

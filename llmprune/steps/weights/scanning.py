@@ -30,7 +30,7 @@ from llmprune.solvers import METHODS
 from llmprune.steps.base import Nowhere, Work
 from llmprune.steps.weights.batching import make_batches
 from llmprune.steps.weights.library import Library, group_name
-from llmprune.steps.weights.observing import Observed, blend_experts, passes
+from llmprune.steps.weights.observing import Observed, blend_experts, passes, traced
 from llmprune.steps.weights.sharing import make_rounds, solve
 from llmprune.stream.activations import Activations
 from llmprune.stream.engine import stream
@@ -119,14 +119,7 @@ class Scanner:
     def _record(self, windows: Windows) -> Activations:
         work, ranks = self.work, self.job.ranks
         with work.outside(), self.job.clock("capture"):
-            return Activations.record(
-                work.model,
-                list(work.blocks.values()),
-                windows.share(ranks.rank, ranks.size),
-                batch=self.job.batch(windows.ids.shape[1], work.device),
-                device=work.device,
-                folder=work.scratch,
-            )
+            return work.record(windows.share(ranks.rank, ranks.size), self.job.batch(windows.ids.shape[1], work.device))
 
     def _scan(self, block: Block, feed: Activations, few: Activations, known: list[dict[str, Any]] | None) -> None:
         """Measure the block's curves, unless an earlier scan has, and send its probes on their way."""
@@ -158,10 +151,9 @@ class Scanner:
         self.job.progress.scanned([Scanned(**one, nats=0.0) for one in measured], str(self.probe))
 
     def _stages(self, block: Block, feed: Activations) -> list[Stage]:
-        sites = {site.name: site for site in block.sites if site.name in self.sites}
         with self.job.clock("forward"):
-            traced = self.job.ranks.agree([[site.name for site in stage] for stage in feed.stages(block)])
-        stages: list[Stage] = [[sites[name] for name in stage if name in sites] for stage in traced]
+            every, _ = traced(feed, block, self.job.ranks)
+        stages: list[Stage] = [[site for site in stage if site.name in self.sites] for stage in every]
         return [stage for stage in stages if stage]
 
     def _observe(self, stage: Stage, device: torch.device) -> Observed:

@@ -15,7 +15,7 @@ from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.steps.base import Resume, Work
+from llmprune.steps.base import Resume, Step, Work
 from llmprune.steps.fitting import check_batches
 from llmprune.steps.weights.allocate.base import grid
 from llmprune.steps.weights.budget import WeightBudget
@@ -29,7 +29,7 @@ from llmprune.steps.weights.visitor import WeightPruner
 from llmprune.stream.activations import Activations
 
 
-class PruneWeights:
+class PruneWeights(Step):
     """A `Step`: prune weights to the job's pattern. Goes on from the last block that an earlier run finished."""
 
     title = "pattern"

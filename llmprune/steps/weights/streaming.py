@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from llmprune.base.errors import InputError
-from llmprune.data.windows import Texts, Windows
+from llmprune.data.windows import Texts
 from llmprune.job.job import Job
 from llmprune.job.record import RunRecord
 from llmprune.measure.perplexity import streamed_perplexity
@@ -63,13 +63,10 @@ def stream_through(
     clock, ranks, blocks = job.clock, job.ranks, list(work.blocks.values())
     batch = job.batch(texts.calibration.ids.shape[1], work.device)
 
-    def start(windows: Windows) -> Activations:
-        return Activations.record(work.model, blocks, windows, batch=batch, device=work.device, folder=work.scratch)
-
     share = texts.evaluation.share(ranks.rank, ranks.size) if texts.evaluation else None
     with work.outside(), clock("capture"):
-        feed = start(texts.calibration.share(ranks.rank, ranks.size))
-        before = start(share) if share else None
+        feed = work.record(texts.calibration.share(ranks.rank, ranks.size), batch)
+        before = work.record(share, batch) if share else None
     after = before.fork() if before else None
     visitor = make(feed)
 

@@ -63,9 +63,7 @@ class Trial:
             share = windows.share(ranks.rank, ranks.size)
             batch = self.job.batch(share.ids.shape[1], work.device)
             with work.outside():
-                inputs = Activations.record(
-                    work.model, list(work.blocks.values()), share, batch=batch, device=work.device, folder=work.scratch
-                )
+                inputs = work.record(share, batch)
             dense = inputs.fork()
             for block in work.source.blocks():
                 dense.advance(block)
