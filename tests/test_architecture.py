@@ -39,14 +39,14 @@ ALLOWED: dict[str, set[str]] = {
     "steps/quantise": {
         *("base", "numerics", "models", "data", "formats", "stream", "job", "output", "steps", "steps/weights"),
     },
-    "steps/permute": {"base", "numerics", "models", "data", "stream", "job", "output", "steps", "steps/weights"},
+    "steps/channels": {"base", "numerics", "models", "data", "stream", "job", "output", "steps", "steps/weights"},
     "steps/structured": {
         *("base", "numerics", "models", "data", "stream", "cost", "job", "measure", "output"),
         *("steps", "steps/weights"),
     },
     "runs": {
         *("base", "numerics", "models", "data", "solvers", "stream", "formats", "cost", "job", "measure", "output", "reports"),
-        *("steps", "steps/weights", "steps/structured", "steps/recover", "steps/quantise", "steps/permute"),
+        *("steps", "steps/weights", "steps/structured", "steps/recover", "steps/quantise", "steps/channels"),
     },
     "api": {"formats", "measure", "output", "reports", "runs"},
     "cli": {

@@ -25,8 +25,9 @@ from llmprune.numerics.patterns import NM, parse
 from llmprune.output.shards import ShardWriter
 from llmprune.output.verify import verify
 from llmprune.steps.base import Work
-from llmprune.steps.permute.looking import Looked, Looking
-from llmprune.steps.permute.moves import Moved
+from llmprune.steps.channels.looking import Looked, Looking
+from llmprune.steps.channels.moves import Moved
+from llmprune.steps.channels.permuting import Permuting
 from llmprune.steps.weights.step import PruneWeights, choose
 
 IDS = tokens(6, 24)
@@ -79,7 +80,7 @@ def test_costs_are_those_of_solving_without_the_dropped(sparsity: str) -> None:
     w, x = problem(12)
     gram = x.T @ x / len(x)
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(12)
-    found = find_order([Costs.of(w, gram)], pattern, random())
+    found = find_order([Costs.of(w, gram)], pattern.m, pattern.m - pattern.n, random())
     assert found.before == pytest.approx(mask_cost(w, damped, list(range(12)), pattern), rel=1e-3)
     assert found.after == pytest.approx(mask_cost(w, damped, found.columns.tolist(), pattern), rel=1e-3)
     assert found.after < 0.97 * found.before
@@ -91,7 +92,7 @@ def test_two_groups_are_dealt_out_in_the_best_way() -> None:
     w, x = problem(8)
     gram, other = x.T @ x / len(x), torch.eye(8)
     both = [Costs.of(w, gram), Costs.of(w.flip(0), other)]
-    found = find_order(both, NM(2, 4), random())
+    found = find_order(both, 4, 2, random())
 
     def cost(order: list[int]) -> float:
         damped = [one + DAMPING * one.diagonal().mean() * torch.eye(8) for one in (gram, other)]
@@ -103,9 +104,9 @@ def test_two_groups_are_dealt_out_in_the_best_way() -> None:
 
 def test_columns_that_are_one_group_or_cannot_gain_stay() -> None:
     w, x = problem(4)
-    assert find_order([Costs.of(w, x.T @ x)], NM(2, 4), random()).columns.tolist() == [0, 1, 2, 3]
+    assert find_order([Costs.of(w, x.T @ x)], 4, 2, random()).columns.tolist() == [0, 1, 2, 3]
     same = Costs.of(torch.ones(3, 16), torch.eye(16))
-    found = find_order([same], NM(2, 4), random())
+    found = find_order([same], 4, 2, random())
     assert found.after == pytest.approx(found.before)
 
 
@@ -115,7 +116,7 @@ def looked(folder: Path) -> tuple[Skeleton, Looked]:
     job = Job(PruneConfig.create({"model": "-", "sparsity": "2:4", "batch_size": 2}), None, Progress(), Ranks())
     sites = frozenset(choose(job, skeleton.describe()).patterns)
     with torch.no_grad():
-        found = Looking(job, Work.on_disk(skeleton, None), skeleton.describe, skeleton.outside_blocks(), NM(2, 4), sites).look(
+        found = Permuting(job, Work.on_disk(skeleton, None), skeleton.describe, skeleton.outside_blocks(), sites, 4, 2).look(
             Windows(IDS, "given")
         )
     return skeleton, found
@@ -151,13 +152,13 @@ def test_a_permuted_model_computes_the_same(family: str, saved, tmp_path: Path) 
 
 def test_a_block_that_would_compute_something_else_keeps_its_order(saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the names mislead: here the rows of up stay where they are."""
-    from llmprune.steps.permute import looking
+    from llmprune.steps.channels import permuting
 
     def half(block, group, order):
-        return {name: moves for name, moves in looking_of_neurons(block, group, order).items() if "up_proj" not in name}
+        return {name: moves for name, moves in of_neurons(block, group, order).items() if "up_proj" not in name}
 
-    looking_of_neurons = looking.of_neurons
-    monkeypatch.setattr(looking, "of_neurons", half)
+    of_neurons = permuting.of_neurons
+    monkeypatch.setattr(permuting, "of_neurons", half)
     _, found = looked(saved(tiny_model("llama")))
     assert len([what for what in found.left if what.startswith("neurons of ")]) == 3
     assert not any("mlp.up_proj" in name and move.dim == 0 for name, moves in found.moves.items() for move in moves)
@@ -165,14 +166,13 @@ def test_a_block_that_would_compute_something_else_keeps_its_order(saved, monkey
 
 def test_each_block_keeps_the_way_in_which_it_computes_the_same(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where only some blocks have norms of queries as wide as the hidden states: here the second is right the other way."""
-    from llmprune.steps.permute import looking
+    from llmprune.steps.channels import permuting
 
     def other_way(block, width, order, *, inner):
-        moves = looking_of_hidden(block, width, order)
-        return {name: own for name, own in moves.items() if inner != (block.index == 1) or "layernorm" not in name}
+        return of_norms(block, width, order, inner=True) if inner != (block.index == 1) else {}
 
-    looking_of_hidden = looking.of_hidden
-    monkeypatch.setattr(looking, "of_hidden", other_way)
+    of_norms = permuting.of_norms
+    monkeypatch.setattr(permuting, "of_norms", other_way)
     model = tiny_model("llama")
     skeleton, found = looked(saved(model))
     assert "hidden" in found.costs
@@ -189,15 +189,15 @@ def test_pruned_after_permuting(dtype: torch.dtype, saved, tmp_path: Path, read_
     assert verify(out).problems == ()
     assert read_elsewhere(out)["amiss"] == {}
     assert all(site.sparsity == pytest.approx(0.5) for site in record.sites)
-    assert record.permuted["costs"].keys() == KINDS
-    assert record.permuted["left"] == {}
-    assert all(cost["after"] < cost["before"] for cost in record.permuted["costs"].values())
+    assert record.channels["permuted"]["costs"].keys() == KINDS
+    assert record.channels["permuted"]["left"] == {}
+    assert all(cost["after"] < cost["before"] for cost in record.channels["permuted"]["costs"].values())
     plain = llmprune.prune(source, output=tmp_path / "plain", **PLAIN).record
-    assert plain.permuted == {}
+    assert plain.channels == {}
     assert sum(site.error for site in record.sites) < sum(site.error for site in plain.sites)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain", "source"], "nothing is left beside"
     for options in ({"train": "blocks"}, {"rewind": str(source)}):  # both go by the dense model's own order
-        with pytest.raises(InputError, match="needs channels in the order of"):
+        with pytest.raises(InputError, match="needs the channels of"):
             llmprune.recover(out, output=tmp_path / "trained", tokens="2K", **options)
 
 
@@ -217,7 +217,7 @@ def test_an_unfinished_run_goes_on_from_the_permuted_model(saved, tmp_path: Path
         patch.setattr(Looking, "look", lambda *_: pytest.fail("looked again"))
         run = llmprune.prune(source, output=tmp_path / "out", permute=True, progress=Telling(), **PLAIN)
     assert any("the permuted model is there from an earlier run" in note for note in notes)
-    assert run.record.permuted == expected.record.permuted
+    assert run.record.channels == expected.record.channels
     one, other = (Checkpoint(tmp_path / name) for name in ("whole", "out"))
     for name, tensor in one.read(list(one.tensors)):
         assert torch.equal(tensor, dict(other.read([name]))[name]), name
@@ -229,7 +229,7 @@ def test_a_model_in_memory_as_on_disk(family: str, saved, tmp_path: Path) -> Non
     source = saved(model)
     streamed = llmprune.prune(source, output=tmp_path / "out", permute=True, **PLAIN)
     run = llmprune.prune(model, permute=True, **PLAIN)
-    assert run.record.permuted == streamed.record.permuted
+    assert run.record.channels == streamed.record.channels
     for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
@@ -238,7 +238,7 @@ def test_structure_goes_first(saved, tmp_path: Path) -> None:
     source = saved(tiny_model("llama"))
     options = PLAIN | {"neurons": "25%", "round_to": 4, "permute": True, "bits": 8, "group_size": 4}
     record = llmprune.prune(source, output=tmp_path / "out", **options).record
-    assert record.permuted["costs"].keys() == KINDS
+    assert record.channels["permuted"]["costs"].keys() == KINDS
     assert record.removals
     assert record.codes
     assert verify(tmp_path / "out").problems == ()

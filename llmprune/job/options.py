@@ -21,7 +21,7 @@ _USE = ("for_", "for_batch", "for_context")  # at what a speed is measured
 _ROUNDING = ("bits", "group_size", "rounding")
 _WEIGHTS = (
     *("sparsity", "quality", "method", "refit", "target", "reconstruct", "allocate", "search_minutes", "scan", "allocation"),
-    *("true_sequential", "by", "recover", "permute"),
+    *("true_sequential", "by", "recover", "rotate", "permute"),
 )
 _STRUCTURE = ("heads", "neurons", "layers", *TARGETS, *_USE, "score", "layer_score", "per_layer", "round_to")
 
@@ -93,6 +93,10 @@ class PruneConfig(Options):
     reconstruct: bool | None = option(
         "fit the kept weights and norms of each block to the dense block's output (default: in best and max)", None
     )
+    rotate: bool | None = option(
+        "first rotate channels so that pruning loses less; the model computes the same, at no cost when it runs but where the "
+        "head is tied to the embeddings, which it then is no longer (default: in max only)", None,
+    )  # fmt: skip
     permute: bool | None = option(
         "first put channels in an order in which N:M loses less; the model computes the same, at no cost when it runs "
         "(default: in max only)", None,
@@ -224,6 +228,7 @@ class PruneConfig(Options):
         weights, chosen = self.sparse, self.heads is not None or self.neurons is not None or budget
         uses = {
             "to spread --sparsity": (self.sparsity is not None, ("allocate",)),
+            "to rotate channels, with --sparsity": (self.sparsity is not None, ("rotate",)),
             "to choose who shares a group of N:M, with --sparsity such as 2:4": (":" in (self.sparsity or ""), ("permute",)),
             "to say what meets a budget such as --target-bytes": (bool(self.budgets), ("by",)),
             "to spread --sparsity otherwise than uniformly, with --allocate, or with a budget by weights": (

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from llmprune.base.errors import InputError, unknown
 from llmprune.base.notation import DEALT_OUT, read_sparsity
+from llmprune.job.channels import PERMUTED, ROTATED
 from llmprune.job.options import PruneConfig
 
 PASSES = 3
@@ -23,7 +24,8 @@ class Recipe:
         reconstruct: fit each block, once pruned, to the dense block's output.
         true_sequential: solve each stage of a block on inputs that the stages before it, already pruned, put out; else all
             of them from one pass.
-        permute: before, put channels in an order in which an N:M mask costs less.
+        rotate: before, rotate channels so that a mask costs less.
+        permute: then, put them in an order in which an N:M mask costs less.
         passes: over the calibration windows, where blocks are reconstructed.
     """
 
@@ -33,13 +35,18 @@ class Recipe:
     target: str = "dense"
     reconstruct: bool = False
     true_sequential: bool = True
+    rotate: bool = False
     permute: bool = False
     passes: int = PASSES
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What becomes of channels before, in order."""
+        return tuple(kind for kind, wanted in ((ROTATED, self.rotate), (PERMUTED, self.permute)) if wanted)
+
     def __str__(self) -> str:
         """In words, such as `balanced: alps + refit + corrected target`."""
-        steps = ["permuted channels"] if self.permute else []
-        steps += [self.method]
+        steps = [f"{change} channels" for change in self.changes] + [self.method]
         steps += ["refit"] if self.refit else []
         steps += ["corrected target"] if self.target == "corrected" else []
         longer = f" of {self.passes} passes" if self.passes != PASSES else ""
@@ -53,7 +60,9 @@ QUALITIES = {
     "fast": Recipe("fast", "annealed", refit=True),
     "balanced": Recipe("balanced", "annealed", refit=True, target="corrected"),
     "best": Recipe("best", "annealed", refit=True, target="corrected", reconstruct=True),
-    "max": Recipe("max", "annealed", refit=True, target="corrected", reconstruct=True, permute=True, passes=2 * PASSES),
+    "max": Recipe(
+        "max", "annealed", refit=True, target="corrected", reconstruct=True, rotate=True, permute=True, passes=2 * PASSES
+    ),
 }
 SCANNING = Recipe("scan", "sparsegpt", true_sequential=False)  # which errors a scan compares: one sweep a level is quick
 
@@ -80,6 +89,7 @@ def choose_recipe(config: PruneConfig) -> Recipe:
         refit=recipe.refit if config.refit is None else config.refit,
         target=recipe.target if config.target is None else config.target,
         reconstruct=recipe.reconstruct if config.reconstruct is None else config.reconstruct,
+        rotate=recipe.rotate and config.sparsity is not None if config.rotate is None else config.rotate,
         permute=recipe.permute and _in_fours(config) if config.permute is None else config.permute,
     )
 

@@ -17,7 +17,6 @@ from llmprune.base.files import SCHEMA
 
 COMPUTED = "computed from tensor sizes"  # the heading of what is not measured
 _PRUNING = ("forward", "statistics", "solve", "reconstruct", "write")
-CHANNELS = {"neurons": "neurons", "values": "channels of values", "hidden": "hidden channels"}  # that can be permuted
 _PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "accelerate", "datasets")
 
 _INT, _FLOAT = 2**63 - 1, 1e300  # the largest that are read back, far from where sums overflow
@@ -145,8 +144,9 @@ class RunRecord:
     what the arguments came to: method, refit, target, reconstruction. `structure` says what was removed and what that made
     smaller, before and after. `predicted` is what the preflight expected. `peak_memory` is that
     of the whole run, in bytes, `phase_memory` each phase's. `recoveries` are what training afterwards did, in order; `codes`
-    the matrices that were quantised in the end, and `rounding` how, where that was a command of its own. `permuted` has what
-    masks cost by second order before and after channels were put in another order, and what was left in its order.
+    the matrices that were quantised in the end, and `rounding` how, where that was a command of its own. `channels` has, for
+    those that were rotated and permuted, what masks cost by second order before and after, what was left as it was, and
+    how many parameters were added.
     """
 
     arguments: dict[str, Any]
@@ -170,7 +170,7 @@ class RunRecord:
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     codes: list[CodeRecord] = field(default_factory=list)
     rounding: dict[str, Any] = field(default_factory=dict)
-    permuted: dict[str, Any] = field(default_factory=dict)
+    channels: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def weights(self) -> int:
         """Weights in the pruned matrices."""
@@ -206,7 +206,7 @@ class RunRecord:
         """Let the record start where `earlier`, of the step before, did. Quantising leaves what was pruned as it is."""
         dense, asked = self.dense, self.arguments
         self.dense, self.removals, self.structure = earlier.dense or dense, earlier.removals, earlier.structure
-        self.permuted = earlier.permuted or self.permuted
+        self.channels = earlier.channels | self.channels
         self.arguments, self.model = earlier.arguments, earlier.model
         self.size["bytes_before"] = earlier.size["bytes_before"]
         if not self.codes:
@@ -236,17 +236,6 @@ class RunRecord:
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "versions": versions(), **dataclasses.asdict(self)}
-
-
-def permutation_text(permuted: Mapping[str, Mapping[str, Any]]) -> str:
-    """What a permutation came to, in words, from `RunRecord.permuted`."""
-    costs, left = permuted["costs"].items(), permuted["left"]
-    gains = [f"{CHANNELS[kind]} {cost['after'] / cost['before']:.2f}x" for kind, cost in costs]
-    text = f"permuted; by second order the mask costs, of what it did before: {', '.join(gains)}"
-    if left:
-        what, why = next(iter(left.items()))
-        text += f"; left: {what} ({why})" + (f" and {len(left) - 1} more" if len(left) > 1 else "")
-    return text
 
 
 def versions() -> dict[str, str]:

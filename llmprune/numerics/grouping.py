@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from llmprune.numerics.linalg import inverse_factor
-from llmprune.numerics.patterns import NM
 
 # Added to the Gram, of its mean diagonal: the other weights make up for less than they seem to, since half of them are dropped,
 # too. With the solvers' .01 an order gained as much on the text that it was found on, and less on others.
@@ -69,17 +68,18 @@ class Order:
     after: float
 
 
-def find_order(costs: Sequence[Costs], pattern: NM, generator: torch.Generator) -> Order:
-    """An order of the columns that all of `costs` have in common, in which the mask of `pattern` costs little.
+def find_order(costs: Sequence[Costs], size: int, drop: int, generator: torch.Generator) -> Order:
+    """An order of the columns that all of `costs` have in common, in which it costs little to drop `drop` of each
+    `size` neighbours.
 
     Args:
-        pattern: of small groups: of two groups of four there are 35 ways to deal out the columns, of eight 6435.
+        size: small: of two groups of four there are 35 ways to deal out the columns, of eight 6435.
         generator: on the CPU.
 
     Begins with the present order. In each round all groups are paired at random, and each pair's columns are dealt out
     anew in the best of all ways.
     """
-    device, size, drop = costs[0].unit.device, pattern.m, pattern.m - pattern.n
+    device = costs[0].unit.device
     groups = torch.arange(len(costs[0].unit), device=device).view(-1, size)
     whole = [tuple(range(size))]
     halves = list(combinations(range(2 * size), size))  # number i and number i from the end are each other's rest

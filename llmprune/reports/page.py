@@ -11,8 +11,9 @@ from llmprune.base.files import PACKED
 from llmprune.base.words import count, size
 from llmprune.cost.footprint import changes
 from llmprune.formats.packed import PackedFolder
+from llmprune.job.channels import channels_text
 from llmprune.job.naming import asked_text
-from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known, permutation_text
+from llmprune.job.record import Reconstruction, Removal, RunRecord, SiteRecord, excess_loss, mean_known
 from llmprune.job.recovery import measure
 from llmprune.job.speedup import speed_rows
 from llmprune.output.again import NO_COMMAND, again
@@ -60,7 +61,7 @@ def _run(run: Saved, pictures: int) -> dict[str, Any]:
         "matrices": matrices(record),
         "codes": codes(record),
         "left_out": _left_out(record.skipped),
-        "permuted": permutation_text(record.permuted) if record.permuted else None,
+        "channels": [channels_text(kind, own) for kind, own in record.channels.items()],
         "spread": record.recipe["allocation"]["text"] if "allocation" in record.recipe else None,
         "command": command,
         "no_command": None if command else NO_COMMAND,

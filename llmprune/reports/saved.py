@@ -20,7 +20,7 @@ from llmprune.numerics.patterns import parse
 from llmprune.reports.schema import parts
 
 T = TypeVar("T")
-_LATER = ("recoveries", "codes", "rounding", "permuted")  # in a record, which those of earlier versions lack
+_LATER = ("recoveries", "codes", "rounding", "channels")  # in a record, which those of earlier versions lack
 _WORDS = {
     "array": "a list", "object": "a mapping", "str": "text", "int": "a whole number", "float": "a finite number",
     "bool": "true or false",

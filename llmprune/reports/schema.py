@@ -112,9 +112,10 @@ class _Cost(TypedDict):
     after: Measure
 
 
-class _Permuted(TypedDict):
+class _Channels(TypedDict):
     costs: dict[Literal["neurons", "values", "hidden"], _Cost]
     left: dict[str, str]
+    added: Count
 
 
 class _Expected(TypedDict):
@@ -126,7 +127,8 @@ class _Expected(TypedDict):
 def parts(saved: Mapping[str, Any]) -> dict[str, Any]:
     """By name, what the parts of a record are to be like that are there."""
     filled: dict[str, Any] = {
-        "structure": _Timed, "predicted": _Expected, "recoveries": list[_Recovered], "permuted": _Permuted,
+        "structure": _Timed, "predicted": _Expected, "recoveries": list[_Recovered],
+        "channels": dict[Literal["rotated", "permuted"], _Channels],
     }  # fmt: skip
     return {
         "model": ModelFacts,

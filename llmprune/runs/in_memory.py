@@ -25,7 +25,7 @@ from llmprune.output.write import write_record
 from llmprune.runs.announce import announce, claim_output
 from llmprune.runs.texts import choose_texts
 from llmprune.steps.base import Work
-from llmprune.steps.permute.step import grouped, permute_in_memory
+from llmprune.steps.channels.step import change_in_memory, neighbours
 from llmprune.steps.weights.spreading import spread
 from llmprune.steps.weights.step import PruneWeights, asked, choose, prune_weights
 from llmprune.stream.source import ModelSource
@@ -43,8 +43,8 @@ def prune_in_memory(
     """
     if job.config.structured or job.config.budgets or job.config.bits:
         raise InputError(FROM_FOLDER + "pass the model's folder or Hub id")
-    if job.recipe.permute:
-        grouped(job)  # or else it is refused, before anything is read or written
+    for kind in job.recipe.changes:
+        neighbours(job, kind)  # or else it is refused, before anything is read or written
     output = job.output(folder.name if folder else job.config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("part of the model is offloaded: pass its folder or Hub id instead, with an output folder")
@@ -81,8 +81,7 @@ def prune_in_memory(
         why=why,
     )
     with _evaluating(model):
-        if job.recipe.permute:
-            permute_in_memory(job, work, texts, selection.patterns, record)
+        change_in_memory(job, work, texts, selection.patterns, record)
         selection = spread(job, work, selection, texts, record, None)
         prune_weights(job, work, selection, texts, record, set())
     if output is not None and job.ranks.first:

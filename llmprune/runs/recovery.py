@@ -58,10 +58,11 @@ class Recovery:
         """Raises: InputError: it is not possible."""
         folder = user_path(config.model, "model")
         record = pruned_record(folder)
-        if record.permuted and (config.rewind or config.train == BLOCKS):
+        if record.channels and (config.rewind or config.train == BLOCKS):
             what = "--rewind" if config.rewind else f"--train {BLOCKS}"
+            how = " and ".join(record.channels)
             raise InputError(
-                f"{what} needs channels in the order of {record.model['name']}, and {folder} was permuted: train it otherwise"
+                f"{what} needs the channels of {record.model['name']}, and those of {folder} were {how}: train it otherwise"
             )
         output = user_path(config.output or f"{folder.name}{RECOVERED}", "output")
         if config.batch_size % ranks.size:

@@ -24,7 +24,7 @@ from llmprune.runs.fingerprint import fingerprint
 from llmprune.runs.preflight import predict
 from llmprune.runs.texts import choose_texts
 from llmprune.steps.base import Step, Work
-from llmprune.steps.permute.step import PermuteChannels
+from llmprune.steps.channels.step import PermuteChannels, RotateChannels
 from llmprune.steps.quantise.step import QuantiseWeights
 from llmprune.steps.structured.step import RemoveStructure
 from llmprune.steps.weights.step import PruneWeights
@@ -33,13 +33,14 @@ _LARGE_TENSOR = 4 * 2**20  # bytes
 
 
 def schedule(job: Job, output: Path) -> list[Stage]:
-    """What `job` asks for: structure is removed first, then channels permuted, weights pruned, and those that are left
-    rounded."""
+    """What `job` asks for: structure is removed first, then channels rotated and permuted, weights pruned, and those
+    that are left rounded."""
     asked: list[tuple[Job, type[Step]]] = []
     if job.config.structured:
         asked.append((job, RemoveStructure))
-    if job.recipe.permute:
-        asked.append((job.weights_only(output) if asked else job, PermuteChannels))
+    changes: list[tuple[bool, type[Step]]] = [(job.recipe.rotate, RotateChannels), (job.recipe.permute, PermuteChannels)]
+    for kind in (kind for wanted, kind in changes if wanted):
+        asked.append((job.weights_only(output) if asked else job, kind))
     if job.config.sparse:
         asked.append((job.weights_only(output) if asked else job, PruneWeights))
     if job.config.bits:
@@ -65,7 +66,12 @@ class Stage:
     @property
     def told(self) -> str:
         """What it makes, where that is on the way."""
-        return {RemoveStructure: "the smaller model", PermuteChannels: "the permuted model"}.get(self.kind, "the pruned model")
+        told: dict[type[Step], str] = {
+            RemoveStructure: "the smaller model",
+            RotateChannels: "the rotated model",
+            PermuteChannels: "the permuted model",
+        }
+        return told.get(self.kind, "the pruned model")
 
     @property
     def last(self) -> bool:

@@ -1,0 +1,133 @@
+"""The steps that permute or rotate channels: look at the dense model once, then copy its checkpoint as changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from llmprune.base.errors import InputError
+from llmprune.base.files import read_json, write_json
+from llmprune.base.notation import DEALT_OUT
+from llmprune.base.words import count
+from llmprune.data.windows import Texts
+from llmprune.job.channels import PERMUTED, ROTATED, channels_text
+from llmprune.job.job import Job
+from llmprune.job.record import RunRecord
+from llmprune.models.extras import copy_extras
+from llmprune.models.skeleton import Skeleton
+from llmprune.numerics.patterns import NM, Unstructured
+from llmprune.output.resume import Manifest
+from llmprune.output.shards import ShardWriter
+from llmprune.steps.base import Step, Work
+from llmprune.steps.channels.looking import Looked, Looking
+from llmprune.steps.channels.moves import Moved, moved
+from llmprune.steps.channels.permuting import Permuting
+from llmprune.steps.channels.rotating import Rotating
+from llmprune.steps.weights.step import choose
+
+_KINDS: dict[str, type[Looking]] = {ROTATED: Rotating, PERMUTED: Permuting}
+
+
+class _ChangeChannels(Step):
+    """A `Step`: put channels on another basis, on which a mask costs less."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
+        self._job, self._skeleton, self._work = job, skeleton, Work.on_disk(skeleton, scratch)
+        self._group = neighbours(job, self.kind)
+        self._sites = frozenset(choose(job, skeleton.describe()).patterns)
+
+    def __str__(self) -> str:
+        return f"of channels, for {self._job.pattern} in {count(len(self._sites), 'matrix')}"
+
+    def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
+        job, skeleton = self._job, self._skeleton
+        outside = skeleton.outside_blocks()
+        looking = _KINDS[self.kind](job, self._work, skeleton.describe, outside, self._sites, *self._group)
+        found = looking.look(texts.calibration)
+        tell(found, self._work, self.kind, job, record)
+        record.peak_memory = job.clock.peaks()
+        if manifest:
+            with job.clock("write"):
+                writer = ShardWriter(Moved(skeleton, found.moves, found.copies), into, set())
+                for block in skeleton.describe():
+                    writer.put(block)
+                writer.finish()
+                copy_extras(skeleton.checkpoint.folder, into)
+                if found.copies:
+                    untie(into)
+
+
+class RotateChannels(_ChangeChannels):
+    """Rotate hidden channels, and those of values."""
+
+    title, kind = "rotation", ROTATED
+
+
+class PermuteChannels(_ChangeChannels):
+    """Put neurons, channels of values and hidden channels in an order in which an N:M mask costs less."""
+
+    title, kind = "order", PERMUTED
+
+
+def neighbours(job: Job, kind: str) -> tuple[int, int]:
+    """How many neighbours share a group of the pattern, or of one that is like it, and how many of them go.
+
+    Raises:
+        InputError: channels are not permuted for such a pattern.
+    """
+    pattern = job.pattern
+    assert isinstance(pattern, NM | Unstructured)
+    if isinstance(pattern, NM) and pattern.m <= DEALT_OUT:
+        return pattern.m, pattern.m - pattern.n
+    if kind == PERMUTED:
+        raise InputError(f"permute is for groups of at most {DEALT_OUT}, and those of {pattern} are larger: leave it out")
+    share = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else pattern.sparsity
+    return DEALT_OUT, min(max(round(DEALT_OUT * share), 1), DEALT_OUT - 1)
+
+
+def change_in_memory(job: Job, work: Work, texts: Texts, sites: Collection[str], record: RunRecord) -> None:
+    """Put the channels of a model on another basis, as the job asks, in place."""
+    for kind in job.recipe.changes:
+        inside = tuple(f"{own}." for own in work.blocks)
+        outside = [name for name, _ in work.model.named_parameters() if not name.startswith(inside)]
+        looking = _KINDS[kind](job, work, lambda: list(work.source.blocks()), outside, frozenset(sites), *neighbours(job, kind))
+        found = looking.look(texts.calibration)
+        tell(found, work, kind, job, record)
+        for name, of in found.copies.items():
+            module, _, own = name.rpartition(".")
+            whole = work.model.get_parameter(of)
+            setattr(work.model.get_submodule(module), own, nn.Parameter(whole.detach().clone(), whole.requires_grad))
+            work.model.config.tie_word_embeddings = work.model.config.get_text_config().tie_word_embeddings = False
+        for name, moves in found.moves.items():
+            parameter = work.model.get_parameter(name)
+            parameter.data.copy_(moved(parameter.data, moves))
+
+
+def tell(found: Looked, work: Work, kind: str, job: Job, record: RunRecord) -> None:
+    """Record what was found, and say it.
+
+    Raises:
+        InputError: nothing can be changed that was asked for by name; a preset goes on without.
+    """
+    verb, asked = {ROTATED: ("rotate", job.config.rotate), PERMUTED: ("permute", job.config.permute)}[kind]
+    if not found.costs and asked:
+        what, why = next(iter(found.left.items()))
+        raise InputError(f"no channels of this model can be {kind} ({what}: {why}): leave --{verb} out")
+    costs = {own: {"before": before, "after": after} for own, (before, after) in found.costs.items()}
+    added = sum(work.model.get_parameter(of).numel() for of in found.copies.values())
+    record.channels[kind] = {"costs": costs, "left": found.left, "added": added}
+    job.progress.note(channels_text(kind, record.channels[kind]))
+
+
+def untie(folder: Path) -> None:
+    """Say in the configuration that the head has a matrix of its own."""
+    config = read_json(folder / "config.json")
+    inner = [own for own in config.values() if isinstance(own, dict) and "tie_word_embeddings" in own]
+    for own in (config, *inner):
+        own["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config)
