@@ -22,6 +22,7 @@ from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.numerics.grouping import DAMPING, Costs, find_order
 from llmprune.numerics.patterns import NM, parse
+from llmprune.numerics.rotation import Neighbours
 from llmprune.output.shards import ShardWriter
 from llmprune.output.verify import verify
 from llmprune.steps.base import Work
@@ -116,9 +117,9 @@ def looked(folder: Path) -> tuple[Skeleton, Looked]:
     job = Job(PruneConfig.create({"model": "-", "sparsity": "2:4", "batch_size": 2}), None, Progress(), Ranks())
     sites = frozenset(choose(job, skeleton.describe()).patterns)
     with torch.no_grad():
-        found = Permuting(job, Work.on_disk(skeleton, None), skeleton.describe, skeleton.outside_blocks(), sites, 4, 2).look(
-            Windows(IDS, "given")
-        )
+        found = Permuting(
+            job, Work.on_disk(skeleton, None), skeleton.describe, skeleton.outside_blocks(), sites, Neighbours(4, 2)
+        ).look(Windows(IDS, "given"))
     return skeleton, found
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_families import ALL
-from test_permute import IDS, mask_cost, problem, random
+from test_permute import IDS, lost, mask_cost, problem, random
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
@@ -22,7 +22,7 @@ from llmprune.models.checkpoint import Checkpoint
 from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.numerics.grouping import DAMPING
 from llmprune.numerics.patterns import NM
-from llmprune.numerics.rotation import Read, Written, find_rotation, inverse_of
+from llmprune.numerics.rotation import Anywhere, Neighbours, Read, Written, find_rotation, inverse_of
 from llmprune.output.shards import ShardWriter
 from llmprune.output.verify import verify
 from llmprune.steps.base import Work
@@ -32,14 +32,10 @@ from llmprune.steps.channels.rotating import Rotating
 from llmprune.steps.channels.step import untie
 from llmprune.steps.weights.step import PruneWeights, choose
 
-# what stays as it is: behind norms that stand after what writes, or subtract the mean; q, k and v of one matrix
-LEFT: dict[str, set[str]] = {
-    **{family: {"hidden"} for family in ("gemma2", "gemma3_text", "olmo2", "phi", "starcoder2", "stablelm", "llama4_text")},
-    **{family: {"values"} for family in ("phi3", "deepseek_v3", "qwen3_next")},
-    **{
-        family: {"hidden", "values"}
-        for family in ("opt", "gpt2", "gpt_neox", "gpt_neo", "gptj", "codegen", "bloom", "falcon", "mpt")
-    },
+# what is rotated, where that is not the hidden channels: norms stand behind what writes, or subtract the mean
+OTHER: dict[str, set[str]] = {
+    **{family: {"values"} for family in ("gemma2", "gemma3_text", "olmo2", "phi", "starcoder2", "stablelm", "llama4_text")},
+    **{family: set() for family in ("opt", "gpt2", "gpt_neox", "gpt_neo", "gptj", "codegen", "bloom", "falcon", "mpt")},
 }
 PLAIN = {"calibration": IDS, "batch_size": 2, "sparsity": "2:4", "method": "sparsegpt"}
 
@@ -54,7 +50,7 @@ def test_costs_are_those_of_solving_without_the_dropped(size: int, drop: int) ->
     w, x = problem(12)
     gram = x.T @ x / len(x)
     reading = Read.of(w, inverse_of(gram))
-    found = find_rotation([reading], [], size, drop, random())
+    found = find_rotation([reading], [], Neighbours(size, drop), random())
     rotation = found.matrix[0]
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(12), rtol=0, atol=1e-5)
     order, pattern = list(range(12)), NM(size - drop, size)
@@ -64,10 +60,27 @@ def test_costs_are_those_of_solving_without_the_dropped(size: int, drop: int) ->
     assert found.after < 0.9 * found.before
 
     square = torch.randn(12, 12, generator=random(5))
-    found = find_rotation([], [Written.of(square, inverse_of(gram), size)], size, drop, random())
+    found = find_rotation([], [Written.of(square, inverse_of(gram), size)], Neighbours(size, drop), random())
     assert found.before == pytest.approx(mask_cost(square, damped(gram), order, pattern), rel=1e-3)
     assert found.after == pytest.approx(mask_cost(found.matrix[0].T @ square, damped(gram), order, pattern), rel=1e-3)
     assert found.after < found.before
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_any_weights_go_that_cost_least(share: float) -> None:
+    """Each by what solving without it loses."""
+    w, x = problem(12)
+    gram = x.T @ x / len(x)
+    found = find_rotation([Read.of(w, inverse_of(gram))], [], Anywhere(share), random())
+
+    def cost(own: torch.Tensor, inputs: torch.Tensor) -> float:
+        each = sorted(lost(row, inputs, [column]) for row in own for column in range(12))
+        return sum(each[: round(share * len(each))])
+
+    rotation = found.matrix[0]
+    assert found.before == pytest.approx(cost(w, damped(gram)), rel=1e-3)
+    assert found.after == pytest.approx(cost(w @ rotation, rotation.T @ damped(gram) @ rotation), rel=1e-3)
+    assert found.after < 0.9 * found.before
 
 
 def test_each_head_has_a_rotation_of_its_own() -> None:
@@ -77,7 +90,7 @@ def test_each_head_has_a_rotation_of_its_own() -> None:
     every = Read.of(w, inverse_of(gram), 4)
     sharing = [Read(every.weight[own::2], every.inverse[own::2]) for own in range(2)]
     values = torch.randn(8, 12, generator=random(5))
-    found = find_rotation(sharing, [Written.of(values, torch.eye(12), 4, 2)], 4, 2, random())
+    found = find_rotation(sharing, [Written.of(values, torch.eye(12), 4, 2)], Neighbours(4, 2), random())
     turned = torch.block_diag(*found.matrix.repeat_interleave(2, 0))
     reads = mask_cost(w @ turned, turned.T @ damped(gram) @ turned, list(range(16)), pattern)
     writes = mask_cost(torch.block_diag(*found.matrix).T @ values, torch.eye(12), list(range(12)), pattern)
@@ -97,7 +110,9 @@ def looked(folder: Path) -> tuple[Skeleton, Looked]:
     job = Job(PruneConfig.create({"model": "-", "sparsity": "2:4", "batch_size": 2}), None, Progress(), Ranks())
     sites = frozenset(choose(job, skeleton.describe()).patterns)
     with torch.no_grad():
-        looking = Rotating(job, Work.on_disk(skeleton, None), skeleton.describe, skeleton.outside_blocks(), sites, 4, 2)
+        looking = Rotating(
+            job, Work.on_disk(skeleton, None), skeleton.describe, skeleton.outside_blocks(), sites, Neighbours(4, 2)
+        )
         return skeleton, looking.look(Windows(IDS, "given"))
 
 
@@ -125,8 +140,8 @@ def test_a_rotated_model_computes_the_same(family: str, saved, tmp_path: Path) -
     again = write(skeleton, found, tmp_path / "rotated")
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-3, atol=2e-4)
-    assert found.costs.keys() == {"values", "hidden"} - LEFT.get(family, set()), found.left
-    assert {what.split(" ")[0] for what in found.left} >= LEFT.get(family, set())
+    assert found.costs.keys() == OTHER.get(family, {"hidden"}), found.left
+    assert ("hidden" in found.left) == (family in OTHER)
     assert all(after < before for before, after in found.costs.values())
     tied = model.config.get_text_config().tie_word_embeddings
     assert bool(found.copies) == (tied and "hidden" in found.costs)
@@ -149,7 +164,7 @@ def test_pruned_after_rotating(dtype: torch.dtype, tied: bool, saved, tmp_path: 
     assert read_elsewhere(out)["amiss"] == {}
     assert all(site.sparsity == pytest.approx(0.5) for site in run.record.sites)
     rotated, permuted = run.record.channels["rotated"], run.record.channels["permuted"]
-    assert rotated["costs"].keys() == {"values", "hidden"}
+    assert rotated["costs"].keys() == {"hidden"}
     assert permuted["costs"].keys() == {"values", "hidden", "neurons"}
     assert rotated["added"] == (model.lm_head.weight.numel() if tied else 0)
     assert AutoConfig.from_pretrained(out).tie_word_embeddings is False
@@ -161,7 +176,7 @@ def test_pruned_after_rotating(dtype: torch.dtype, tied: bool, saved, tmp_path: 
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "gpt_oss", "gemma2"])
 def test_a_model_in_memory_as_on_disk(family: str, saved, tmp_path: Path) -> None:
     model = tiny_model(family, **ALL[family])
     source = saved(model)
@@ -199,7 +214,7 @@ def test_an_unfinished_run_goes_on_from_the_rotated_model(saved, tmp_path: Path,
 def test_any_pattern(sparsity: str, saved, tmp_path: Path) -> None:
     source, options = saved(tiny_model("llama")), PLAIN | {"sparsity": sparsity}
     record = llmprune.prune(source, output=tmp_path / "out", rotate=True, **options).record
-    assert record.channels["rotated"]["costs"].keys() == {"values", "hidden"}
+    assert record.channels["rotated"]["costs"].keys() == {"hidden"}
     assert verify(tmp_path / "out").problems == ()
 
 

@@ -1,9 +1,9 @@
 """A rotation of channels after which a mask costs less: what matters is gathered in few weights of each group.
 
 Where an orthogonal matrix R fits between what writes channels and what reads them, W becomes W R on inputs with the Gram
-R^T H R, or W becomes R^T W. R is found by descent from the identity on what the mask costs: each group of M drops those D that
-cost least, by second order with all other weights free to make up for it, w_D (H^-1_DD)^-1 w_D (Hassibi and Stork, 1993). Gu et
-al., "DenoiseRotator", 2025, rotate before pruning, by the entropy of the weights' importance. R is the Cayley transform
+R^T H R, or W becomes R^T W. R is found by descent from the identity on what the mask costs, by second order with all other
+weights free to make up for it: a set D of a row costs w_D (H^-1_DD)^-1 w_D (Hassibi and Stork, 1993). Gu et al.,
+"DenoiseRotator", 2025, rotate before pruning, too, by the entropy of the weights' importance. R is the Cayley transform
 (I + A)^-1 (I - A) of a skew-symmetric A.
 """
 
@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,49 @@ from llmprune.numerics.linalg import inverse_factor
 
 STEPS, RATE = 100, 0.01  # Adam's, the rate falling to zero as a cosine
 TERMS, LINES = 8, 1024  # of each kind so many matrices a step, and of each so many lines of weights, both drawn at random
-SOFTNESS = 0.1  # of the choice of what a group drops, in mean costs
+SOFTNESS = 0.1  # of the choice of what a group drops, in mean costs; with 1 the loss of a 2:4 model was 1.1 times as high
+SAMPLE = 2**14  # costs that a bound is estimated from
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """A mask that drops `drop` of each `size` neighbours."""
+
+    size: int
+    drop: int
+
+    def least(self, costs: Tensor) -> Tensor:
+        """What is lost, of the costs (groups, sets, lines) of each set of a group."""
+        return costs.amin(1).sum()
+
+    def soft(self, costs: Tensor) -> Tensor:
+        """The same to descend on: a mean over the sets of a group, the cheaper ones counting for more."""
+        fixed = costs.detach()
+        return (torch.softmax(-fixed / (SOFTNESS * fixed.mean()), 1) * costs).sum()
+
+
+@dataclass(frozen=True, slots=True)
+class Anywhere:
+    """A mask that drops the `share` of weights that cost least, each alone."""
+
+    share: float
+    size: ClassVar[int] = 1
+    drop: ClassVar[int] = 1
+
+    def least(self, costs: Tensor) -> Tensor:
+        """What is lost, of the cost (columns, 1, lines) of each weight."""
+        return self._below(costs, costs.flatten().kthvalue(max(round(self.share * costs.numel()), 1)).values)
+
+    def soft(self, costs: Tensor) -> Tensor:
+        """The same to descend on, the bound estimated."""
+        fixed = costs.detach().flatten()
+        return self._below(costs, fixed[:: len(fixed) // SAMPLE + 1].quantile(self.share))
+
+    def _below(self, costs: Tensor, bound: Tensor) -> Tensor:
+        return torch.where(costs.detach() <= bound, costs, 0).sum()
+
+
+Mask = Neighbours | Anywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +102,14 @@ class Read:
         drawn, share = _drawn(self.weight.shape[2], lines, generator)
         return Read(self.weight[:, :, drawn.to(self.weight.device)] * share, self.inverse)
 
-    def costs(self, rotation: Tensor, size: int, drop: int) -> Tensor:
+    def costs(self, rotation: Tensor, mask: Mask) -> Tensor:
         """(groups, sets, rows): of each set of each group of each row."""
+        size = mask.size
         own = rotation.unflatten(-1, (-1, size))  # (heads, width, groups, M)
         turned = (self.inverse @ rotation).unflatten(-1, (-1, size))
         inverse = torch.einsum("hwga,hwgb->hgab", own, turned).flatten(0, 1)
         weight = (rotation.mT @ self.weight).view(len(inverse), size, -1)
-        return _costs(weight, inverse, drop)
+        return _costs(weight, inverse, mask.drop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +147,10 @@ class Written:
         drawn = drawn.to(self.weight.device)
         return Written(self.weight.unflatten(1, (-1, size))[:, drawn].flatten(1, 2) * share, self.inverse[drawn])
 
-    def costs(self, rotation: Tensor, size: int, drop: int) -> Tensor:
+    def costs(self, rotation: Tensor, mask: Mask) -> Tensor:
         """(heads * groups, sets, width): of each set of each group of each row."""
         inverse = self.inverse.expand(self.heads, -1, -1, -1).flatten(0, 1)
-        return _costs((self.weight @ rotation).view(len(inverse), size, -1), inverse, drop)
+        return _costs((self.weight @ rotation).view(len(inverse), mask.size, -1), inverse, mask.drop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +177,8 @@ def inverse_of(gram: Tensor) -> Tensor:
     return upper.T @ upper
 
 
-def find_rotation(
-    reading: Sequence[Read], writing: Sequence[Written], size: int, drop: int, generator: torch.Generator
-) -> Rotation:
-    """A rotation of the channels that all of `reading` and `writing` have in common, after which it costs little to drop `drop`
-    of each `size` neighbours."""
+def find_rotation(reading: Sequence[Read], writing: Sequence[Written], mask: Mask, generator: torch.Generator) -> Rotation:
+    """A rotation of the channels that all of `reading` and `writing` have in common, after which the mask costs little."""
     terms: list[Read | Written] = [*reading, *writing]
     heads, width, device = terms[0].heads, terms[0].width, terms[0].weight.device
     identity = torch.eye(width, device=device).expand(heads, -1, -1)
@@ -148,13 +189,14 @@ def find_rotation(
         drawn = [*_some(reading, generator), *_some(writing, generator)]
         with torch.enable_grad():
             rotation = _cayley(free, identity)
-            torch.stack([_soft(term.some(LINES, generator).costs(rotation, size, drop)) for term in drawn]).sum().backward()
+            costs = [term.some(LINES, generator).costs(rotation, mask) for term in drawn]
+            torch.stack([mask.soft(own) for own in costs]).sum().backward()
         adam.step()
         adam.zero_grad()
     rotation = _cayley(free.detach(), identity)
 
     def total(own: Tensor) -> float:
-        return sum(float(term.costs(own, size, drop).amin(1).sum()) for term in terms)
+        return sum(float(mask.least(term.costs(own, mask))) for term in terms)
 
     before, after = total(identity), total(rotation)
     return Rotation(rotation, before, after) if after < before else Rotation(identity, before, before)
@@ -193,9 +235,3 @@ def _costs(weight: Tensor, inverse: Tensor, drop: int) -> Tensor:
         }
         rows.append(torch.stack([row.get(pair, nothing) for pair in pairs], -1))
     return torch.stack(rows, 1) @ products
-
-
-def _soft(costs: Tensor) -> Tensor:
-    """The mean over the sets of each group, the cheaper ones counting for more; sum over the groups."""
-    fixed = costs.detach()
-    return (torch.softmax(-fixed / (SOFTNESS * fixed.mean()), 1) * costs).sum()

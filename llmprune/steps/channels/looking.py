@@ -17,6 +17,7 @@ from llmprune.data.windows import Windows
 from llmprune.job.job import Job
 from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site, Stage
+from llmprune.numerics.rotation import Mask
 from llmprune.numerics.stats import Gram, InputSample
 from llmprune.steps.base import Feeds, Nowhere, Work
 from llmprune.steps.channels.moves import Move, Moves, in_place, joined, moved
@@ -61,7 +62,7 @@ class Looking(ABC):
         describe: the model's blocks, whether their weights are loaded or not.
         outside: names of its tensors that are in no block.
         sites: names of those that are to have the pattern.
-        size: of a group of neighbours, of which `drop` go.
+        mask: what the pattern drops.
         trial: the basis of hidden channels on which it is tried whether the model computes the same.
     """
 
@@ -70,8 +71,7 @@ class Looking(ABC):
     describe: Callable[[], Iterable[Block]]
     outside: Sequence[str]
     sites: frozenset[str]
-    size: int
-    drop: int
+    mask: Mask
     found: Looked = field(default_factory=Looked)
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     width: int = field(init=False)
@@ -84,8 +84,8 @@ class Looking(ABC):
         self.width = work.model.config.get_text_config().hidden_size
         self.trial = self.drawn_basis()
         share = windows.share(job.ranks.rank, job.ranks.size)
-        if self.width % self.size:
-            self.found.left["hidden"] = f"{self.width} channels do not fall into groups of {self.size}"
+        if self.width % self.mask.size:
+            self.found.left["hidden"] = f"{self.width} channels do not fall into groups of {self.mask.size}"
 
         with work.outside(), job.clock("capture"):
             feed = work.record(share, batch)

@@ -94,7 +94,7 @@ class Permuting(Looking):
         layout = Heads.of(self.work.model.config)
         group = heads(block, layout, whole=True)
         cost = costs.get(group.consumer.name)
-        if cost is None or layout.width % self.size:
+        if cost is None or layout.width % self.mask.size:
             return {}, []
         shared = layout.query // layout.value
         places = torch.arange(layout.query * layout.width, device=cost.unit.device).view(layout.value, shared, -1)
@@ -104,7 +104,7 @@ class Permuting(Looking):
     def _find(self, costs: Sequence[Costs]) -> Order:
         """An order of the columns of `costs`, the same in all processes."""
         with self.job.clock("solve"):
-            order = find_order(costs, self.size, self.drop, self.random)
+            order = find_order(costs, self.mask.size, self.mask.drop, self.random)
         columns = order.columns.cpu()
         self.job.ranks.of(0, columns)
         return replace(order, columns=columns)

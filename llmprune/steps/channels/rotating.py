@@ -1,4 +1,4 @@
-"""Rotations of hidden channels and of channels of values after which a mask costs less."""
+"""Rotations of hidden channels, or else of channels of values, after which a mask costs less."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmprune.numerics.rotation import Read, Rotation, Written, find_rotation, i
 from llmprune.numerics.stats import Gram
 from llmprune.steps.channels.folding import fold, fold_last, head_name, untied
 from llmprune.steps.channels.looking import CHANGED, NO_ATTENTION, ROWS, Looking
-from llmprune.steps.channels.moves import Move, Moves, in_place, joined, moved
+from llmprune.steps.channels.moves import Moves, in_place, joined
 from llmprune.steps.channels.places import of_hidden, of_outside, of_values, readers, writers
 from llmprune.stream.activations import Activations
 
@@ -54,19 +54,17 @@ class Rotating(Looking):
         return joined([norm, of_outside(model, [*tables, head_name(model)], self.width, basis)])
 
     def visit(self, block: Block, feed: Activations) -> None:
+        """Heads' values are rotated only where hidden channels are not: on top of those it gained nothing."""
         folded = self._fold(block, feed)
-        with in_place(block.module, folded, f"{block.name}."):
-            seen = self._look_at(block, feed)
-            values = self._values(block, feed, seen)
         if "hidden" in self.found.left:
+            self._values(block, feed)
             return
-        moves = joined([folded, of_hidden(block, self.width, self.trial)])
-        if not self.same(block, feed, moves, self.trial):
+        if not self.same(block, feed, joined([folded, of_hidden(block, self.width, self.trial)]), self.trial):
             self.found.left["hidden"] = f"of {block.name}: {CHANGED}"
             return
         self._folds.append(folded)
-        with in_place(block.module, joined([folded, values]), f"{block.name}."), self.job.clock("solve"):
-            self._collect(block, seen)
+        with in_place(block.module, folded, f"{block.name}."):
+            self._collect(block, self._look_at(block, feed))
 
     def finish(self) -> None:
         if not self._reading:
@@ -103,32 +101,28 @@ class Rotating(Looking):
         self.each_stage(block, feed, take)
         return found
 
-    def _values(self, block: Block, feed: Activations, seen: Mapping[str, Seen]) -> Moves:
-        """Rotations of the channels of each head's values, as far as they leave the block's outputs alone."""
+    def _values(self, block: Block, feed: Activations) -> None:
+        """Rotate the channels of each head's values, if that leaves the block's outputs alone."""
         layout = Heads.of(self.work.model.config)
         try:
             group = heads(block, layout, whole=True)
         except InputError:
             self.found.left[f"values of {block.name}"] = NO_ATTENTION
-            return {}
+            return
         values, out = group.producers[2], group.consumer
-        if not {values.name, out.name} <= seen.keys() or layout.width % self.size:
-            return {}
+        seen = self._look_at(block, feed)
+        if not {values.name, out.name} <= seen.keys() or layout.width % self.mask.size:
+            return
         shared = layout.query // layout.value
-        inverse = seen[out.name].inverse
-        every = Read.of(self._some(out, seen), inverse, layout.query)
+        every = Read.of(self._some(out, seen), seen[out.name].inverse, layout.query)
         reading = [Read(every.weight[own::shared], every.inverse[own::shared]) for own in range(shared)]
-        writing = Written.of(_weight(values, seen), seen[values.name].inverse, self.size, layout.value)
+        writing = Written.of(_weight(values, seen), seen[values.name].inverse, self.mask.size, layout.value)
         rotation = self._find(reading, [writing])
         moves = of_values(block, group, layout, rotation.matrix)
-        if not self.same(block, feed, moves):
+        if self.same(block, feed, moves):
+            self.found.add("values", moves, [rotation])
+        else:
             self.found.left[f"values of {block.name}"] = CHANGED
-            return {}
-        self.found.add("values", moves, [rotation])
-        reads = moves[out.parameter][0]
-        assert isinstance(reads, Move)
-        seen[out.name].inverse.copy_(moved(inverse, [replace(reads, dim=0), replace(reads, dim=1)]))
-        return moves
 
     def _collect(self, block: Block, seen: Mapping[str, Seen]) -> None:
         """What the hidden channels are decided by: rows of what reads them, columns of what writes them."""
@@ -141,7 +135,7 @@ class Rotating(Looking):
             self._reading.append(Read.of(rows, seen[stage[0].name].inverse))
         for site in writers(block, self.width):
             if site.name in seen:
-                whole = Written.of(_weight(site, seen), seen[site.name].inverse, self.size)
+                whole = Written.of(_weight(site, seen), seen[site.name].inverse, self.mask.size)
                 self._writing.append(whole.some(ROWS, self.random))
 
     def _some(self, site: Site, seen: Mapping[str, Seen]) -> Tensor:
@@ -152,7 +146,7 @@ class Rotating(Looking):
     def _find(self, reading: Sequence[Read], writing: Sequence[Written]) -> Rotation:
         """A rotation of channels, the same in all processes."""
         with self.job.clock("solve"):
-            rotation = find_rotation(reading, writing, self.size, self.drop, self.random)
+            rotation = find_rotation(reading, writing, self.mask, self.random)
         matrix = rotation.matrix.cpu()
         self.job.ranks.of(0, matrix)
         return replace(rotation, matrix=matrix)

@@ -19,6 +19,7 @@ from llmprune.job.record import RunRecord
 from llmprune.models.extras import copy_extras
 from llmprune.models.skeleton import Skeleton
 from llmprune.numerics.patterns import NM, Unstructured
+from llmprune.numerics.rotation import Anywhere, Mask, Neighbours
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Step, Work
@@ -38,7 +39,7 @@ class _ChangeChannels(Step):
 
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
         self._job, self._skeleton, self._work = job, skeleton, Work.on_disk(skeleton, scratch)
-        self._group = neighbours(job, self.kind)
+        self._mask = mask_of(job, self.kind)
         self._sites = frozenset(choose(job, skeleton.describe()).patterns)
 
     def __str__(self) -> str:
@@ -47,7 +48,7 @@ class _ChangeChannels(Step):
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, skeleton = self._job, self._skeleton
         outside = skeleton.outside_blocks()
-        looking = _KINDS[self.kind](job, self._work, skeleton.describe, outside, self._sites, *self._group)
+        looking = _KINDS[self.kind](job, self._work, skeleton.describe, outside, self._sites, self._mask)
         found = looking.look(texts.calibration)
         tell(found, self._work, self.kind, job, record)
         record.peak_memory = job.clock.peaks()
@@ -74,20 +75,21 @@ class PermuteChannels(_ChangeChannels):
     title, kind = "order", PERMUTED
 
 
-def neighbours(job: Job, kind: str) -> tuple[int, int]:
-    """How many neighbours share a group of the pattern, or of one that is like it, and how many of them go.
+def mask_of(job: Job, kind: str) -> Mask:
+    """What the pattern drops; of a group that is too large to compare all ways, as if it could be anywhere.
 
     Raises:
         InputError: channels are not permuted for such a pattern.
     """
     pattern = job.pattern
     assert isinstance(pattern, NM | Unstructured)
-    if isinstance(pattern, NM) and pattern.m <= DEALT_OUT:
-        return pattern.m, pattern.m - pattern.n
+    if isinstance(pattern, Unstructured):
+        return Anywhere(pattern.sparsity)
+    if pattern.m <= DEALT_OUT:
+        return Neighbours(pattern.m, pattern.m - pattern.n)
     if kind == PERMUTED:
         raise InputError(f"permute is for groups of at most {DEALT_OUT}, and those of {pattern} are larger: leave it out")
-    share = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else pattern.sparsity
-    return DEALT_OUT, min(max(round(DEALT_OUT * share), 1), DEALT_OUT - 1)
+    return Anywhere(1 - pattern.n / pattern.m)
 
 
 def change_in_memory(job: Job, work: Work, texts: Texts, sites: Collection[str], record: RunRecord) -> None:
@@ -95,7 +97,7 @@ def change_in_memory(job: Job, work: Work, texts: Texts, sites: Collection[str],
     for kind in job.recipe.changes:
         inside = tuple(f"{own}." for own in work.blocks)
         outside = [name for name, _ in work.model.named_parameters() if not name.startswith(inside)]
-        looking = _KINDS[kind](job, work, lambda: list(work.source.blocks()), outside, frozenset(sites), *neighbours(job, kind))
+        looking = _KINDS[kind](job, work, lambda: list(work.source.blocks()), outside, frozenset(sites), mask_of(job, kind))
         found = looking.look(texts.calibration)
         tell(found, work, kind, job, record)
         for name, of in found.copies.items():
