@@ -10,7 +10,7 @@ weights free to make up for it: a set D of a row costs w_D (H^-1_DD)^-1 w_D (Has
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement
 from typing import ClassVar
@@ -177,14 +177,25 @@ def inverse_of(gram: Tensor) -> Tensor:
     return upper.T @ upper
 
 
-def find_rotation(reading: Sequence[Read], writing: Sequence[Written], mask: Mask, generator: torch.Generator) -> Rotation:
-    """A rotation of the channels that all of `reading` and `writing` have in common, after which the mask costs little."""
+def find_rotation(
+    reading: Sequence[Read],
+    writing: Sequence[Written],
+    mask: Mask,
+    generator: torch.Generator,
+    told: Callable[[int], None] = lambda step: None,
+) -> Rotation:
+    """A rotation of the channels that all of `reading` and `writing` have in common, after which the mask costs little.
+
+    Args:
+        told: is called before each of `STEPS` steps, with its number.
+    """
     terms: list[Read | Written] = [*reading, *writing]
     heads, width, device = terms[0].heads, terms[0].width, terms[0].weight.device
     identity = torch.eye(width, device=device).expand(heads, -1, -1)
     free = torch.zeros(heads, width, width, device=device, requires_grad=True)
     adam = torch.optim.Adam([free], lr=RATE)
     for step in range(STEPS):
+        told(step)
         adam.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         drawn = [*_some(reading, generator), *_some(writing, generator)]
         with torch.enable_grad():

@@ -138,11 +138,9 @@ class Looking(ABC):
                 take(stage, seen.statistic)
 
     def rows(self, site: Site, gram: Gram) -> Tensor | None:
-        """Some rows of a site, scaled so that all of it puts out an energy of 1 a token; None if it puts out none."""
+        """Some rows of a site, drawn at random, as `scaled`."""
         drawn = torch.randperm(site.rows, generator=self.random)[:ROWS].to(site.weight.device)
-        some = site.weight[drawn].float()
-        _, energy = gram.errors(some, torch.zeros_like(some))
-        return some * (gram.tokens / energy) ** 0.5 if energy > 0 else None
+        return scaled(site.weight[drawn], gram)
 
     def _observe(self, stage: Stage, device: torch.device) -> Observed:
         return Observed(Gram(stage[0].columns, device), InputSample(1), None, self.job.clock)
@@ -179,6 +177,13 @@ class Looking(ABC):
             return
         if not self.job.ranks.agree(near(changed, on_basis(hidden, self.trial)) and near(after, out)):
             self.found.left["hidden"] = f"of what is outside the blocks: {CHANGED}"
+
+
+def scaled(weight: Tensor, gram: Gram) -> Tensor | None:
+    """Weights (out, in) in float32, times what makes them put out an energy of 1 a token; None if they put out none."""
+    weight = weight.float()
+    _, energy = gram.errors(weight, torch.zeros_like(weight))
+    return weight * (gram.tokens / energy) ** 0.5 if energy > 0 else None
 
 
 def on_basis(hidden: Tensor, basis: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,22 +14,13 @@ from llmprune.base.errors import InputError
 from llmprune.models.groups import heads
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
-from llmprune.numerics.rotation import Read, Rotation, Written, find_rotation, inverse_of
+from llmprune.numerics.rotation import STEPS, Read, Rotation, Written, find_rotation, inverse_of
 from llmprune.numerics.stats import Gram
 from llmprune.steps.channels.folding import fold, fold_last, head_name, untied
-from llmprune.steps.channels.looking import CHANGED, NO_ATTENTION, ROWS, Looking
+from llmprune.steps.channels.looking import CHANGED, NO_ATTENTION, ROWS, Looking, scaled
 from llmprune.steps.channels.moves import Moves, in_place, joined
 from llmprune.steps.channels.places import of_hidden, of_outside, of_values, readers, writers
 from llmprune.stream.activations import Activations
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What is known of a site: H^-1 (in, in) of its inputs, and a factor of its weights, with which it puts out an
-    energy of 1."""
-
-    inverse: Tensor
-    scale: float
 
 
 @dataclass(slots=True)
@@ -64,10 +55,10 @@ class Rotating(Looking):
             return
         self._folds.append(folded)
         with in_place(block.module, folded, f"{block.name}."):
-            self._collect(block, self._look_at(block, feed))
+            self._collect(block, feed)
 
     def finish(self) -> None:
-        if not self._reading:
+        if not self._reading and not self._writing:
             return
         rotation = self._find(self._reading, self._writing)
         inside = [of_hidden(block, self.width, rotation.matrix) for block in self.describe()]
@@ -86,20 +77,21 @@ class Rotating(Looking):
             self.found.left["hidden"] = str(problem)
             return {}
 
-    def _look_at(self, block: Block, feed: Activations) -> dict[str, Seen]:
-        found: dict[str, Seen] = {}
+    def _collect(self, block: Block, feed: Activations) -> None:
+        """What the hidden channels are decided by: rows of what reads them, columns of what writes them."""
+        reading, writing = ({site.name for site in of(block, self.width)} for of in (readers, writers))
 
         def take(stage: Sequence[Site], gram: Gram) -> None:
             with self.job.clock("solve"):
                 inverse = inverse_of(gram.mean())
-                for site in stage:
-                    weight = site.weight.float()
-                    _, energy = gram.errors(weight, torch.zeros_like(weight))
-                    if energy > 0:
-                        found[site.name] = Seen(inverse, (gram.tokens / energy) ** 0.5)
+                rows = [self.rows(site, gram) for site in stage if site.name in reading]
+                if known := [own for own in rows if own is not None]:
+                    self._reading.append(Read.of(torch.cat(known), inverse))
+                for site in (site for site in stage if site.name in writing):
+                    if (weight := scaled(site.weight, gram)) is not None:
+                        self._writing.append(Written.of(weight, inverse, self.mask.size).some(ROWS, self.random))
 
         self.each_stage(block, feed, take)
-        return found
 
     def _values(self, block: Block, feed: Activations) -> None:
         """Rotate the channels of each head's values, if that leaves the block's outputs alone."""
@@ -110,13 +102,21 @@ class Rotating(Looking):
             self.found.left[f"values of {block.name}"] = NO_ATTENTION
             return
         values, out = group.producers[2], group.consumer
-        seen = self._look_at(block, feed)
-        if not {values.name, out.name} <= seen.keys() or layout.width % self.mask.size:
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def take(stage: Sequence[Site], gram: Gram) -> None:
+            for site in (site for site in stage if site.name in (values.name, out.name)):
+                weight = self.rows(site, gram) if site.name == out.name else scaled(site.weight, gram)
+                if weight is not None:
+                    seen[site.name] = weight, inverse_of(gram.mean())
+
+        self.each_stage(block, feed, take)
+        if len(seen) < 2 or layout.width % self.mask.size:
             return
         shared = layout.query // layout.value
-        every = Read.of(self._some(out, seen), seen[out.name].inverse, layout.query)
+        every = Read.of(*seen[out.name], layout.query)
         reading = [Read(every.weight[own::shared], every.inverse[own::shared]) for own in range(shared)]
-        writing = Written.of(_weight(values, seen), seen[values.name].inverse, self.mask.size, layout.value)
+        writing = Written.of(*seen[values.name], self.mask.size, layout.value)
         rotation = self._find(reading, [writing])
         moves = of_values(block, group, layout, rotation.matrix)
         if self.same(block, feed, moves):
@@ -124,33 +124,13 @@ class Rotating(Looking):
         else:
             self.found.left[f"values of {block.name}"] = CHANGED
 
-    def _collect(self, block: Block, seen: Mapping[str, Seen]) -> None:
-        """What the hidden channels are decided by: rows of what reads them, columns of what writes them."""
-        stages: dict[int, list[Site]] = {}
-        for site in readers(block, self.width):
-            if site.name in seen:
-                stages.setdefault(id(seen[site.name].inverse), []).append(site)
-        for stage in stages.values():
-            rows = torch.cat([self._some(site, seen) for site in stage])
-            self._reading.append(Read.of(rows, seen[stage[0].name].inverse))
-        for site in writers(block, self.width):
-            if site.name in seen:
-                whole = Written.of(_weight(site, seen), seen[site.name].inverse, self.mask.size)
-                self._writing.append(whole.some(ROWS, self.random))
-
-    def _some(self, site: Site, seen: Mapping[str, Seen]) -> Tensor:
-        """Some rows of a site's weights, drawn at random."""
-        drawn = torch.randperm(site.rows, generator=self.random)[:ROWS].to(site.weight.device)
-        return site.weight[drawn].float() * seen[site.name].scale
-
     def _find(self, reading: Sequence[Read], writing: Sequence[Written]) -> Rotation:
         """A rotation of channels, the same in all processes."""
         with self.job.clock("solve"):
-            rotation = find_rotation(reading, writing, self.mask, self.random)
+            rotation = find_rotation(reading, writing, self.mask, self.random, self._tell)
         matrix = rotation.matrix.cpu()
         self.job.ranks.of(0, matrix)
         return replace(rotation, matrix=matrix)
 
-
-def _weight(site: Site, seen: Mapping[str, Seen]) -> Tensor:
-    return site.weight.float() * seen[site.name].scale
+    def _tell(self, step: int) -> None:
+        self.job.progress.solving(f"rotation, step {step + 1} of {STEPS}")

@@ -118,8 +118,8 @@ def tell(found: Looked, work: Work, kind: str, job: Job, record: RunRecord) -> N
     """
     verb, asked = {ROTATED: ("rotate", job.config.rotate), PERMUTED: ("permute", job.config.permute)}[kind]
     if not found.costs and asked:
-        what, why = next(iter(found.left.items()))
-        raise InputError(f"no channels of this model can be {kind} ({what}: {why}): leave --{verb} out")
+        why = next((f" ({what}: {why})" for what, why in found.left.items()), "")
+        raise InputError(f"no channels of this model can be {kind}{why}: leave --{verb} out")
     costs = {own: {"before": before, "after": after} for own, (before, after) in found.costs.items()}
     added = sum(work.model.get_parameter(of).numel() for of in found.copies.values())
     record.channels[kind] = {"costs": costs, "left": found.left, "added": added}
