@@ -425,6 +425,7 @@ def test_pruning_and_training_in_turns(text: str, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("Other words, of another text altogether. " * 40)
     some = {"calibration": text, "samples": 4, "seqlen": 16, "eval_text": str(tmp_path / "other.txt"), "method": "sparsegpt"}
     asked = some | {"output": str(tmp_path / "out"), "recover": "5K", "sparsity": "30%,50%", "neurons": "25%", "round_to": 4}
+    asked["rotate"] = True  # in the first turn only: later it would fill zeros
     with pytest.raises(Killed):
         llmprune.prune(source, progress=KillAt(5), **asked)
     assert not (tmp_path / "out").exists()
@@ -438,6 +439,7 @@ def test_pruning_and_training_in_turns(text: str, tmp_path: Path) -> None:
     assert len(record.recoveries) == 2
     assert {told["teacher"] for told in record.recoveries} == {"source"}
     assert record.removals
+    assert record.channels["rotated"]["costs"].keys() == {"hidden"}
     found = llmprune.evaluate(source, texts=[str(tmp_path / "other.txt")], seqlen=64, dtype="float32").scores[0].value
     assert record.dense is not None
     assert record.dense.value == pytest.approx(found, rel=1e-4)

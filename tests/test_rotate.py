@@ -234,3 +234,13 @@ def test_a_model_that_cannot_be_rotated_is_refused_but_by_a_preset(saved, tmp_pa
 def test_rotating_needs_a_sparsity(saved, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rotate has no effect here"):
         llmprune.prune(saved(tiny_model("llama")), output=tmp_path / "out", rotate=True, neurons="25%", calibration=IDS)
+
+
+def test_what_would_be_lost_by_rotating(saved, tmp_path: Path) -> None:
+    pruned = tmp_path / "pruned"
+    llmprune.prune(saved(tiny_model("llama")), output=pruned, **PLAIN)
+    with pytest.raises(InputError, match="would fill its zeros"):
+        llmprune.prune(pruned, output=tmp_path / "out", rotate=True, **PLAIN)
+    with pytest.raises(InputError, match="scan is of the dense model as it was"):
+        llmprune.prune(pruned, output=tmp_path / "out", rotate=True, scan="scan.json", allocate="sensitivity", **PLAIN)
+    assert not (tmp_path / "out").exists()

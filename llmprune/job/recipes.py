@@ -84,12 +84,15 @@ def choose_recipe(config: PruneConfig) -> Recipe:
         recipe = QUALITIES[quality]
     if config.target is not None and config.target not in TARGETS:
         raise unknown("target", config.target, TARGETS)
+    if config.rotate and config.scan is not None:
+        raise InputError("scan is of the dense model as it was, and rotated matrices lose otherwise: leave it out")
+    rotatable = config.sparsity is not None and config.scan is None
     return replace(
         recipe,
         refit=recipe.refit if config.refit is None else config.refit,
         target=recipe.target if config.target is None else config.target,
         reconstruct=recipe.reconstruct if config.reconstruct is None else config.reconstruct,
-        rotate=recipe.rotate and config.sparsity is not None if config.rotate is None else config.rotate,
+        rotate=recipe.rotate and rotatable if config.rotate is None else config.rotate,
         permute=recipe.permute and _in_fours(config) if config.permute is None else config.permute,
     )
 

@@ -75,12 +75,13 @@ def _quantise(config: PruneConfig, folders: Sequence[Path], whole: RunRecord, fi
 def _turn(
     config: PruneConfig, sparsity: str | None, folder: Path, before: Sequence[Path], records: Sequence[RunRecord]
 ) -> PruneConfig:
-    """What a turn is asked for; those after the first prune weights alone, with the first one's texts."""
+    """What a turn is asked for; those after the first prune weights alone, with the first one's texts and on its channels."""
     own = config.unquantised()
     own = replace(own, sparsity=sparsity, output=str(folder), overwrite=False, restart=False, push_to_hub=None)
     if not records:
         return own
-    return on_its_texts(replace(own, model=str(before[-1])).weights_only(folder), records[0])
+    own = replace(own, model=str(before[-1]), rotate=False, permute=False if ":" in (sparsity or "") else None)
+    return on_its_texts(own.weights_only(folder), records[0])
 
 
 def _joined(config: PruneConfig, records: Sequence[RunRecord]) -> RunRecord:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from llmprune.base.errors import InputError
-from llmprune.base.files import read_json, write_json
+from llmprune.base.files import RECORD, read_json, write_json
 from llmprune.base.notation import DEALT_OUT
 from llmprune.base.words import count
 from llmprune.data.windows import Texts
@@ -64,9 +64,15 @@ class _ChangeChannels(Step):
 
 
 class RotateChannels(_ChangeChannels):
-    """Rotate hidden channels, and those of values."""
+    """Rotate hidden channels, or else those of values."""
 
     title, kind = "rotation", ROTATED
+
+    def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
+        super().__init__(job, skeleton, scratch)
+        folder = skeleton.checkpoint.folder
+        if (folder / RECORD).is_file() and read_json(folder / RECORD).get("sites"):
+            raise InputError(f"{folder} is pruned already, and rotated channels would fill its zeros: pass --no-rotate")
 
 
 class PermuteChannels(_ChangeChannels):
