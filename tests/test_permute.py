@@ -235,13 +235,15 @@ def test_a_model_in_memory_as_on_disk(family: str, saved, tmp_path: Path) -> Non
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_structure_goes_first(saved, tmp_path: Path) -> None:
+def test_all_steps_in_order(saved, tmp_path: Path) -> None:
     source = saved(tiny_model("llama"))
-    options = PLAIN | {"neurons": "25%", "round_to": 4, "permute": True, "bits": 8, "group_size": 4}
+    options = PLAIN | {"neurons": "25%", "round_to": 4, "rotate": True, "permute": True, "bits": 8, "group_size": 4}
     record = llmprune.prune(source, output=tmp_path / "out", **options).record
     assert record.channels["permuted"]["costs"].keys() == KINDS
+    assert list(record.channels) == ["rotated", "permuted"]
     assert record.removals
     assert record.codes
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["out", "source"], "nothing is left beside"
     assert verify(tmp_path / "out").problems == ()
 
 

@@ -243,4 +243,8 @@ def test_what_would_be_lost_by_rotating(saved, tmp_path: Path) -> None:
         llmprune.prune(pruned, output=tmp_path / "out", rotate=True, **PLAIN)
     with pytest.raises(InputError, match="scan is of the dense model as it was"):
         llmprune.prune(pruned, output=tmp_path / "out", rotate=True, scan="scan.json", allocate="sensitivity", **PLAIN)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="groups of at most 4"):
+        llmprune.prune(
+            saved(tiny_model("llama")), output=tmp_path / "out", rotate=True, permute=True, **PLAIN | {"sparsity": "4:8"}
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "source"], "nothing was begun"

@@ -143,10 +143,9 @@ def partial_folder(output: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def between_folders(output: Path) -> tuple[Path, Path, Path]:
-    """Where a run to `output` of several steps keeps what the first, the second and the third came to, when another follows."""
-    partial = partial_folder(output)
-    return partial.with_suffix(".first"), partial.with_suffix(".second"), partial.with_suffix(".third")
+def between_folders(output: Path) -> list[Path]:
+    """Where a run to `output` of several steps keeps what the first, the second, ... came to, when another follows."""
+    return [partial_folder(output).with_suffix(f".{which}") for which in ("first", "second", "third", "fourth")]
 
 
 def turn_folder(output: Path, number: int) -> Path:

@@ -25,7 +25,7 @@ from llmprune.output.write import write_record
 from llmprune.runs.announce import announce, claim_output
 from llmprune.runs.texts import choose_texts
 from llmprune.steps.base import Work
-from llmprune.steps.channels.step import change_in_memory, mask_of
+from llmprune.steps.channels.step import change_in_memory, changes
 from llmprune.steps.weights.spreading import spread
 from llmprune.steps.weights.step import PruneWeights, asked, choose, prune_weights
 from llmprune.stream.source import ModelSource
@@ -43,8 +43,7 @@ def prune_in_memory(
     """
     if job.config.structured or job.config.budgets or job.config.bits:
         raise InputError(FROM_FOLDER + "pass the model's folder or Hub id")
-    for kind in job.recipe.changes:
-        mask_of(job, kind)  # or else it is refused, before anything is read or written
+    changes(job)  # or else they are refused, before anything is read or written
     output = job.output(folder.name if folder else job.config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("part of the model is offloaded: pass its folder or Hub id instead, with an output folder")

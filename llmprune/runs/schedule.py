@@ -24,7 +24,7 @@ from llmprune.runs.fingerprint import fingerprint
 from llmprune.runs.preflight import predict
 from llmprune.runs.texts import choose_texts
 from llmprune.steps.base import Step, Work
-from llmprune.steps.channels.step import PermuteChannels, RotateChannels
+from llmprune.steps.channels.step import PermuteChannels, RotateChannels, changes
 from llmprune.steps.quantise.step import QuantiseWeights
 from llmprune.steps.structured.step import RemoveStructure
 from llmprune.steps.weights.step import PruneWeights
@@ -34,13 +34,16 @@ _LARGE_TENSOR = 4 * 2**20  # bytes
 
 def schedule(job: Job, output: Path) -> list[Stage]:
     """What `job` asks for: structure is removed first, then channels rotated and permuted, weights pruned, and those
-    that are left rounded."""
+    that are left rounded.
+
+    Raises:
+        InputError: channels cannot be changed for such a pattern.
+    """
     asked: list[tuple[Job, type[Step]]] = []
     if job.config.structured:
         asked.append((job, RemoveStructure))
-    changes: list[tuple[bool, type[Step]]] = [(job.recipe.rotate, RotateChannels), (job.recipe.permute, PermuteChannels)]
-    for kind in (kind for wanted, kind in changes if wanted):
-        asked.append((job.weights_only(output) if asked else job, kind))
+    for step in changes(job):
+        asked.append((job.weights_only(output) if asked else job, step))
     if job.config.sparse:
         asked.append((job.weights_only(output) if asked else job, PruneWeights))
     if job.config.bits:

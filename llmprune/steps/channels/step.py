@@ -81,6 +81,17 @@ class PermuteChannels(_ChangeChannels):
     title, kind = "order", PERMUTED
 
 
+def changes(job: Job) -> list[type[_ChangeChannels]]:
+    """The steps that the job asks for, in order.
+
+    Raises:
+        InputError: one cannot be done for its pattern.
+    """
+    for kind in job.recipe.changes:
+        mask_of(job, kind)
+    return [step for step in (RotateChannels, PermuteChannels) if step.kind in job.recipe.changes]
+
+
 def mask_of(job: Job, kind: str) -> Mask:
     """What the pattern drops; of a group that is too large to compare all ways, as if it could be anywhere.
 
