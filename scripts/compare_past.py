@@ -34,7 +34,7 @@ from llmprune.runs.compare_texts import dense_perplexity, evaluation, load_float
 
 WINDOWS = 238  # all of the text
 PATTERNS = ("2:4", "50%", "70%")
-TERMS = ("fast", "fast permute", "balanced", "balanced permute", "best", "best permute")
+TERMS = ("fast", "fast rotate", "fast permute", "best", "best rotate", "best permute", "max")
 Cell = dict[str, Any]
 
 

@@ -61,7 +61,7 @@ QUALITIES = {
     "balanced": Recipe("balanced", "annealed", refit=True, target="corrected"),
     "best": Recipe("best", "annealed", refit=True, target="corrected", reconstruct=True),
     "max": Recipe(
-        "max", "annealed", refit=True, target="corrected", reconstruct=True, rotate=True, permute=True, passes=2 * PASSES
+        "max", "annealed", refit=True, target="corrected", reconstruct=True, rotate=True, permute=True, passes=PASSES + 1
     ),
 }
 SCANNING = Recipe("scan", "sparsegpt", true_sequential=False)  # which errors a scan compares: one sweep a level is quick
