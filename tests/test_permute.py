@@ -29,6 +29,7 @@ from llmprune.steps.base import Work
 from llmprune.steps.channels.looking import Looked, Looking
 from llmprune.steps.channels.moves import Moved
 from llmprune.steps.channels.permuting import Permuting
+from llmprune.steps.channels.step import untie
 from llmprune.steps.weights.step import PruneWeights, choose
 
 IDS = tokens(6, 24)
@@ -111,25 +112,25 @@ def test_columns_that_are_one_group_or_cannot_gain_stay() -> None:
     assert found.after == pytest.approx(found.before)
 
 
-def looked(folder: Path) -> tuple[Skeleton, Looked]:
+def looked(folder: Path, kind: type[Looking] = Permuting) -> tuple[Skeleton, Looked]:
     """What a look at the model finds."""
     skeleton = Skeleton(Checkpoint(folder), load_config(folder), torch.device("cpu"), torch.float32)
     job = Job(PruneConfig.create({"model": "-", "sparsity": "2:4", "batch_size": 2}), None, Progress(), Ranks())
     sites = frozenset(choose(job, skeleton.describe()).patterns)
+    work, outside = Work.on_disk(skeleton, None), skeleton.outside_blocks()
     with torch.no_grad():
-        found = Permuting(
-            job, Work.on_disk(skeleton, None), skeleton.describe, skeleton.outside_blocks(), sites, Neighbours(4, 2)
-        ).look(Windows(IDS, "given"))
-    return skeleton, found
+        return skeleton, kind(job, work, skeleton.describe, outside, sites, Neighbours(4, 2)).look(Windows(IDS, "given"))
 
 
 def write(skeleton: Skeleton, found: Looked, into: Path) -> PreTrainedModel:
     into.mkdir()
-    writer = ShardWriter(Moved(skeleton, found.moves), into, set())
+    writer = ShardWriter(Moved(skeleton, found.moves, found.copies), into, set())
     for block in skeleton.describe():
         writer.put(block)
     writer.finish()
     skeleton.model.config.save_pretrained(into)
+    if found.copies:
+        untie(into)
     return AutoModelForCausalLM.from_pretrained(into)
 
 

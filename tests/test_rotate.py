@@ -8,29 +8,18 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_families import ALL
-from test_permute import IDS, lost, mask_cost, problem, random
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from test_permute import IDS, looked, lost, mask_cost, problem, random, write
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmprune
 from llmprune.base.errors import InputError
-from llmprune.base.processes import Ranks
-from llmprune.data.windows import Windows
-from llmprune.job.job import Job
-from llmprune.job.options import PruneConfig
-from llmprune.job.progress import Progress
 from llmprune.models.checkpoint import Checkpoint
-from llmprune.models.skeleton import Skeleton, load_config
-from llmprune.numerics.grouping import DAMPING
+from llmprune.numerics.grouping import DAMPING, inverse_of
 from llmprune.numerics.patterns import NM
-from llmprune.numerics.rotation import Anywhere, Neighbours, Read, Written, find_rotation, inverse_of
-from llmprune.output.shards import ShardWriter
+from llmprune.numerics.rotation import Anywhere, Neighbours, Read, Written, find_rotation
 from llmprune.output.verify import verify
-from llmprune.steps.base import Work
-from llmprune.steps.channels.looking import Looked
-from llmprune.steps.channels.moves import Moved
 from llmprune.steps.channels.rotating import Rotating
-from llmprune.steps.channels.step import untie
-from llmprune.steps.weights.step import PruneWeights, choose
+from llmprune.steps.weights.step import PruneWeights
 
 # what is rotated, where that is not the hidden channels: norms stand behind what writes, or subtract the mean
 OTHER: dict[str, set[str]] = {
@@ -104,30 +93,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmprune.numerics.rotation.STEPS", 10)
 
 
-def looked(folder: Path) -> tuple[Skeleton, Looked]:
-    """What a look at the model finds."""
-    skeleton = Skeleton(Checkpoint(folder), load_config(folder), torch.device("cpu"), torch.float32)
-    job = Job(PruneConfig.create({"model": "-", "sparsity": "2:4", "batch_size": 2}), None, Progress(), Ranks())
-    sites = frozenset(choose(job, skeleton.describe()).patterns)
-    with torch.no_grad():
-        looking = Rotating(
-            job, Work.on_disk(skeleton, None), skeleton.describe, skeleton.outside_blocks(), sites, Neighbours(4, 2)
-        )
-        return skeleton, looking.look(Windows(IDS, "given"))
-
-
-def write(skeleton: Skeleton, found: Looked, into: Path) -> PreTrainedModel:
-    into.mkdir()
-    writer = ShardWriter(Moved(skeleton, found.moves, found.copies), into, set())
-    for block in skeleton.describe():
-        writer.put(block)
-    writer.finish()
-    skeleton.model.config.save_pretrained(into)
-    if found.copies:
-        untie(into)
-    return AutoModelForCausalLM.from_pretrained(into)
-
-
 @pytest.mark.parametrize("family", list(ALL))
 @pytest.mark.usefixtures("quick")
 def test_a_rotated_model_computes_the_same(family: str, saved, tmp_path: Path) -> None:
@@ -136,7 +101,7 @@ def test_a_rotated_model_computes_the_same(family: str, saved, tmp_path: Path) -
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.rand(parameter.shape, generator=random())
-    skeleton, found = looked(saved(model))
+    skeleton, found = looked(saved(model), Rotating)
     again = write(skeleton, found, tmp_path / "rotated")
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-3, atol=2e-4)

@@ -25,6 +25,16 @@ ROUNDS = 200  # at most
 PATIENCE, LEAST = 10, 2e-3  # so many rounds must together save this share of the cost
 
 
+def inverse_of(gram: Tensor) -> Tensor:
+    """H^-1 (in, in) of a damped Gram.
+
+    Raises:
+        InputError: the Gram is zero or not finite.
+    """
+    upper = inverse_factor(gram, DAMPING).upper
+    return upper.T @ upper
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What dropping weights costs, of rows that share a Gram.
@@ -44,8 +54,7 @@ class Costs:
         Raises:
             InputError: the Gram is zero or not finite.
         """
-        upper = inverse_factor(gram, DAMPING).upper
-        inverse = upper.T @ upper
+        inverse = inverse_of(gram)
         scale = inverse.diagonal().rsqrt()
         return cls((weight * scale).T.contiguous(), inverse * scale * scale[:, None])
 

@@ -18,9 +18,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmprune.numerics.grouping import DAMPING
-from llmprune.numerics.linalg import inverse_factor
-
 STEPS, RATE = 100, 0.01  # Adam's, the rate falling to zero as a cosine
 TERMS, LINES = 8, 1024  # of each kind so many matrices a step, and of each so many lines of weights, both drawn at random
 SOFTNESS = 0.1  # of the choice of what a group drops, in mean costs; with 1 the loss of a 2:4 model was 1.1 times as high
@@ -80,14 +77,6 @@ class Read:
     weight: Tensor
     inverse: Tensor
 
-    @property
-    def heads(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.weight.shape[1]
-
     @classmethod
     def of(cls, weight: Tensor, inverse: Tensor, heads: int = 1) -> Read:
         """Of rows (out, in), and H^-1 (in, in), whose columns fall into `heads` of the same width."""
@@ -117,26 +106,18 @@ class Written:
     """What writes channels: columns of a matrix whose rows are rotated.
 
     Attributes:
-        weight: (heads, groups * M, width).
+        weight: (heads, width, groups * M).
         inverse: (groups, M, M), of H^-1 of the matrix's own inputs.
     """
 
     weight: Tensor
     inverse: Tensor
 
-    @property
-    def heads(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.weight.shape[2]
-
     @classmethod
     def of(cls, weight: Tensor, inverse: Tensor, size: int, heads: int = 1) -> Written:
         """Of a matrix (out, in) on inputs with H^-1 (in, in), its rows those of `heads`."""
         places = torch.arange(len(inverse), device=inverse.device).view(-1, size)
-        return cls(weight.unflatten(0, (heads, -1)).mT.contiguous(), inverse[places[:, :, None], places[:, None, :]])
+        return cls(weight.unflatten(0, (heads, -1)), inverse[places[:, :, None], places[:, None, :]])
 
     def some(self, lines: int, generator: torch.Generator) -> Written:
         """Some groups of columns, drawn at random, in place of all; `lines` of columns."""
@@ -145,12 +126,12 @@ class Written:
             return self
         drawn, share = _drawn(len(self.inverse), lines // size, generator)
         drawn = drawn.to(self.weight.device)
-        return Written(self.weight.unflatten(1, (-1, size))[:, drawn].flatten(1, 2) * share, self.inverse[drawn])
+        return Written(self.weight.unflatten(2, (-1, size))[:, :, drawn].flatten(2) * share, self.inverse[drawn])
 
     def costs(self, rotation: Tensor, mask: Mask) -> Tensor:
         """(heads * groups, sets, width): of each set of each group of each row."""
-        inverse = self.inverse.expand(self.heads, -1, -1, -1).flatten(0, 1)
-        return _costs((self.weight @ rotation).view(len(inverse), mask.size, -1), inverse, mask.drop)
+        inverse = self.inverse.expand(len(self.weight), -1, -1, -1).flatten(0, 1)
+        return _costs((self.weight.mT @ rotation).view(len(inverse), mask.size, -1), inverse, mask.drop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +148,6 @@ class Rotation:
     after: float
 
 
-def inverse_of(gram: Tensor) -> Tensor:
-    """H^-1 (in, in) of a damped Gram.
-
-    Raises:
-        InputError: the Gram is zero or not finite.
-    """
-    upper = inverse_factor(gram, DAMPING).upper
-    return upper.T @ upper
-
-
 def find_rotation(
     reading: Sequence[Read],
     writing: Sequence[Written],
@@ -190,7 +161,7 @@ def find_rotation(
         told: is called before each of `STEPS` steps, with its number.
     """
     terms: list[Read | Written] = [*reading, *writing]
-    heads, width, device = terms[0].heads, terms[0].width, terms[0].weight.device
+    (heads, width, _), device = terms[0].weight.shape, terms[0].weight.device
     identity = torch.eye(width, device=device).expand(heads, -1, -1)
     free = torch.zeros(heads, width, width, device=device, requires_grad=True)
     adam = torch.optim.Adam([free], lr=RATE)

@@ -14,7 +14,8 @@ from llmprune.base.errors import InputError
 from llmprune.models.groups import heads
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
-from llmprune.numerics.rotation import STEPS, Read, Rotation, Written, find_rotation, inverse_of
+from llmprune.numerics.grouping import inverse_of
+from llmprune.numerics.rotation import STEPS, Read, Rotation, Written, find_rotation
 from llmprune.numerics.stats import Gram
 from llmprune.steps.channels.folding import fold, fold_last, head_name, untied
 from llmprune.steps.channels.looking import CHANGED, NO_ATTENTION, ROWS, Looking, scaled
@@ -39,10 +40,9 @@ class Rotating(Looking):
 
     def outer(self, basis: Tensor) -> Moves:
         model = self.work.model
-        names = [name for name in self.outside if name != head_name(model)]
-        norm = fold_last(model, names, self.width)
-        tables = [name for name in names if name not in norm]
-        return joined([norm, of_outside(model, [*tables, head_name(model)], self.width, basis)])
+        folded = fold_last(model, self.outside, self.trial[0])
+        others = [name for name in self.outside if name not in folded]
+        return joined([folded, of_outside(model, [*others, head_name(model)], self.width, basis)])
 
     def visit(self, block: Block, feed: Activations) -> None:
         """Heads' values are rotated only where hidden channels are not: on top of those it gained nothing."""
@@ -72,7 +72,7 @@ class Rotating(Looking):
         if "hidden" in self.found.left:
             return {}
         try:
-            return fold(block, self.width, lambda: feed.call(block, 0, block.module))
+            return fold(block, self.trial[0], lambda: feed.call(block, 0, block.module))
         except InputError as problem:
             self.found.left["hidden"] = str(problem)
             return {}
@@ -105,10 +105,11 @@ class Rotating(Looking):
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def take(stage: Sequence[Site], gram: Gram) -> None:
-            for site in (site for site in stage if site.name in (values.name, out.name)):
-                weight = self.rows(site, gram) if site.name == out.name else scaled(site.weight, gram)
-                if weight is not None:
-                    seen[site.name] = weight, inverse_of(gram.mean())
+            with self.job.clock("solve"):
+                for site in (site for site in stage if site.name in (values.name, out.name)):
+                    weight = self.rows(site, gram) if site.name == out.name else scaled(site.weight, gram)
+                    if weight is not None:
+                        seen[site.name] = weight, inverse_of(gram.mean())
 
         self.each_stage(block, feed, take)
         if len(seen) < 2 or layout.width % self.mask.size:

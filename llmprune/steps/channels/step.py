@@ -6,8 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
-from torch import nn
-
 from llmprune.base.errors import InputError
 from llmprune.base.files import RECORD, read_json, write_json
 from llmprune.base.notation import DEALT_OUT
@@ -23,19 +21,25 @@ from llmprune.numerics.rotation import Anywhere, Mask, Neighbours
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Step, Work
+from llmprune.steps.channels.folding import free_head
 from llmprune.steps.channels.looking import Looked, Looking
 from llmprune.steps.channels.moves import Moved, moved
 from llmprune.steps.channels.permuting import Permuting
 from llmprune.steps.channels.rotating import Rotating
 from llmprune.steps.weights.step import choose
 
-_KINDS: dict[str, type[Looking]] = {ROTATED: Rotating, PERMUTED: Permuting}
-
 
 class _ChangeChannels(Step):
-    """A `Step`: put channels on another basis, on which a mask costs less."""
+    """A `Step`: put channels on another basis, on which a mask costs less.
+
+    Attributes:
+        kind: what becomes of them; `asked`: the option's name.
+        looking: what finds the basis.
+    """
 
     kind: ClassVar[str]
+    asked: ClassVar[str]
+    looking: ClassVar[type[Looking]]
 
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
         self._job, self._skeleton, self._work = job, skeleton, Work.on_disk(skeleton, scratch)
@@ -48,9 +52,9 @@ class _ChangeChannels(Step):
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, skeleton = self._job, self._skeleton
         outside = skeleton.outside_blocks()
-        looking = _KINDS[self.kind](job, self._work, skeleton.describe, outside, self._sites, self._mask)
+        looking = self.looking(job, self._work, skeleton.describe, outside, self._sites, self._mask)
         found = looking.look(texts.calibration)
-        tell(found, self._work, self.kind, job, record)
+        self.tell(found, self._work, job, record)
         record.peak_memory = job.clock.peaks()
         if manifest:
             with job.clock("write"):
@@ -62,11 +66,26 @@ class _ChangeChannels(Step):
                 if found.copies:
                     untie(into)
 
+    @classmethod
+    def tell(cls, found: Looked, work: Work, job: Job, record: RunRecord) -> None:
+        """Record what was found, and say it.
+
+        Raises:
+            InputError: nothing can be changed that was asked for by name; a preset goes on without.
+        """
+        if not found.costs and getattr(job.config, cls.asked):
+            why = next((f" ({what}: {why})" for what, why in found.left.items()), "")
+            raise InputError(f"no channels of this model can be {cls.kind}{why}: leave --{cls.asked} out")
+        costs = {own: {"before": before, "after": after} for own, (before, after) in found.costs.items()}
+        added = sum(work.model.get_parameter(of).numel() for of in found.copies.values())
+        record.channels[cls.kind] = {"costs": costs, "left": found.left, "added": added}
+        job.progress.note(channels_text(cls.kind, record.channels[cls.kind]))
+
 
 class RotateChannels(_ChangeChannels):
     """Rotate hidden channels, or else those of values."""
 
-    title, kind = "rotation", ROTATED
+    title, kind, asked, looking = "rotation", ROTATED, "rotate", Rotating
 
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
         super().__init__(job, skeleton, scratch)
@@ -78,7 +97,7 @@ class RotateChannels(_ChangeChannels):
 class PermuteChannels(_ChangeChannels):
     """Put neurons, channels of values and hidden channels in an order in which an N:M mask costs less."""
 
-    title, kind = "order", PERMUTED
+    title, kind, asked, looking = "order", PERMUTED, "permute", Permuting
 
 
 def changes(job: Job) -> list[type[_ChangeChannels]]:
@@ -111,36 +130,19 @@ def mask_of(job: Job, kind: str) -> Mask:
 
 def change_in_memory(job: Job, work: Work, texts: Texts, sites: Collection[str], record: RunRecord) -> None:
     """Put the channels of a model on another basis, as the job asks, in place."""
-    for kind in job.recipe.changes:
+    for step in changes(job):
         inside = tuple(f"{own}." for own in work.blocks)
         outside = [name for name, _ in work.model.named_parameters() if not name.startswith(inside)]
-        looking = _KINDS[kind](job, work, lambda: list(work.source.blocks()), outside, frozenset(sites), mask_of(job, kind))
+        mask = mask_of(job, step.kind)
+        looking = step.looking(job, work, lambda: list(work.source.blocks()), outside, frozenset(sites), mask)
         found = looking.look(texts.calibration)
-        tell(found, work, kind, job, record)
-        for name, of in found.copies.items():
-            module, _, own = name.rpartition(".")
-            whole = work.model.get_parameter(of)
-            setattr(work.model.get_submodule(module), own, nn.Parameter(whole.detach().clone(), whole.requires_grad))
+        step.tell(found, work, job, record)
+        if found.copies:
+            free_head(work.model)
             work.model.config.tie_word_embeddings = work.model.config.get_text_config().tie_word_embeddings = False
         for name, moves in found.moves.items():
             parameter = work.model.get_parameter(name)
             parameter.data.copy_(moved(parameter.data, moves))
-
-
-def tell(found: Looked, work: Work, kind: str, job: Job, record: RunRecord) -> None:
-    """Record what was found, and say it.
-
-    Raises:
-        InputError: nothing can be changed that was asked for by name; a preset goes on without.
-    """
-    verb, asked = {ROTATED: ("rotate", job.config.rotate), PERMUTED: ("permute", job.config.permute)}[kind]
-    if not found.costs and asked:
-        why = next((f" ({what}: {why})" for what, why in found.left.items()), "")
-        raise InputError(f"no channels of this model can be {kind}{why}: leave --{verb} out")
-    costs = {own: {"before": before, "after": after} for own, (before, after) in found.costs.items()}
-    added = sum(work.model.get_parameter(of).numel() for of in found.copies.values())
-    record.channels[kind] = {"costs": costs, "left": found.left, "added": added}
-    job.progress.note(channels_text(kind, record.channels[kind]))
 
 
 def untie(folder: Path) -> None:
