@@ -103,14 +103,19 @@ def parameter_groups(model: LlamaForCausalLM, decay: float) -> list[dict]:
 def train(
     model: LlamaForCausalLM, stream: Tensor, held_out: Tensor, args: argparse.Namespace, keep: Callable[[Path], None]
 ) -> list[dict]:
-    """Warm up for 100 steps, then cosine to zero; evaluates every 250 steps and at the end. `keep` writes the model."""
+    """Warm up for 100 steps, then cosine to zero; evaluates every 250 steps and at the end. `keep` writes the model.
+
+    A resumed run draws the windows that the whole run would have; Adam's moments start anew, warmed up again.
+    """
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(args.seed)
+    for _ in range(args.resume):
+        batches(stream, args.batch, generator)
     compiled = torch.compile(model)  # twice the tokens a second on two cores
     log: list[dict] = []
     start = time.monotonic()
-    for step in range(1, args.steps + 1):
-        rate = args.lr * min(1.0, step / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    for step in range(args.resume + 1, args.steps + 1):
+        rate = args.lr * min(1.0, (step - args.resume) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids = batches(stream, args.batch, generator)
@@ -136,6 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("llmprune/demo/llama"))
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--keep-at", type=int, nargs="*", default=[], help="also keep the model after so many steps")
+    parser.add_argument("--resume", type=int, default=0, metavar="STEP", help="go on from OUTPUT/step-STEP, kept before")
     parser.add_argument("--batch", type=int, default=16, help="windows a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.3, help="strong: the text is small and read several times")
@@ -160,6 +166,9 @@ def main() -> None:
     evaluation = tokens_of(tokenizer, documents("evaluation"))
     held_out = evaluation[: len(evaluation) // CONTEXT * CONTEXT].view(-1, CONTEXT)[:64]
     model = LlamaForCausalLM(demo_config(args, tokenizer)).train()
+    if args.resume:
+        kept = LlamaForCausalLM.from_pretrained(args.output / f"step-{args.resume}", dtype=torch.float32)
+        model.load_state_dict(kept.state_dict())
     model.set_attn_implementation("eager")  # fused by the compiler, 1.35 times the tokens a second of sdpa with narrow heads
     print(f"{model.num_parameters():,} parameters, {len(stream):,} training tokens a pass", flush=True)
 
@@ -175,6 +184,7 @@ def main() -> None:
         "characters": {"peps": sum(map(len, peps)), "docs": sum(map(len, docs)), "docs_weight": args.docs_weight},
         "arguments": {
             "steps": args.steps,
+            "resumed_at": args.resume,
             "batch": args.batch,
             "lr": args.lr,
             "weight_decay": args.weight_decay,
