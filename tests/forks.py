@@ -22,7 +22,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +178,22 @@ def answer(connection: socket.socket, home: Path) -> None:
 
 def ask(address: str, words: list[str]) -> int:
     """Pass signals on to the fork, and end as it does."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is whom to pass them on to
     asked = json.dumps([str(Path.cwd()), dict(os.environ), words]).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
         socket.send_fds(connection, [struct.pack("q", len(asked))], [0, 1, 2])
         connection.sendall(asked)
         (child,) = struct.unpack("q", connection.recv(8, socket.MSG_WAITALL))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda passed, _: os.kill(child, passed))
+
+        def pass_on(number: int, _: object) -> None:
+            with suppress(ProcessLookupError):  # it may just have ended
+                os.kill(child, number)
+
+        for number in signals:
+            signal.signal(number, pass_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         (code,) = struct.unpack("q", connection.recv(8, socket.MSG_WAITALL))
     if code < 0:
         if -code != signal.SIGKILL:  # which no process can set

@@ -20,11 +20,12 @@ from conftest import tiny_model, tokens
 from safetensors.torch import load_file
 from test_families import EXPERTS
 from test_resume import weights
+from torch import distributed
 
 import llmprune
 from llmprune.base import processes
 from llmprune.base.errors import InputError
-from llmprune.base.processes import Ranks, joined
+from llmprune.base.processes import Ranks, comes_first, joined
 from llmprune.cli.main import main
 from llmprune.data.pydoc import documents
 from llmprune.data.windows import Windows
@@ -328,6 +329,13 @@ def test_the_command_under_a_launcher(
     )
     assert wrong.returncode != 0
     assert wrong.stderr.count("llmprune: error: output two is not empty") == 1
+
+
+def test_a_mistake_that_all_see_is_told_by_whoever_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    assert [comes_first(text) for text in ("all see this", "all see this", "one sees this")] == [True, False, True]
 
 
 def test_a_world_size_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, distributed
 from llmprune.base.errors import InputError, LostProcess, reason
 
 T = TypeVar("T")
+_ANSWER = timedelta(seconds=10)  # for the launcher, where it is still there
 _PATIENCE = timedelta(hours=2)  # for one to solve alone; gloo notices a process that has died at once, by its connections
 
 
@@ -106,6 +107,21 @@ def joined() -> Iterator[Ranks]:
         yield _ranks()
     finally:
         distributed.destroy_process_group()
+
+
+def comes_first(text: str) -> bool:
+    """Whether this process is the first, of those that a launcher started together, to ask about the text.
+
+    They ask where `torchrun` and `accelerate launch` keep what their processes share; under another launcher, each is first.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
+        return bool(store.add(f"llmprune/{text}", 1) == 1)
+    except RuntimeError:  # the launcher has ended, and whatever it started
+        return True
 
 
 def _ranks() -> Ranks:

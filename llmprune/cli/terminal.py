@@ -157,3 +157,8 @@ def lasting_streams() -> Iterator[None]:
 def is_first() -> bool:
     """Whether this is the process, of those that a launcher started, that talks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def has_company() -> bool:
+    """Whether a launcher started others beside this process."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
