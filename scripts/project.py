@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -16,6 +17,8 @@ from llmprune.job.options import PruneConfig
 from llmprune.job.recipes import choose_recipe
 from llmprune.models.discover import find_blocks, make_block
 from llmprune.runs.preflight import Needs, estimate, size
+from llmprune.steps.base import Load
+from llmprune.steps.channels.rotating import Rotating
 
 ASSUMPTIONS = """\
 What pruning to 2:4 would need, by the formulas of `llmprune/runs/preflight.py`. Nothing here was run: it is a projection,
@@ -31,11 +34,16 @@ SHAPES = {  # Llama 3.1: hidden, intermediate, blocks, heads
     "70B": (8192, 28672, 80, 64),
     "405B": (16384, 53248, 126, 128),
 }
-RECIPES = ({"method": "sparsegpt"}, {"quality": "balanced"}, {"quality": "best"})
+RECIPES: dict[str, dict[str, Any]] = {
+    "sparsegpt": {"method": "sparsegpt"},
+    "balanced": {"quality": "balanced"},
+    "best": {"quality": "best"},
+    "before, to rotate": {"rotate": True},
+}
 
 
-def project(shape: tuple[int, int, int, int], options: dict[str, str]) -> Needs:
-    """What pruning a Llama of this shape to 2:4 needs."""
+def project(shape: tuple[int, int, int, int], options: dict[str, Any]) -> Needs:
+    """What pruning a Llama of this shape to 2:4 needs, or finding a rotation before that."""
     hidden, intermediate, blocks, heads = shape
     config = LlamaConfig(
         vocab_size=128256,
@@ -51,8 +59,10 @@ def project(shape: tuple[int, int, int, int], options: dict[str, str]) -> Needs:
     found = [make_block(i, name, module, storage) for i, (name, module) in enumerate(find_blocks(model).items())]
     texts = Texts(Windows(torch.zeros(SAMPLES, SEQLEN, dtype=torch.long), "-"), None, ())
     recipe = choose_recipe(PruneConfig.create({"model": "-", "sparsity": "2:4"} | options))
+    load = Rotating.load(found, hidden) if recipe.rotate else Load()
     nbytes = sum(p.nbytes for p in model.parameters())
-    return estimate(config, found, texts, recipe, dtype=torch.bfloat16, batch=BATCH, checkpoint=nbytes, pinned=True)
+    own = {"dtype": torch.bfloat16, "batch": BATCH, "checkpoint": nbytes, "pinned": True}
+    return estimate(config, found, texts, load.recipe or recipe, load=load, **own)
 
 
 def table() -> str:
@@ -61,10 +71,9 @@ def table() -> str:
         "|---|---|---:|---:|---:|---:|",
     ]
     for name, shape in SHAPES.items():
-        for options in RECIPES:
+        for method, options in RECIPES.items():
             needs = project(shape, options)
             hours = ((needs.forward + needs.statistics) / BF16 + needs.solve / FLOAT32) / 3600
-            method = next(iter(options.values()))
             inside, rest = size(needs.weights + needs.solving), size(needs.activations)
             rows.append(f"| {name} | {method} | {inside} | {rest} | {size(needs.output)} | {hours:.2f} |")
     return "\n".join(rows) + "\n"

@@ -24,9 +24,12 @@ from llmprune.cost.footprint import footprint
 from llmprune.cost.macs import active
 from llmprune.data.windows import Texts, Windows
 from llmprune.job.options import PruneConfig
-from llmprune.job.recipes import choose_recipe
+from llmprune.job.recipes import SCANNING, choose_recipe
 from llmprune.models.discover import find_blocks
 from llmprune.runs import preflight
+from llmprune.steps.base import Load
+from llmprune.steps.channels.permuting import Permuting
+from llmprune.steps.channels.rotating import Rotating
 from llmprune.stream.activations import Activations
 from llmprune.stream.mapped import MappedTensors
 from llmprune.stream.source import ModelSource
@@ -35,7 +38,12 @@ OPTIONS = {"sparsity": "2:4", "calibration": tokens(6, 24), "batch_size": 4}
 
 
 def needs(
-    family: str = "llama", windows: int = 6, processes: int = 1, pinned: bool = False, **options: object
+    family: str = "llama",
+    windows: int = 6,
+    processes: int = 1,
+    pinned: bool = False,
+    load: Load | None = None,
+    **options: object,
 ) -> preflight.Needs:
     model = tiny_model(family, **EXPERTS.get(family, {}))
     texts = Texts(Windows(tokens(windows, 24), "t"), Windows(tokens(4, 24), "e"), ())
@@ -48,6 +56,7 @@ def needs(
         dtype=torch.float32,
         batch=4,
         checkpoint=1000,
+        load=load or Load(),
         processes=processes,
         all_experts=bool(options.get("all_experts")),
         pinned=pinned,
@@ -92,6 +101,29 @@ def test_operations_of_a_plain_run() -> None:
     assert needs(method="sparsegpt", target="corrected").statistics == 2 * 3 * 144 * gram
     assert needs(method="sparsegpt").solve == 3 * (sweeps + inverses)
     assert needs(method="wanda").statistics == 0
+
+
+def test_what_looking_for_channels_gathers() -> None:
+    """By hand: 3 blocks; q, k, v read one input, gate and up another; o and down write. Wide matrices by 1024 of their rows."""
+    blocks = list(ModelSource(tiny_model("llama")).blocks())
+    inputs, rows, columns = 2 * 32 * 32, (32 + 16 + 16 + 48 + 48) * 32, (32 + 48) * 32
+    assert Permuting.load(blocks, 32).gathered == 3 * 4 * (inputs + rows)
+    rotating = Rotating.load(blocks, 32)
+    assert rotating.gathered == 3 * 4 * (inputs + rows + columns)
+    one_way = 2 * 32**2 * (6 * 32 + (6 + 6) * 1024)  # R^T H^-1 R of six inputs, R W of six readers and six writers
+    choosing = 5000 * 32 * (6 + 6) * 1024
+    assert rotating.operations == 100 * (2 * one_way + 8 * 32**3 + choosing)
+    wide = list(ModelSource(tiny_model("llama", intermediate_size=1500)).blocks())
+    more = 3 * 4 * 32 * (2 * (1024 - 48) + 1024 - 48)
+    assert Rotating.load(wide, 32).gathered == rotating.gathered + more
+
+
+def test_a_step_that_only_looks_does_not_evaluate() -> None:
+    looks = needs(load=Load(SCANNING, evaluates=False, gathered=1000, operations=10.0), method="sparsegpt")
+    prunes = needs(method="sparsegpt")
+    assert looks.solving == prunes.solving + 1000
+    assert looks.solve == prunes.solve + 10
+    assert looks.forward < prunes.forward
 
 
 def test_pinned_memory_is_rounded_up_to_a_power_of_two() -> None:

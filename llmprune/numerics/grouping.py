@@ -22,6 +22,7 @@ from llmprune.numerics.linalg import inverse_factor
 # too. With the solvers' .01 an order gained as much on the text that it was found on, and less on others.
 DAMPING = 1.0
 ROUNDS = 200  # at most
+SEARCH = 1e5  # as many operations of matrix products a weight take the time that a search took on a CPU of two cores
 PATIENCE, LEAST = 10, 2e-3  # so many rounds must together save this share of the cost
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 STEPS, RATE = 100, 0.01  # Adam's, the rate falling to zero as a cosine
 TERMS, LINES = 8, 1024  # of each kind so many matrices a step, and of each so many lines of weights, both drawn at random
 SOFTNESS = 0.1  # of the choice of what a group drops, in mean costs; with 1 the loss of a 2:4 model was 1.1 times as high
+CHOOSING = 5e3  # as many operations of products take as long, on a CPU of two cores, as what is done with a weight's costs
 SAMPLE = 2**14  # costs that a bound is estimated from
 
 
@@ -182,6 +183,14 @@ def find_rotation(
 
     before, after = total(identity), total(rotation)
     return Rotation(rotation, before, after) if after < before else Rotation(identity, before, before)
+
+
+def operations(width: int, reading: int, writing: int) -> float:
+    """Those of `find_rotation` with so many matrices that read `width` channels, and that write them: of its products, both
+    ways, of solving for the rotation, and of choosing sets, as long as that takes."""
+    read, written = min(reading, TERMS), min(writing, TERMS)
+    products = 4.0 * width**2 * ((read + 2) * width + (read + written) * LINES)
+    return STEPS * (products + CHOOSING * width * LINES * (read + written))
 
 
 def _some(terms: Sequence[Read] | Sequence[Written], generator: torch.Generator) -> list[Read | Written]:

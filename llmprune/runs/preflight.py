@@ -8,7 +8,7 @@ reading and writing. Times come out right to about a factor of two; the run's ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from llmprune.models.sites import Block
 from llmprune.numerics.stats import SAMPLE_TOKENS, Gram
 from llmprune.output.resume import partial_folder
 from llmprune.solvers import METHODS
-from llmprune.steps.base import Step, Work
+from llmprune.steps.base import Load, Step, Work
 from llmprune.steps.weights.scanning import as_tried
 from llmprune.stream.activations import KEPT
 
@@ -61,8 +61,8 @@ class Needs:
             what is kept of the calibration tokens in the middle of a block.
         weights: bytes of the largest block, as read and as written, with its copy where the dense model runs beside, or what
             embeddings and head, which are there before anything is solved, take beyond `solving`; and what a forward makes.
-        solving: bytes of a stage's statistics and samples, or of a block's where it is solved in one pass, and of what a
-            solver holds.
+        solving: bytes of a stage's statistics and samples, or of a block's where it is solved in one pass, of what a solver
+            holds, and of what is gathered from all blocks.
         output: bytes of the output folder, and of what a search keeps beside it.
         forward: floating-point operations of running the blocks and the head, in the compute dtype.
         statistics: those of Grams, which are summed in float32 of products in the compute dtype.
@@ -93,22 +93,21 @@ def estimate(
     dtype: torch.dtype,
     batch: int,
     checkpoint: int,
+    load: Load,
     processes: int = 1,
-    probed: int = 0,
-    scanned: int = 0,
     scanning: Recipe = SCANNING,
     all_experts: bool = False,
     pinned: bool = False,
 ) -> Needs:
-    """What pruning needs. `blocks` may be on the meta device; `checkpoint` is the bytes of its tensors; `probed` are tokens
-    whose hidden states are followed besides, through half of the blocks on average; `scanned`: patterns that a scan of the
-    dense model, which comes before, measures errors at, by `scanning`; `all_experts`: each sees every token;
-    `pinned`: hidden states rest in pinned memory, as those of a GPU do.
+    """What a step needs that works on `blocks`, which may be on the meta device, by `recipe`; `checkpoint` is the bytes of its
+    tensors; probed tokens go through half of the blocks on average; a scan of the dense model, which comes before, measures
+    errors by `scanning`; `all_experts`: each sees every token; `pinned`: hidden states rest in pinned memory, as a GPU's do.
     """
+    probed, scanned = load.probed, load.scanned
     config, (_, length) = model.get_text_config(), texts.calibration.ids.shape
     streams = 2 if recipe.target == "corrected" or recipe.reconstruct else 1
     tokens = texts.calibration.tokens() / processes
-    evaluated = texts.evaluation.ids.numel() / processes if texts.evaluation else 0
+    evaluated = texts.evaluation.ids.numel() / processes if texts.evaluation and load.evaluates else 0
     sizes = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
     chosen = None if all_experts else experts_per_token(model)
     by_block = [matrices(block.sites, chosen) for block in blocks]
@@ -130,11 +129,11 @@ def estimate(
         start=psutil.Process().memory_info().rss,
         activations=int((streams * tokens + 2 * evaluated + probed / processes) * hidden + streams * tokens * inside_block),
         weights=max(2 * head * dtype.itemsize - solving, inside) + made,
-        solving=solving,
-        output=int(_FILES * checkpoint),
+        solving=solving + load.gathered,
+        output=int(_FILES * checkpoint) + load.kept,
         forward=2 * (passes * sum(one.rows * one.columns * one.share for one in every) + 2 * evaluated * head),
         statistics=sum(_counting(one, recipe, tokens) + _counting(one, scanning, tokens) * (scanned > 0) for one in every),
-        solve=sum(_work(one, recipe, processes) + scanned * _work(one, scanning, processes) for one in every),
+        solve=load.operations + sum(_work(one, recipe, processes) + scanned * _work(one, scanning, processes) for one in every),
     )
 
 
@@ -233,27 +232,25 @@ def predict(
         InputError: the disk has too little room for it.
     """
     mapped = job.config.activations == "disk"
-    search, kept_meanwhile = step.searched()
+    load = step.load(texts)
     needs = estimate(
         config,
         blocks,
         texts,
-        job.recipe,
+        load.recipe or job.recipe,
         dtype=work.dtype,
         batch=job.batch(texts.calibration.ids.shape[1], work.device),
         checkpoint=work.nbytes,
         processes=job.ranks.size,
-        probed=step.probed(texts),
-        scanned=step.scanned(),
+        load=load,
         scanning=as_tried(job.recipe),
         all_experts=job.config.all_experts,
         pinned=work.device.type == "cuda" and not mapped,
     )
     kept = sum(path.stat().st_size for path in partial_folder(output).glob("*.safetensors"))  # by an earlier run
-    needs = replace(needs, output=needs.output + kept_meanwhile)
     check_room(output, needs.output - kept + (needs.activations * job.ranks.size if mapped else 0))
     seconds = needs.seconds(work.device, work.dtype)
     text = describe(needs, seconds, mapped=mapped)
-    text += f", and a search of at most {count(search // 60, 'minute')}" if search else ""
+    text += f", and a search of at most {count(load.minutes, 'minute')}" if load.minutes else ""
     short = shortage(needs, work.device, mapped=mapped, here=job.ranks.here)
     return asdict(needs) | {"seconds": seconds, "text": text} | ({"short": short} if short else {})

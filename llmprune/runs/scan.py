@@ -32,7 +32,7 @@ from llmprune.output.resume import Manifest, continued, partial_folder
 from llmprune.runs.announce import claim_output
 from llmprune.runs.checks import check_folders
 from llmprune.runs.schedule import Stage
-from llmprune.steps.base import Step, Work
+from llmprune.steps.base import Load, Step, Work
 from llmprune.steps.weights.allocate import ALLOCATORS
 from llmprune.steps.weights.allocate.base import share
 from llmprune.steps.weights.scanning import Scanner, followed
@@ -57,11 +57,8 @@ class ScanModel(Step):
     def __str__(self) -> str:
         return f"{count(len(GRID), 'pattern')} of {count(len(self._selection.patterns), 'matrix')}, each alone at {PROBE}"
 
-    def probed(self, texts: Texts) -> int:
-        return followed(self._selection.patterns, texts, self._job.ranks.size)
-
-    def scanned(self) -> int:
-        return len(GRID)
+    def load(self, texts: Texts) -> Load:
+        return Load(probed=followed(self._selection.patterns, texts, self._job.ranks.size), scanned=len(GRID))
 
     def _scanner(self, texts: Texts) -> Scanner:
         return Scanner(self._job, self._work, texts, frozenset(self._selection.patterns), GRID, PROBE)

@@ -17,6 +17,7 @@ from llmprune.base.clock import Clock
 from llmprune.data.windows import Texts, Windows
 from llmprune.job.job import Job
 from llmprune.job.progress import Progress
+from llmprune.job.recipes import Recipe
 from llmprune.job.record import RunRecord
 from llmprune.models.names import Names
 from llmprune.models.sites import Block
@@ -72,8 +73,31 @@ class Work:
         return Activations.record(self.model, blocks, windows, batch=batch, device=self.device, folder=self.scratch)
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a step asks of the machine beyond its passes over the calibration windows.
+
+    Attributes:
+        recipe: what it does to each block, where that is not what the job prunes by.
+        evaluates: it runs the evaluation text, too.
+        probed: calibration tokens that are followed through the model besides the windows.
+        scanned: patterns at which each matrix's error is measured first; 0: there is no scan.
+        minutes: that a search for patterns takes at most, and `kept`: bytes that it keeps on the disk meanwhile.
+        gathered: bytes of what it gathers from all blocks, and `operations`: those on it, of floating point.
+    """
+
+    recipe: Recipe | None = None
+    evaluates: bool = True
+    probed: int = 0
+    scanned: int = 0
+    minutes: int = 0
+    kept: int = 0
+    gathered: int = 0
+    operations: float = 0.0
+
+
 class Step(Protocol):
-    """A step of a run, made ready. One that follows, scans and searches nothing inherits that.
+    """A step of a run, made ready.
 
     Attributes:
         title: of what is asked, in the header.
@@ -91,17 +115,9 @@ class Step(Protocol):
         """What is asked, in words."""
         ...
 
-    def probed(self, texts: Texts) -> int:
-        """Calibration tokens that are followed through the model besides the windows."""
-        return 0
-
-    def scanned(self) -> int:
-        """Patterns at which each matrix's error is measured first; 0: there is no scan."""
-        return 0
-
-    def searched(self) -> tuple[int, int]:
-        """Seconds that a search for patterns takes at most, and bytes that it keeps on the disk meanwhile; 0: there is none."""
-        return 0, 0
+    def load(self, texts: Texts) -> Load:
+        """What it will ask of the machine."""
+        return Load()
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         """Write the model's new folder, all but its card and record, and fill in `record`.

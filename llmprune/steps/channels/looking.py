@@ -19,8 +19,9 @@ from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.numerics.rotation import Mask
 from llmprune.numerics.stats import Gram, InputSample
-from llmprune.steps.base import Feeds, Nowhere, Work
+from llmprune.steps.base import Feeds, Load, Nowhere, Work
 from llmprune.steps.channels.moves import Move, Moves, in_place, joined, moved
+from llmprune.steps.channels.places import readers
 from llmprune.steps.weights.observing import Observed, add_up, passes, traced
 from llmprune.stream.activations import Activations
 from llmprune.stream.capture import head
@@ -122,6 +123,11 @@ class Looking(ABC):
         """What is outside the blocks, as `outer` takes it to be, for a while."""
         return nullcontext()
 
+    @classmethod
+    @abstractmethod
+    def load(cls, blocks: Sequence[Block], width: int) -> Load:
+        """What it asks of the machine where `blocks` have so many hidden channels."""
+
     @full_float32()
     def each_stage(self, block: Block, feed: Activations, take: Callable[[Sequence[Site], Gram], None]) -> None:
         """Hand on the sites of each stage, and the Gram of their inputs."""
@@ -177,6 +183,14 @@ class Looking(ABC):
             return
         if not self.job.ranks.agree(near(changed, on_basis(hidden, self.trial)) and near(after, out)):
             self.found.left["hidden"] = f"of what is outside the blocks: {CHANGED}"
+
+
+def gathered(block: Block, width: int) -> tuple[int, int]:
+    """Inputs of what reads the block's hidden states, taken as one where a module's matrices do, and bytes of what is kept of
+    them: H^-1 of each, and rows."""
+    reading = readers(block, width)
+    inputs = len({site.name.rpartition(".")[0] for site in reading})
+    return inputs, 4 * width * (inputs * width + sum(min(site.rows, ROWS) for site in reading))
 
 
 def scaled(weight: Tensor, gram: Gram) -> Tensor | None:

@@ -20,7 +20,7 @@ from llmprune.numerics.patterns import NM, Unstructured
 from llmprune.numerics.rotation import Anywhere, Mask, Neighbours
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.steps.base import Step, Work
+from llmprune.steps.base import Load, Step, Work
 from llmprune.steps.channels.folding import free_head
 from llmprune.steps.channels.looking import Looked, Looking
 from llmprune.steps.channels.moves import Moved, moved
@@ -48,6 +48,10 @@ class _ChangeChannels(Step):
 
     def __str__(self) -> str:
         return f"of channels, for {self._job.pattern} in {count(len(self._sites), 'matrix')}"
+
+    def load(self, texts: Texts) -> Load:
+        width = self._work.model.config.get_text_config().hidden_size
+        return self.looking.load(self._skeleton.describe(), width)
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, skeleton = self._job, self._skeleton

@@ -23,7 +23,7 @@ from llmprune.models.skeleton import Skeleton, load_config
 from llmprune.models.target import Target
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.steps.base import Feeds, Keeper, Resume, Step
+from llmprune.steps.base import Feeds, Keeper, Load, Resume, Step
 from llmprune.steps.structured.budget import Budget
 from llmprune.steps.structured.removal import SmallerBlocks
 from llmprune.steps.structured.scores import SCORES
@@ -96,8 +96,8 @@ class RemoveStructure(Step):
     def __str__(self) -> str:
         return str(self._sizing)
 
-    def probed(self, texts: Texts) -> int:
-        return self._dense(texts).probed(self._sizing.probes) if self._sizing.probes else 0
+    def load(self, texts: Texts) -> Load:
+        return Load(probed=self._dense(texts).probed(self._sizing.probes) if self._sizing.probes else 0)
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job = self._job

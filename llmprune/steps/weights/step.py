@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llmprune.base.words import count
@@ -15,7 +16,7 @@ from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
-from llmprune.steps.base import Resume, Step, Work
+from llmprune.steps.base import Load, Resume, Step, Work
 from llmprune.steps.fitting import check_batches
 from llmprune.steps.weights.allocate.base import grid
 from llmprune.steps.weights.budget import WeightBudget
@@ -43,21 +44,17 @@ class PruneWeights(Step):
     def __str__(self) -> str:
         return str(self._budget) if self._budget else self._selection.describe(asked(self._job))
 
-    def probed(self, texts: Texts) -> int:
-        return followed(self._selection.patterns, texts, self._job.ranks.size) if self._scans() else 0
-
-    def scanned(self) -> int:
-        job = self._job
-        if not self._scans() or self._budget:
-            return len(self._budget.grid()) if self._budget and self._scans() else 0
-        return len(grid(job.pattern, searched=searches(job))) if job.pattern is not None else 0
-
-    def searched(self) -> tuple[int, int]:
-        job, shapes = self._job, self._selection.shapes
-        if job.pattern is None or not searches(job):
-            return 0, 0
-        weights = sum(shapes[name][0] * shapes[name][1] for name in self._selection.patterns)
-        return 60 * job.config.search_minutes, library_bytes(weights, grid(job.pattern, searched=True), self._work.dtype)
+    def load(self, texts: Texts) -> Load:
+        job, patterns, shapes = self._job, self._selection.patterns, self._selection.shapes
+        load = Load()
+        if self._scans():
+            levels = self._budget.grid() if self._budget else grid(job.pattern, searched=searches(job)) if job.pattern else ()
+            load = replace(load, probed=followed(patterns, texts, job.ranks.size), scanned=len(levels))
+        if job.pattern is not None and searches(job):
+            weights = sum(shapes[name][0] * shapes[name][1] for name in patterns)
+            kept = library_bytes(weights, grid(job.pattern, searched=True), self._work.dtype)
+            load = replace(load, minutes=job.config.search_minutes, kept=kept)
+        return load
 
     def _scans(self) -> bool:
         """Whether the dense model is scanned first."""
