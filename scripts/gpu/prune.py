@@ -17,10 +17,11 @@ from llmprune.job.record import RunRecord, excess_loss
 
 SAMPLES, LENGTH = 128, 2048
 WHOLE = {"8B": 32, "70B": 80}  # blocks
-RECIPES: dict[str, dict[str, str]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "fast": {"quality": "fast"},
     "balanced": {"quality": "balanced"},
     "best": {"quality": "best"},
+    "fast, rotated": {"quality": "fast", "rotate": True},
     "sparsegpt": {"method": "sparsegpt"},
     "wanda": {"method": "wanda"},
 }
@@ -35,7 +36,7 @@ def rows(place: Place) -> list[Row]:
     return [*found, Row("bundled model, a quarter of heads and neurons", partial(structured, place))]
 
 
-def blocks(place: Place, name: str, count: int, recipe: dict[str, str]) -> Found:
+def blocks(place: Place, name: str, count: int, recipe: dict[str, Any]) -> Found:
     """Random weights, random tokens: seconds and memory are those of the shapes, what is lost means nothing."""
     shape = TINY if place.small else {"8B": LLAMA_8B, "70B": LLAMA_70B}[name]
     record = _run(place, "llama", shape | {"num_hidden_layers": count, "vocab_size": 1024}, recipe)
@@ -54,7 +55,7 @@ def experts(place: Place) -> Found:
     return found | {"right": found["right"] and solved > 0}
 
 
-def _run(place: Place, family: str, shape: dict[str, Any], recipe: dict[str, str]) -> RunRecord:
+def _run(place: Place, family: str, shape: dict[str, Any], recipe: dict[str, Any]) -> RunRecord:
     torch.manual_seed(0)
     samples, length = (24, 32) if place.small else (SAMPLES, LENGTH)
     ids = torch.randint(3, shape["vocab_size"], (samples, length))

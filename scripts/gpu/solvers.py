@@ -13,10 +13,13 @@ from torch import Tensor
 from gpu.rows import Found, Row
 from gpu.shapes import SOLVED, Place, correlated
 from llmprune.base.hardware import synchronize
+from llmprune.numerics.grouping import inverse_of
 from llmprune.numerics.linalg import masked_least_squares
 from llmprune.numerics.patterns import NM
+from llmprune.numerics.rotation import TERMS, Neighbours, Read, Written, find_rotation
 from llmprune.numerics.stats import CrossGram, Gram
 from llmprune.solvers import METHODS
+from llmprune.steps.channels.looking import ROWS
 
 METHODS_TIMED = ("magnitude", "wanda", "sparsegpt", "annealed", "alps", "admm")
 ADDED, BATCH = 4, 2**14  # batches of so many tokens
@@ -34,6 +37,8 @@ def rows(place: Place) -> list[Row]:
     for shape in shapes:
         found += [Row(f"{name} {shape[0]}x{shape[1]}", partial(solve, place, name, shape)) for name in METHODS_TIMED]
         found.append(Row(f"refit {shape[0]}x{shape[1]}", partial(refit, place, shape)))
+    hidden = min(rows for rows, _ in shapes)
+    found.append(Row(f"rotation {hidden}", partial(rotation, place, hidden)))
     return found
 
 
@@ -105,6 +110,19 @@ def refit(place: Place, shape: tuple[int, int]) -> Found:
     seconds, fitted = timed(place, work)
     before, after = _lost(w, solved.weight, h), _lost(w, fitted.weight, h)
     return {"seconds": seconds, "lost_before": before, "lost": after, "right": after <= before}
+
+
+def rotation(place: Place, width: int) -> Found:
+    """The descent for a rotation of so many channels, of as many matrices as a step takes."""
+    h, columns = _sum(place, width).mean(), min(ROWS, width)
+    w = torch.randn(2 * TERMS, ROWS, width, device=place.device) / width**0.5
+    reading = [Read.of(own, inverse_of(h)) for own in w[:TERMS]]
+    writing = [Written.of(own[:columns].T.contiguous(), inverse_of(h[:columns, :columns]), 4) for own in w[TERMS:]]
+    find = partial(find_rotation, reading, writing, Neighbours(4, 2), torch.Generator().manual_seed(0))
+    seconds, found = timed(place, find)
+    turned = found.matrix[0].double()
+    skew = float((turned.T @ turned - torch.eye(width, device=place.device)).abs().max())
+    return {"seconds": seconds, "before": found.before, "after": found.after, "skew": skew, "right": skew < 1e-3}
 
 
 def _lost(w: Tensor, pruned: Tensor, h: Tensor) -> float:
