@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from typing import Generic, TypeVar
 
 from llmprune.base.errors import unknown
 
 P = TypeVar("P")
+_BASE = "base"
 
 
 class Plugins(Generic[P]):
@@ -25,7 +27,7 @@ class Plugins(Generic[P]):
     def names(self) -> list[str]:
         """Those there are. Reads file names only: nothing in them is imported."""
         path = importlib.import_module(self._package).__path__
-        return sorted(module.name for module in pkgutil.iter_modules(path) if module.name != "base")
+        return sorted(module.name for module in pkgutil.iter_modules(path) if module.name != _BASE)
 
     def get(self, name: str) -> P:
         """The plugin called `name`.
@@ -33,6 +35,7 @@ class Plugins(Generic[P]):
         Raises:
             InputError: there is none; near matches are listed.
         """
-        if name not in self.names():
+        module = f"{self._package}.{name}"
+        if (module not in sys.modules or name == _BASE) and name not in self.names():
             raise unknown(self._kind, name, self.names())
-        return importlib.import_module(f"{self._package}.{name}")  # type: ignore[return-value]
+        return importlib.import_module(module)  # type: ignore[return-value]

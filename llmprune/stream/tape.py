@@ -125,7 +125,7 @@ class Tape:
 
         for number in range(start, stop):
             operation = self._operations[number]
-            args, kwargs = _filled(operation.args, fetch), _filled(operation.kwargs, fetch)
+            args, kwargs = filled(operation.args, fetch), filled(operation.kwargs, fetch)
             run = module.get_submodule(operation.run) if isinstance(operation.run, str) else operation.run
             for name, value in zip(operation.outputs, results(run(*args, **kwargs)), strict=True):
                 if name is not None:
@@ -158,10 +158,10 @@ def results(out: Any) -> Sequence[Any]:
     return out if isinstance(out, (tuple, list)) else (out,)
 
 
-def _filled(template: Any, fetch: Callable[[Any], Any]) -> Any:
-    """Arguments with tensors where references stand."""
+def filled(template: Any, fetch: Callable[[Any], Any]) -> Any:
+    """Arguments with what `fetch` has for each leaf."""
     if isinstance(template, (tuple, list)):
-        return type(template)(_filled(one, fetch) for one in template)
+        return type(template)(filled(one, fetch) for one in template)
     if isinstance(template, dict):
-        return {key: _filled(one, fetch) for key, one in template.items()}
+        return {key: filled(one, fetch) for key, one in template.items()}
     return fetch(template)

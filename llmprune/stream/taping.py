@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llmprune.models.sites import Block, Site
 from llmprune.stream.capture import Call, forwards_replaced
-from llmprune.stream.tape import HIDDEN, Made, Operation, Ref, Tape, Use, given, results
+from llmprune.stream.tape import HIDDEN, Made, Operation, Ref, Tape, Use, filled, given, results
 
 
 def record(block: Block, call: Call, hidden: Tensor) -> Tape | None:
@@ -76,8 +75,15 @@ class _Recorder(TorchDispatchMode):
         return self._write(func, func, args, kwargs, heavy)
 
     def _write(self, run: Any, func: Callable[..., Any], args: Any, kwargs: Any, heavy: bool) -> Any:
-        taken = tree_map(self._refer, (tuple(args), dict(kwargs)))
-        versions = [(leaf, leaf._version) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions: list[tuple[Tensor, int]] = []
+
+        def refer(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                versions.append((leaf, leaf._version))
+                return self._refer(leaf)
+            return leaf
+
+        taken = filled(tuple(args), refer), filled(kwargs, refer)
         out = func(*args, **kwargs)
         written = [self._names.get(leaf, "") for leaf, before in versions if leaf._version != before]
         if not all(name in self.made for name in written):
@@ -86,10 +92,8 @@ class _Recorder(TorchDispatchMode):
         self.operations.append(Operation(run, taken[0], taken[1], outputs, tuple(written), heavy))
         return out
 
-    def _refer(self, leaf: Any) -> Any:
+    def _refer(self, leaf: Tensor) -> Ref | Tensor:
         """A tensor that is neither computed nor given nor the block's own is a constant, and stays."""
-        if not isinstance(leaf, Tensor):
-            return leaf
         if leaf in self._names:
             return Ref(self._names[leaf])
         path = self._own.get(id(leaf))
