@@ -333,8 +333,8 @@ def test_the_command_under_a_launcher(
 
 def test_a_mistake_that_all_see_is_told_by_whoever_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
-        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
     assert [comes_first(text) for text in ("all see this", "all see this", "one sees this")] == [True, False, True]
 
 

@@ -110,16 +110,12 @@ def joined() -> Iterator[Ranks]:
 
 
 def comes_first(text: str) -> bool:
-    """Whether this process is the first, of those that a launcher started together, to ask about the text.
-
-    They ask where `torchrun` and `accelerate launch` keep what their processes share; under another launcher, each is first.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
+    """Whether this process is the first, of those that `torchrun` started together, to ask about the text, by its store."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
-        return bool(store.add(f"llmprune/{text}", 1) == 1)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return bool(store.add(f"llmprune/{attempt}/{text}", 1) == 1)
     except RuntimeError:  # the launcher has ended, and whatever it started
         return True
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from llmprune.base.errors import InputError, LostProcess, MachineError, plain_errors
 from llmprune.cli.commands import COMMANDS, DEFAULT
 from llmprune.cli.parser import command_parser, main_parser
-from llmprune.cli.terminal import Terminal, has_company, is_first, lasting_streams
+from llmprune.cli.terminal import Terminal, is_first, lasting_streams, shares_store
 
 _TURN = 2  # seconds that a process waits for the first one to tell
 
@@ -64,8 +64,10 @@ def _should_tell(error: InputError) -> bool:
     lost, first = isinstance(error, LostProcess), is_first()
     if lost or not first:
         time.sleep(2 * _TURN if lost else _TURN)
-    if lost or not has_company():
+    if lost:
         return first
+    if not shares_store():
+        return True
     from llmprune.base.processes import comes_first
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who comes first tells, though the launcher ends it with the others

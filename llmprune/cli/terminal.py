@@ -159,6 +159,6 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def has_company() -> bool:
-    """Whether a launcher started others beside this process."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+def shares_store() -> bool:
+    """Whether `torchrun` or `accelerate launch` started this process, which keep a store for all that they start."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
