@@ -25,11 +25,11 @@ def command(folder: Path) -> list[str]:
     return ["--model", str(folder), *OPTIONS, "--output", "out"]
 
 
-def test_a_reader_that_goes_does_not_end_the_work(command: list[str], tmp_path: Path) -> None:
+def test_a_reader_that_goes_does_not_end_the_work(python: list[str], command: list[str], tmp_path: Path) -> None:
     """As `llmprune ... | head -0`: the pipe breaks at the first line."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "llmprune", *command], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    done = subprocess.run([*python, "-m", "llmprune", *command], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
     assert verify(tmp_path / "out").problems == ()
@@ -43,9 +43,11 @@ def test_standard_output_may_be_closed(tmp_path: Path) -> None:
 
 
 @needs_full
-def test_standard_output_that_is_full_is_told_and_the_work_is_done(command: list[str], tmp_path: Path) -> None:
+def test_standard_output_that_is_full_is_told_and_the_work_is_done(
+    python: list[str], command: list[str], tmp_path: Path
+) -> None:
     with FULL.open("wb") as full:
-        done = subprocess.run([sys.executable, "-m", "llmprune", *command], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run([*python, "-m", "llmprune", *command], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
     told = b"llmprune: error: standard output cannot be written (No space left on device); the work is done\n"
     assert (done.returncode, done.stderr) == (3, told)
     assert verify(tmp_path / "out").problems == ()
