@@ -122,6 +122,12 @@ for line in sys.stdin:
 """
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    """torch.compile as if it had compiled nothing: it refuses to compile one function for too many models."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def python() -> Iterator[list[str]]:
     """What a command that runs Python begins with, where nothing depends on how libraries are imported: see `forks`."""

@@ -161,6 +161,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["unstructured", "quantised"])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_packed_loaded_and_back(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     source: Path = request.getfixturevalue(kind)
     found = llmprune.pack(source, tmp_path / "packed")

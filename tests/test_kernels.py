@@ -342,6 +342,7 @@ def test_the_assembly_picks_the_inputs_of_every_code() -> None:
         assert found == 3.0 + expected
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_operation_is_a_good_citizen() -> None:
     packed, bias = reference.pack(matrix(12, 260, torch.float32)), torch.randn(12)
     for x in (torch.randn(3, 260), torch.randn(2, 1, 260)):

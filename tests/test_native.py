@@ -134,6 +134,7 @@ def test_no_byte_beyond_a_buffer_is_touched(tmp_path: Path) -> None:
 @compiled
 @pytest.mark.parametrize("kind", ["weights", "4", "8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_layer_takes_any_inputs(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of any shape, none at all, many, with gradients, not contiguous; compiled, it is one operation."""
     packed = matrix(48, 128, 0.5, kind, dtype)

@@ -103,6 +103,7 @@ def test_packed_and_dense_folders_load_alike(family: str, compiled: bool, saved,
         assert torch.equal(logits(llmprune.load(folder, device="cpu", dtype="float32", dense=True)), logits(plain))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_what_is_loaded_is_an_ordinary_module(packed: Path, compiled: bool) -> None:
     """Its state moves to another model, its dtype changes, it compiles whole."""
     model, other = (llmprune.load(packed, device="cpu", dtype="float32") for _ in range(2))
@@ -436,6 +437,7 @@ def test_a_layer_by_itself() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_fused_layers_put_out_the_same(family: str, compiled: bool, saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """q, k, v and gate, up in one product each; the model's own code is untouched, and compiles whole."""
     folder = saved(pruned(family, torch.float32))

@@ -114,8 +114,9 @@ def refit(place: Place, shape: tuple[int, int]) -> Found:
 
 def rotation(place: Place, width: int) -> Found:
     """The descent for a rotation of so many channels, of as many matrices as a step takes."""
-    h, columns = _sum(place, width).mean(), min(ROWS, width)
-    w = torch.randn(2 * TERMS, ROWS, width, device=place.device) / width**0.5
+    h, lines = _sum(place, width).mean(), ROWS if place.fast else width
+    columns = min(lines, width)
+    w = torch.randn(2 * TERMS, lines, width, device=place.device) / width**0.5
     reading = [Read.of(own, inverse_of(h)) for own in w[:TERMS]]
     writing = [Written.of(own[:columns].T.contiguous(), inverse_of(h[:columns, :columns]), 4) for own in w[TERMS:]]
     find = partial(find_rotation, reading, writing, Neighbours(4, 2), torch.Generator().manual_seed(0))
