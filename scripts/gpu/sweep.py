@@ -164,5 +164,5 @@ def _seconds(place: Place, x: Tensor, mats: list[Packed], settings: Own | None) 
 @cache
 def _matrices(place: Place, shape: tuple[int, int]) -> list[Packed]:
     packed = reference.pack(two_of_four(*shape, torch.bfloat16, place.device))
-    many = copies(packed.values.nbytes + packed.meta.nbytes, place.device)
+    many = 2 if place.small else copies(packed.values.nbytes + packed.meta.nbytes, place.device)
     return [packed, *(Packed(packed.values.clone(), packed.meta.clone(), packed.columns) for _ in range(many - 1))]
