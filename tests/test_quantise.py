@@ -39,7 +39,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(f"The {number} th word of it, {number * number}." for number in range(900)))
+    path.write_text(" ".join(f"The {number} th word of it, {number * number}." for number in range(250)))
     return str(path)
 
 
