@@ -35,6 +35,7 @@ from llmprune.runs.compare_texts import dense_perplexity, evaluation, load_float
 WINDOWS = 238  # all of the text
 PATTERNS = ("2:4", "50%", "70%")
 TERMS = ("fast", "fast rotate", "fast permute", "best", "best rotate", "best permute", "max")
+TRAINED = {"small": 3.5, "llama": 4.5, "tiny20": 20, "tiny150": 150}  # tokens a parameter, by each model's training.json
 Cell = dict[str, Any]
 
 
@@ -77,21 +78,48 @@ def measure(name: str, term: str, pattern: str, seed: int, text: str | None) -> 
     }
 
 
+def paired(cells: Sequence[Cell], model: str, pattern: str, term: str) -> list[tuple[Cell, Cell]]:
+    """Those of a term, each with that of the preset alone with the same draw; of `max` with that of `best`."""
+    preset = "best" if term == "max" else term.split()[0]
+    own, base = (
+        {cell["seed"]: cell for cell in cells if (cell["model"], cell["pattern"], cell["term"]) == (model, pattern, wanted)}
+        for wanted in (term, preset)
+    )
+    return [(cell, base[seed]) for seed, cell in own.items() if seed in base]
+
+
+def over(pairs: Sequence[tuple[Cell, Cell]], which: str) -> list[float]:
+    """One's loss over the other's, or a divergence over the other's."""
+    if which == "loss":
+        return [one["excess_loss"] / other["excess_loss"] for one, other in pairs]
+    known = [(one["divergence"], other["divergence"]) for one, other in pairs]
+    return [one[which] / other[which] for one, other in known if which in one and which in other]
+
+
+def trained(result: dict[str, Any]) -> str:
+    """A row a term and pattern, a column a model, by how long it was trained: mean ratios of loss and of KL."""
+    cells = result["cells"]
+    heads = ["term", "beside", "pattern", *(f"`{model}`, {tokens:g}" for model, tokens in TRAINED.items())]
+    lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'---:|' * len(TRAINED)}"]
+    for term, pattern in product(TERMS, PATTERNS):
+        pairs = [paired(cells, model, pattern, term) for model in TRAINED]
+        if term in ("fast", "best") or not all(pairs):
+            continue
+        means = [[sum(found) / len(found) for found in (over(own, "loss"), over(own, "documentation"))] for own in pairs]
+        row = [term, "best" if term == "max" else term.split()[0], pattern, *(f"{loss:.2f} / {kl:.2f}" for loss, kl in means)]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, ""])
+
+
 def table(cells: Sequence[Cell]) -> str:
     """A row a model, pattern and term: what it loses, and each number over that of the preset alone with the same draw."""
     heads = ["model", "pattern", "term", "excess loss", "of the preset's", "KL, documentation", "KL, another text", "seconds"]
     lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'---:|' * (len(heads) - 3)}"]
-    by = {(cell["model"], cell["pattern"], cell["term"], cell["seed"]): cell for cell in cells}
-    for model, pattern, term in dict.fromkeys(key[:3] for key in sorted(by, key=_order)):
-        own = {key[3]: cell for key, cell in by.items() if key[:3] == (model, pattern, term)}
-        preset = "best" if term == "max" else term.split()[0]
-        base = {key[3]: cell for key, cell in by.items() if key[:3] == (model, pattern, preset)}
-        pairs = [(cell, base[seed]) for seed, cell in own.items() if seed in base]
-        row = [model, pattern, term, shown([cell["excess_loss"] for cell in own.values()], 4)]
-        row.append(shown([one["excess_loss"] / other["excess_loss"] for one, other in pairs], 2))
-        for which in ("documentation", "other"):
-            known = [(one, other) for one, other in pairs if which in one["divergence"] and which in other["divergence"]]
-            row.append(shown([one["divergence"][which] / other["divergence"][which] for one, other in known], 2))
+    for model, pattern, term in sorted({(cell["model"], cell["pattern"], cell["term"]) for cell in cells}, key=_order):
+        own = [cell for cell in cells if (cell["model"], cell["pattern"], cell["term"]) == (model, pattern, term)]
+        pairs = paired(cells, model, pattern, term)
+        row = [model, pattern, term, shown([cell["excess_loss"] for cell in own], 4)]
+        row += [shown(over(pairs, which), 2) for which in ("loss", "documentation", "other")]
         row.append(shown([one["seconds"] / other["seconds"] for one, other in pairs], 1))
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, ""])
@@ -115,8 +143,8 @@ def measured(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _order(key: tuple[str, str, str, int]) -> tuple[Any, ...]:
-    return key[0] != "llama", key[0], PATTERNS.index(key[1]), key[2], key[3]
+def _order(key: tuple[str, str, str]) -> tuple[Any, ...]:
+    return key[0] != "llama", key[0], PATTERNS.index(key[1]), key[2]
 
 
 def main() -> None:

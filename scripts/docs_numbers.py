@@ -273,6 +273,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "quantise-peers": lambda: "\n".join(peers_table(read("peers_bits")).splitlines()[4:]) + "\n",
     "cpu": lambda: bench_cpu.summary(read("cpu")),
     "past": lambda: compare_past.measured(read("past")),
+    "past-training": lambda: compare_past.trained(read("past")),
     "llama-cpp": lambda: bench_llama_cpp.table(read("llama_cpp")),
     "dtypes": lambda: dtypes_table(read("dtypes")),
     "gpu-layers": lambda: gpu_tables.layers(read("gpu_layers")),
