@@ -20,6 +20,7 @@ from datetime import date
 from functools import cache
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -78,12 +79,16 @@ def measure(name: str, term: str, pattern: str, seed: int, text: str | None) -> 
     }
 
 
+def preset_of(term: str) -> str:
+    """That which a term adds to."""
+    return "best" if term == "max" else term.split()[0]
+
+
 def paired(cells: Sequence[Cell], model: str, pattern: str, term: str) -> list[tuple[Cell, Cell]]:
     """Those of a term, each with that of the preset alone with the same draw; of `max` with that of `best`."""
-    preset = "best" if term == "max" else term.split()[0]
     own, base = (
         {cell["seed"]: cell for cell in cells if (cell["model"], cell["pattern"], cell["term"]) == (model, pattern, wanted)}
-        for wanted in (term, preset)
+        for wanted in (term, preset_of(term))
     )
     return [(cell, base[seed]) for seed, cell in own.items() if seed in base]
 
@@ -103,10 +108,10 @@ def trained(result: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|---|---|---|{'---:|' * len(TRAINED)}"]
     for term, pattern in product(TERMS, PATTERNS):
         pairs = [paired(cells, model, pattern, term) for model in TRAINED]
-        if term in ("fast", "best") or not all(pairs):
+        if term == preset_of(term) or not all(pairs):
             continue
-        means = [[sum(found) / len(found) for found in (over(own, "loss"), over(own, "documentation"))] for own in pairs]
-        row = [term, "best" if term == "max" else term.split()[0], pattern, *(f"{loss:.2f} / {kl:.2f}" for loss, kl in means)]
+        means = [(mean(over(own, "loss")), mean(over(own, "documentation"))) for own in pairs]
+        row = [term, preset_of(term), pattern, *(f"{loss:.2f} / {kl:.2f}" for loss, kl in means)]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, ""])
 

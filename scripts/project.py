@@ -61,8 +61,7 @@ def project(shape: tuple[int, int, int, int], options: dict[str, Any]) -> Needs:
     recipe = choose_recipe(PruneConfig.create({"model": "-", "sparsity": "2:4"} | options))
     load = Rotating.load(found, hidden) if recipe.rotate else Load()
     nbytes = sum(p.nbytes for p in model.parameters())
-    own = {"dtype": torch.bfloat16, "batch": BATCH, "checkpoint": nbytes, "pinned": True}
-    return estimate(config, found, texts, load.recipe or recipe, load=load, **own)
+    return estimate(config, found, texts, recipe, dtype=torch.bfloat16, batch=BATCH, checkpoint=nbytes, load=load, pinned=True)
 
 
 def table() -> str:

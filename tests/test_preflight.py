@@ -24,7 +24,7 @@ from llmprune.cost.footprint import footprint
 from llmprune.cost.macs import active
 from llmprune.data.windows import Texts, Windows
 from llmprune.job.options import PruneConfig
-from llmprune.job.recipes import SCANNING, choose_recipe
+from llmprune.job.recipes import Recipe, choose_recipe
 from llmprune.models.discover import find_blocks
 from llmprune.runs import preflight
 from llmprune.steps.base import Load
@@ -119,7 +119,8 @@ def test_what_looking_for_channels_gathers() -> None:
 
 
 def test_a_step_that_only_looks_does_not_evaluate() -> None:
-    looks = needs(load=Load(SCANNING, evaluates=False, gathered=1000, operations=10.0), method="sparsegpt")
+    own = Recipe("own", "sparsegpt")  # in place of the job's
+    looks = needs(load=Load(own, evaluates=False, gathered=1000, operations=10.0), method="wanda")
     prunes = needs(method="sparsegpt")
     assert looks.solving == prunes.solving + 1000
     assert looks.solve == prunes.solve + 10

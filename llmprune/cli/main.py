@@ -64,10 +64,8 @@ def _should_tell(error: InputError) -> bool:
     lost, first = isinstance(error, LostProcess), is_first()
     if lost or not first:
         time.sleep(2 * _TURN if lost else _TURN)
-    if lost:
-        return first
-    if not shares_store():
-        return True
+    if lost or not shares_store():
+        return first or not lost
     from llmprune.base.processes import comes_first
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who comes first tells, though the launcher ends it with the others

@@ -99,11 +99,12 @@ def estimate(
     all_experts: bool = False,
     pinned: bool = False,
 ) -> Needs:
-    """What a step needs that works on `blocks`, which may be on the meta device, by `recipe`; `checkpoint` is the bytes of its
-    tensors; probed tokens go through half of the blocks on average; a scan of the dense model, which comes before, measures
-    errors by `scanning`; `all_experts`: each sees every token; `pinned`: hidden states rest in pinned memory, as a GPU's do.
+    """What a step needs that works on `blocks`, which may be on the meta device, for a job of `recipe`; `checkpoint` is the
+    bytes of its tensors; probed tokens go through half of the blocks on average; a scan of the dense model, which comes before,
+    measures errors by `scanning`; `all_experts`: each sees every token; `pinned`: hidden states rest in pinned memory, as those
+    of a GPU do.
     """
-    probed, scanned = load.probed, load.scanned
+    recipe, probed, scanned = load.recipe or recipe, load.probed, load.scanned
     config, (_, length) = model.get_text_config(), texts.calibration.ids.shape
     streams = 2 if recipe.target == "corrected" or recipe.reconstruct else 1
     tokens = texts.calibration.tokens() / processes
@@ -237,7 +238,7 @@ def predict(
         config,
         blocks,
         texts,
-        load.recipe or job.recipe,
+        job.recipe,
         dtype=work.dtype,
         batch=job.batch(texts.calibration.ids.shape[1], work.device),
         checkpoint=work.nbytes,

@@ -114,11 +114,11 @@ def refit(place: Place, shape: tuple[int, int]) -> Found:
 
 def rotation(place: Place, width: int) -> Found:
     """The descent for a rotation of so many channels, of as many matrices as a step takes."""
-    h, lines = _sum(place, width).mean(), ROWS if place.fast else width
-    columns = min(lines, width)
+    h, lines = _sum(place, width).mean(), min(ROWS, width)
     w = torch.randn(2 * TERMS, lines, width, device=place.device) / width**0.5
-    reading = [Read.of(own, inverse_of(h)) for own in w[:TERMS]]
-    writing = [Written.of(own[:columns].T.contiguous(), inverse_of(h[:columns, :columns]), 4) for own in w[TERMS:]]
+    whole, part = inverse_of(h), inverse_of(h[:lines, :lines])
+    reading = [Read.of(own, whole) for own in w[:TERMS]]
+    writing = [Written.of(own.T.contiguous(), part, 4) for own in w[TERMS:]]
     find = partial(find_rotation, reading, writing, Neighbours(4, 2), torch.Generator().manual_seed(0))
     seconds, found = timed(place, find)
     turned = found.matrix[0].double()

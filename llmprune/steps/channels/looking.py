@@ -15,6 +15,7 @@ from llmprune.base.errors import InputError
 from llmprune.base.precision import full_float32
 from llmprune.data.windows import Windows
 from llmprune.job.job import Job
+from llmprune.job.recipes import SCANNING
 from llmprune.models.experts import observable
 from llmprune.models.sites import Block, Site, Stage
 from llmprune.numerics.rotation import Mask
@@ -124,9 +125,15 @@ class Looking(ABC):
         return nullcontext()
 
     @classmethod
-    @abstractmethod
     def load(cls, blocks: Sequence[Block], width: int) -> Load:
         """What it asks of the machine where `blocks` have so many hidden channels."""
+        kept, operations = cls.burden(blocks, width)
+        return Load(SCANNING, evaluates=False, gathered=kept, operations=operations)
+
+    @classmethod
+    @abstractmethod
+    def burden(cls, blocks: Sequence[Block], width: int) -> tuple[int, float]:
+        """Bytes of what it gathers from all blocks, and floating-point operations on it."""
 
     @full_float32()
     def each_stage(self, block: Block, feed: Activations, take: Callable[[Sequence[Site], Gram], None]) -> None:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from llmprune.base.errors import InputError
-from llmprune.job.recipes import SCANNING
 from llmprune.models.groups import heads, neurons
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
 from llmprune.numerics.grouping import SEARCH, Costs, Order, find_order
 from llmprune.numerics.stats import Gram
-from llmprune.steps.base import Load
 from llmprune.steps.channels.looking import CHANGED, NO_ATTENTION, ROWS, Looking, gathered
 from llmprune.steps.channels.moves import Moves, joined
 from llmprune.steps.channels.places import of_hidden, of_neurons, of_norms, of_outside, of_values, readers
@@ -33,10 +31,9 @@ class Permuting(Looking):
     _inner: list[bool] = field(default_factory=list)  # which norms have hidden channels, block by block
 
     @classmethod
-    def load(cls, blocks: Sequence[Block], width: int) -> Load:
+    def burden(cls, blocks: Sequence[Block], width: int) -> tuple[int, float]:
         weights = sum(min(site.rows, ROWS) * site.columns for block in blocks for site in block.sites)
-        kept = sum(gathered(block, width)[1] for block in blocks)
-        return Load(SCANNING, evaluates=False, gathered=kept, operations=SEARCH * weights)
+        return sum(gathered(block, width)[1] for block in blocks), SEARCH * weights
 
     def drawn_basis(self) -> Tensor:
         return torch.randperm(self.width, generator=self.random)

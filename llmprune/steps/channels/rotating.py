@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from llmprune.base.errors import InputError
-from llmprune.job.recipes import SCANNING
 from llmprune.models.groups import heads
 from llmprune.models.heads import Heads
 from llmprune.models.sites import Block, Site
 from llmprune.numerics.grouping import inverse_of
 from llmprune.numerics.rotation import STEPS, Read, Rotation, Written, find_rotation, operations
 from llmprune.numerics.stats import Gram
-from llmprune.steps.base import Load
 from llmprune.steps.channels.folding import fold, fold_last, head_name, untied
 from llmprune.steps.channels.looking import CHANGED, NO_ATTENTION, ROWS, Looking, gathered, scaled
 from llmprune.steps.channels.moves import Moves, in_place, joined
@@ -35,11 +33,11 @@ class Rotating(Looking):
     _writing: list[Written] = field(default_factory=list)
 
     @classmethod
-    def load(cls, blocks: Sequence[Block], width: int) -> Load:
+    def burden(cls, blocks: Sequence[Block], width: int) -> tuple[int, float]:
         inputs, kept = (sum(own) for own in zip(*(gathered(block, width) for block in blocks), strict=True))
         writing = [site.columns for block in blocks for site in writers(block, width)]
         kept += 4 * width * sum(min(columns, ROWS) for columns in writing)
-        return Load(SCANNING, evaluates=False, gathered=kept, operations=operations(width, inputs, len(writing)))
+        return kept, operations(width, inputs, len(writing))
 
     def drawn_basis(self) -> Tensor:
         return torch.linalg.qr(torch.randn(self.width, self.width, generator=self.random))[0][None]

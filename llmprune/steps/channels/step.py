@@ -44,14 +44,15 @@ class _ChangeChannels(Step):
     def __init__(self, job: Job, skeleton: Skeleton, scratch: Path | None) -> None:
         self._job, self._skeleton, self._work = job, skeleton, Work.on_disk(skeleton, scratch)
         self._mask = mask_of(job, self.kind)
-        self._sites = frozenset(choose(job, skeleton.describe()).patterns)
+        blocks = skeleton.describe()
+        self._sites = frozenset(choose(job, blocks).patterns)
+        self._load = self.looking.load(blocks, skeleton.model.config.get_text_config().hidden_size)
 
     def __str__(self) -> str:
         return f"of channels, for {self._job.pattern} in {count(len(self._sites), 'matrix')}"
 
     def load(self, texts: Texts) -> Load:
-        width = self._work.model.config.get_text_config().hidden_size
-        return self.looking.load(self._skeleton.describe(), width)
+        return self._load
 
     def run(self, texts: Texts, record: RunRecord, into: Path, manifest: Manifest | None) -> None:
         job, skeleton = self._job, self._skeleton

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from llmprune.base.words import count
@@ -14,6 +13,7 @@ from llmprune.job.record import RunRecord, SiteRecord
 from llmprune.models.extras import copy_extras
 from llmprune.models.sites import Block
 from llmprune.models.skeleton import Skeleton
+from llmprune.numerics.patterns import Pattern
 from llmprune.output.resume import Manifest
 from llmprune.output.shards import ShardWriter
 from llmprune.steps.base import Load, Resume, Step, Work
@@ -46,15 +46,21 @@ class PruneWeights(Step):
 
     def load(self, texts: Texts) -> Load:
         job, patterns, shapes = self._job, self._selection.patterns, self._selection.shapes
-        load = Load()
-        if self._scans():
-            levels = self._budget.grid() if self._budget else grid(job.pattern, searched=searches(job)) if job.pattern else ()
-            load = replace(load, probed=followed(patterns, texts, job.ranks.size), scanned=len(levels))
-        if job.pattern is not None and searches(job):
-            weights = sum(shapes[name][0] * shapes[name][1] for name in patterns)
-            kept = library_bytes(weights, grid(job.pattern, searched=True), self._work.dtype)
-            load = replace(load, minutes=job.config.search_minutes, kept=kept)
-        return load
+        if not self._scans():
+            return Load()
+        levels, searched = self._levels(), job.pattern is not None and searches(job)
+        weights = sum(shapes[name][0] * shapes[name][1] for name in patterns)
+        return Load(
+            probed=followed(patterns, texts, job.ranks.size),
+            scanned=len(self._budget.grid() if self._budget else levels),
+            minutes=job.config.search_minutes if searched else 0,
+            kept=library_bytes(weights, levels, self._work.dtype) if searched else 0,
+        )
+
+    def _levels(self) -> list[Pattern]:
+        """What a matrix may be pruned to where the job's pattern is spread."""
+        job = self._job
+        return grid(job.pattern, searched=searches(job)) if job.pattern is not None else []
 
     def _scans(self) -> bool:
         """Whether the dense model is scanned first."""
